@@ -1,0 +1,1 @@
+"""The default plugins of qframe. They use only what qframe exports, like any third party."""

@@ -1,0 +1,1 @@
+"""Kernels: who computes an operation, one folder for each backend."""

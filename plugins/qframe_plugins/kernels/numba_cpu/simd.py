@@ -1,0 +1,172 @@
+"""The SIMD layer of the CPU kernels: a register tile written as LLVM vector code, and `kernel`.
+
+numba alone keeps no block of an array in registers over a loop, which costs half to nine tenths
+of the speed of a matrix product. The tile here is therefore emitted whole, loop included, as
+portable vector IR: LLVM lowers it to AVX-512, AVX2, SSE2, NEON or anything else. Only how many
+registers it may use depends on the processor, never the order of the operations.
+
+Source: Goto and van de Geijn, Anatomy of high-performance matrix multiplication, TOMS 2008
+        (the tile in registers, one operand in L1).
+Error:  an element is a recursive sum in ascending k, so n terms added to c have an error of at
+        most gamma_{n+1} (|c| + sum |a b|), with and without fused multiply-add.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+STRIPE_BYTES = 256  # a stripe is one row of a panel: 64 float32 or 32 float64 lanes
+LANES = STRIPE_BYTES // 4  # lanes of a float32 stripe
+LANES64 = STRIPE_BYTES // 8  # lanes of a float64 stripe
+QUAD = 4  # stripes that a tile updates at once
+
+# numba keys its on-disk cache by the file of the function alone, so an edited tile, or an edited
+# callee in another file, would leave stale machine code behind. The fingerprint of all sources
+# of this folder is part of the name of each cached function instead.
+KERNEL_ABI = hashlib.sha256(
+    b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+).hexdigest()[:12]
+
+Function = Callable[..., Any]
+
+
+def kernel(function: Function) -> Function:
+    """Compile `function` for one thread, without the GIL, cached under KERNEL_ABI."""
+    function.__qualname__ += f"_{KERNEL_ABI}"
+    return njit(cache=True, nogil=True, error_model="numpy")(function)
+
+
+def parallel_kernel(function: Function) -> Function:
+    """Compile `function` like `kernel`, with its `prange` loops shared among threads."""
+    function.__qualname__ += f"_{KERNEL_ABI}"
+    return njit(cache=True, nogil=True, error_model="numpy", parallel=True)(function)
+
+
+def _vector_bytes(context: Any) -> tuple[int, int]:
+    """Return the bytes of a vector register and how many of them a tile row may use at once.
+
+    Asks for the processor compiled for, which honours NUMBA_CPU_NAME and is in numba's cache key.
+    """
+    name, _, features = context.codegen().magic_tuple()
+    if "+avx512f" in features:
+        return 64, 4  # 32 registers: 16 sums, 4 stripes, broadcasts from memory
+    if "+avx" in features:
+        return 32, 2  # 16 registers: 8 sums, 2 stripes
+    return (16, 2) if "x86" in name else (16, 4)
+
+
+def _make_tile(sign: int) -> Function:
+    """Return the intrinsic that adds (sign = 1) or subtracts (sign = -1) a product."""
+
+    @intrinsic
+    def tile(
+        typing: Any, c: Any, c_row: Any, a: Any, a_row: Any, a_column: Any, b: Any, b_row: Any, n: Any
+    ) -> Any:
+        index = types.int64
+        signature = types.void(c, index, a, index, index, b, index, index)
+        item = c.dtype.bitwidth // 8
+        lanes = STRIPE_BYTES // item
+        element = ir.FloatType() if item == 4 else ir.DoubleType()
+
+        def emit(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            c, c_row, a, a_row, a_column, b, b_row, n = values
+            int64, int32 = ir.IntType(64), ir.IntType(32)
+            register, columns = _vector_bytes(context)
+            width = register // item
+            vector = ir.VectorType(element, width)
+            unknown = ir.Constant(vector, ir.Undefined)
+            first = ir.Constant(ir.VectorType(int32, width), [0] * width)
+            muladd = cgutils.get_or_insert_function(
+                builder.module,
+                ir.FunctionType(vector, [vector] * 3),
+                f"llvm.fmuladd.v{width}f{8 * item}",
+            )
+
+            def array(position: int, value: Any) -> Any:
+                return context.make_array(signature.args[position])(context, builder, value)
+
+            def at(pointer: Any, offset: Any) -> Any:
+                if isinstance(offset, int):
+                    offset = int64(offset)
+                return builder.gep(pointer, [offset], source_etype=element)
+
+            def load(pointer: Any) -> Any:
+                return builder.load(
+                    builder.bitcast(pointer, vector.as_pointer()), align=item, typ=vector
+                )
+
+            def splat(scalar: Any) -> Any:
+                lane = builder.insert_element(unknown, scalar, int32(0))
+                return builder.shuffle_vector(lane, unknown, first)
+
+            a_width = cgutils.unpack_tuple(builder, array(2, a).shape, 2)[1]
+            c_at = at(array(0, c).data, builder.mul(c_row, int64(lanes)))
+            a_at = at(array(2, a).data, builder.add(builder.mul(a_row, a_width), a_column))
+            b_at = at(array(5, b).data, builder.mul(b_row, int64(lanes)))
+            with builder.if_then(builder.icmp_signed(">", n, int64(0))):
+                for left in range(0, lanes, columns * width):
+                    places = [
+                        at(c_at, m * lanes + left + v * width)
+                        for m in range(QUAD)
+                        for v in range(columns)
+                    ]
+                    start = [load(place) for place in places]
+                    before = builder.block
+                    body = builder.append_basic_block("tile")
+                    after = builder.append_basic_block("tile.end")
+                    builder.branch(body)
+                    builder.position_at_end(body)
+                    k = builder.phi(int64)
+                    k.add_incoming(int64(0), before)
+                    sums = [builder.phi(vector) for _ in start]
+                    b_k = at(b_at, builder.mul(k, int64(lanes)))
+                    stripe = [load(at(b_k, left + v * width)) for v in range(columns)]
+                    a_k = at(a_at, builder.mul(k, a_width))
+                    news = []
+                    for m in range(QUAD):
+                        scalar = builder.load(at(a_k, m), align=item, typ=element)
+                        factor = splat(builder.fneg(scalar) if sign < 0 else scalar)
+                        for v in range(columns):
+                            old = sums[m * columns + v]
+                            news.append(builder.call(muladd, [factor, stripe[v], old]))
+                    k_next = builder.add(k, int64(1))
+                    k.add_incoming(k_next, body)
+                    for old, initial, new in zip(sums, start, news, strict=True):
+                        old.add_incoming(initial, before)
+                        old.add_incoming(new, body)
+                    builder.cbranch(builder.icmp_signed("<", k_next, n), body, after)
+                    builder.position_at_end(after)
+                    for place, new in zip(places, news, strict=True):
+                        builder.store(
+                            new, builder.bitcast(place, vector.as_pointer()), align=item
+                        )
+            return context.get_dummy_value()
+
+        return signature, emit
+
+    return tile  # type: ignore[no-any-return]
+
+
+# c[c_row + m, :] +-= sum over k < n of a[a_row + k, a_column + m] * b[b_row + k, :],  m < QUAD.
+# c and b [any, stripe], a [any, >= QUAD], all C-contiguous and of one dtype; c overlaps neither.
+tile_add = _make_tile(+1)
+tile_sub = _make_tile(-1)
+
+
+@intrinsic
+def claim(typing: Any, counter: Any) -> Any:
+    """Return counter[0] and add 1 to it, atomically: threads that claim tasks share no task."""
+
+    def emit(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        data = context.make_array(signature.args[0])(context, builder, values[0]).data
+        return builder.atomic_rmw("add", data, ir.IntType(64)(1), "monotonic")
+
+    return types.int64(counter), emit

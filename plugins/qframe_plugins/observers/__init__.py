@@ -1,0 +1,1 @@
+"""Observers: statistics of a layer's inputs."""

@@ -1,0 +1,1 @@
+"""Rounders: which code each weight gets."""

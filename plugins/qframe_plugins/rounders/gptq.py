@@ -1,0 +1,170 @@
+"""GPTQ: round column by column, and let the columns still to come make up for each error.
+
+Source: Frantar, Ashkboos, Hoefler, Alistarh, GPTQ, ICLR 2023, arXiv:2210.17323, algorithm 1.
+With the damped Hessian factorized as H = U U^T, U upper triangular, and columns taken in order,
+column i is rounded to the code nearest to
+
+    t_i = w_i + sum_{j<i} (w_j - q_j) U_ji / U_ii
+
+which is the paper's compensated weight (there written with the Cholesky factor of H^-1; this
+form needs no inverse), QuIP's LDLQ feedback (arXiv:2307.13304, eq. (3)), and Babai's nearest
+plane on the lattice of the codes. The rows of W are independent of one another.
+
+Error:  (w - q) H (w - q)^T = sum_j U_jj^2 (q_j - t_j)^2 for every row, hence at most
+        sum_j U_jj^2 scale^2 / 4 where no code is clipped (docs/bounds.md, B3).
+
+Where the paper is silent:
+  * a dead column (no token ever excited it, H_jj = 0) is rounded to nearest: its diagonal is set
+    to the mean of the others, which keeps the damping independent of the scale of H;
+  * when the factorization fails, damping is raised tenfold at a time up to `dampening_cap`, and
+    the final value is reported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
+
+from qframe import Capabilities, Event, QuantizedWeight, RoundingProblem, hookimpl
+from qframe.errors import HessianError, UncalibratedLayerError, UnsupportedError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+
+@dataclass(frozen=True)
+class GPTQ:
+    """Round column by column with error compensation.
+
+    dampening_frac   share of the mean of diag(H) that is added to the diagonal
+    dampening_cap    the highest share that is tried when the factorization fails
+    actorder         order of the columns. None: left to right. "static": by falling diag(H),
+                     groups and scales as they were. "group": by falling diag(H), groups follow
+                     that order, which stores a group index per column
+    static_groups    take scales from the original weights (True) or from the weights as
+                     compensated so far when a group begins (False); None: True for "static",
+                     which allows nothing else, else False
+    """
+
+    dampening_frac: Annotated[float, Field(gt=0, le=1)] = 0.01
+    dampening_cap: Annotated[float, Field(gt=0)] = 1.0
+    actorder: Literal["static", "group"] | None = "static"
+    static_groups: bool | None = None
+
+    name: str = field(init=False, default="gptq")
+    needs: frozenset[str] = field(init=False, default=frozenset({"hessian"}))
+    capabilities: Capabilities = field(init=False, default=Capabilities())
+
+    def __post_init__(self) -> None:
+        if self.actorder == "static" and self.static_groups is False:
+            raise UnsupportedError(
+                "gptq: actorder='static' takes columns of all groups in turn, so scales must be "
+                "known beforehand: static_groups=False is not possible; use actorder='group' or "
+                "None, or leave static_groups out"
+            )
+
+    def round(self, problem: RoundingProblem, rng: np.random.Generator) -> QuantizedWeight:
+        """Return the compensated codes. Needs statistics["hessian"], [columns, columns].
+
+        Raises UncalibratedLayerError without tokens, HessianError when no damping up to the
+        cap makes the Hessian positive definite.
+        """
+        import torch
+
+        from qframe import rounding
+        from qframe_plugins.kernels.numba_cpu import gptq as solver
+
+        weight, scheme, grid = problem.weight, problem.scheme, problem.grid
+        if problem.tokens == 0:
+            raise UncalibratedLayerError(
+                f"layer {problem.name!r} saw no calibration tokens, which gptq needs; give it "
+                f"another method with an override, or text that reaches it"
+            )
+        hessian, dead = revive(problem.statistics["hessian"])
+        columns = weight.shape[1]
+        order = torch.arange(columns)
+        if self.actorder is not None:
+            order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+        factor, damp = self._factorize(hessian[order][:, order], problem)
+        permuted = weight[:, order].contiguous()
+
+        dynamic = scheme.strategy == "group" and not (
+            self.actorder == "static" or self.static_groups
+        )
+        if dynamic:
+            codes, scale, zero_point = solver.solve_dynamic(permuted, factor, scheme, grid)
+            rounding.check_scales(scale, scheme, problem.name)
+        else:
+            scale, zero_point = rounding.fit_scales(weight, scheme, grid, name=problem.name)
+        # Which group a column belongs to: by place in the processing order, or as stored.
+        index = rounding.group_index(columns, scheme)
+        if self.actorder == "group":
+            index = torch.empty_like(index).scatter_(0, order, index)
+        if not dynamic:
+            codes = solver.solve_static(permuted, factor, scale, zero_point, index[order], grid)
+        codes = torch.empty_like(codes).scatter_(1, order.expand_as(codes), codes)
+
+        events = ()
+        if damp > self.dampening_frac:
+            events = (
+                Event(
+                    kind="damping raised",
+                    layer=problem.name,
+                    message=f"dampening_frac {self.dampening_frac:g} failed, {damp:g} was used",
+                ),
+            )
+        return QuantizedWeight(
+            codes=codes,
+            scale=scale,
+            zero_point=zero_point,
+            group_index=index,
+            order=order.to(torch.int32),
+            info={"damp": damp, "dead_columns": int(dead.sum())},
+            events=events,
+        )
+
+    def _factorize(self, hessian: torch.Tensor, problem: RoundingProblem) -> tuple[object, float]:
+        """Return the feedback of the damped Hessian, and the damping that worked."""
+        from qframe_plugins.kernels.numba_cpu import cholesky
+
+        damp, tried = self.dampening_frac, []
+        while True:
+            damped = hessian.clone()
+            damped.diagonal().add_(damp * float(hessian.diagonal().mean()))
+            factor = cholesky.feedback(damped.numpy())
+            if factor is not None:
+                return factor, damp
+            tried.append(damp)
+            if damp >= self.dampening_cap:
+                raise HessianError(
+                    f"layer {problem.name!r}: the Hessian of {problem.tokens} tokens and "
+                    f"{len(hessian)} columns is not positive definite with any dampening_frac "
+                    f"of {', '.join(f'{d:g}' for d in tried)}; use more calibration text or a "
+                    f"higher dampening_cap"
+                )
+            damp = min(damp * 10, self.dampening_cap)
+
+
+def revive(hessian: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the Hessian with dead diagonals set to the mean of the live ones, and who is dead.
+
+    A dead column stays uncoupled, so it is rounded to nearest whatever its diagonal is.
+    """
+    diagonal = hessian.diagonal()
+    dead = diagonal == 0
+    if not bool(dead.any()):
+        return hessian, dead
+    live = diagonal[~dead]
+    fixed = hessian.clone()
+    fixed.diagonal()[dead] = live.mean() if len(live) else 1.0
+    return fixed, dead
+
+
+@hookimpl
+def qframe_rounders() -> Iterable[GPTQ]:
+    """Register gptq."""
+    return [GPTQ()]

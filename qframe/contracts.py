@@ -1,0 +1,334 @@
+"""The contracts between qframe and its plugins: Protocols and the dataclasses they exchange.
+
+Tensors are `torch.Tensor` on the CPU, float32 and contiguous unless said otherwise. Shapes use
+the field's words: a linear layer has `rows` outputs and `columns` inputs, its weight is
+[rows, columns]. This module imports neither torch nor numba, so that listing plugins is quick.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, Self
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from qframe.scheme import Scheme
+
+
+# What the host knows about a layer ------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerInfo:
+    """One linear layer y = W x + b of the network.
+
+    name      its dotted module name, e.g. "model.layers.0.self_attn.q_proj"
+    rows      outputs of the layer
+    columns   inputs of the layer
+    kind      the class name of the module, e.g. "Linear"
+    """
+
+    name: str
+    rows: int
+    columns: int
+    kind: str = "Linear"
+
+    @property
+    def size(self) -> int:
+        """The number of weights."""
+        return self.rows * self.columns
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InputGroup:
+    """Layers that read the very same input tensor, such as q_proj, k_proj and v_proj.
+
+    Statistics are collected once for all of them, and a rewrite that changes the input changes
+    it for all of them.
+    """
+
+    layers: tuple[LayerInfo, ...]
+
+    @property
+    def name(self) -> str:
+        """The name of the first layer, which stands for the group."""
+        return self.layers[0].name
+
+    @property
+    def columns(self) -> int:
+        """The width of the common input."""
+        return self.layers[0].columns
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capabilities:
+    """What a plugin can do. The host refuses the rest before any work is done.
+
+    None means "any". A capability is a promise: the conformance suite checks that what is
+    declared works, and that what is not declared raises `UnsupportedError`.
+    """
+
+    num_bits: frozenset[int] | None = None
+    types: frozenset[str] = frozenset({"int"})
+    strategies: frozenset[str] = frozenset({"tensor", "channel", "group"})
+    symmetric: frozenset[bool] = frozenset({True, False})
+    deterministic: bool = True
+    row_independent: bool = True
+
+    def objection(self, scheme: Scheme) -> str | None:
+        """Return why `scheme` is not supported, or None when it is."""
+        wanted: tuple[tuple[str, object, frozenset[Any] | None], ...] = (
+            ("num_bits", scheme.num_bits, self.num_bits),
+            ("type", scheme.type, self.types),
+            ("strategy", scheme.strategy, self.strategies),
+            ("symmetric", scheme.symmetric, self.symmetric),
+        )
+        for parameter, value, allowed in wanted:
+            if allowed is not None and value not in allowed:
+                return f"{parameter}={value!r} is not supported (supported: {sorted(allowed)})"
+        return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """Something a user should know about: a fallback, an escalated damping, an untied weight."""
+
+    kind: str
+    layer: str
+    message: str
+
+
+# Number formats -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """The values that exist at scale 1.
+
+    Code c in [qmin, qmax] stands for the value c when `values` is None (an integer grid), else
+    for `values[c - qmin]` (ascending).
+
+    >>> Grid(-8, 7).levels
+    16
+    """
+
+    qmin: int
+    qmax: int
+    values: tuple[float, ...] | None = None
+
+    @property
+    def levels(self) -> int:
+        """How many codes there are."""
+        return self.qmax - self.qmin + 1
+
+
+class NumberFormat(Protocol):
+    """A number format: which values exist.
+
+    name       e.g. "int4"; what a scheme's `type` and `num_bits` select
+    type       "int" or "float"
+    num_bits   bits of a stored code
+    """
+
+    name: str
+    type: str
+    num_bits: int
+
+    def grid(self, *, symmetric: bool, scale_rule: str) -> Grid:
+        """Return the grid of codes for symmetric or asymmetric use."""
+        ...
+
+
+# Calibration ----------------------------------------------------------------------------------
+
+
+class Statistic(Protocol):
+    """What an observer collects at one input group: an additive monoid.
+
+    `merge` makes it the same to see all tokens in one place or to see parts of them in several
+    and merge: up to the order of summation, merge(a, b) == having seen both. Picklable.
+    """
+
+    def update(self, x: torch.Tensor) -> None:
+        """Take in activations x [tokens, columns], float32. Must not change x."""
+        ...
+
+    def merge(self, other: Self) -> None:
+        """Take in what `other` has seen."""
+        ...
+
+    def value(self) -> Any:
+        """Return the statistic, in the form that the observer's docstring promises."""
+        ...
+
+
+class Observer(Protocol):
+    """Decides which statistic of a layer's inputs is collected during calibration."""
+
+    name: str
+
+    def start(self, group: InputGroup) -> Statistic:
+        """Return an empty statistic for the inputs of one group of layers."""
+        ...
+
+
+# Rewriting ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rewrite:
+    """W x = W' (x / input_scale), exactly in real numbers.
+
+    weights       layer name -> rewritten weight W' [rows, columns]
+    input_scale   [columns], positive and finite: what the input is divided by at run time
+    """
+
+    weights: Mapping[str, torch.Tensor]
+    input_scale: torch.Tensor
+
+
+class OutlierHandler(Protocol):
+    """Rewrites the layers of an input group so that outliers do no harm."""
+
+    name: str
+    needs: frozenset[str]
+    capabilities: Capabilities
+
+    def rewrite(
+        self,
+        group: InputGroup,
+        weights: Mapping[str, torch.Tensor],
+        statistics: Mapping[str, Any],
+        scheme: Scheme,
+        rng: np.random.Generator,
+    ) -> Rewrite:
+        """Return the rewritten weights and what the input is divided by."""
+        ...
+
+
+# Rounding -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundingProblem:
+    """Give every weight of one layer a code.
+
+    name         the layer's name, for messages
+    weight       [rows, columns] float32, finite. Do not change it.
+    scheme       num_bits, symmetric, strategy, group_size, ...
+    grid         the codes that exist: scheme's qmin, qmax
+    statistics   observer name -> value, for the observers named in the rounder's `needs`
+    tokens       calibration tokens behind the statistics (0 for a data-free run)
+    """
+
+    name: str
+    weight: torch.Tensor
+    scheme: Scheme
+    grid: Grid
+    statistics: Mapping[str, Any] = field(default_factory=dict)
+    tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizedWeight:
+    """The codes of a layer and what they mean: w = scale * (code - zero_point).
+
+    codes         [rows, columns] int16, each in [qmin, qmax]
+    scale         [rows or 1, groups] float32, > 0, already rounded to the scheme's scale_dtype
+    zero_point    like scale, int16, in [qmin, qmax]; all zero for symmetric schemes
+    group_index   [columns] int32: which group a column belongs to, usually column // group_size
+    order         [columns] int32: the order in which columns were rounded; None for left to right
+    info          what the report should show, e.g. {"damp": 0.01}
+    events        fallbacks and the like
+    """
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+    zero_point: torch.Tensor
+    group_index: torch.Tensor
+    order: torch.Tensor | None = None
+    info: Mapping[str, float | int | str] = field(default_factory=dict)
+    events: tuple[Event, ...] = ()
+
+
+class Rounder(Protocol):
+    """Decides which code each weight gets.
+
+    A rounder that is a frozen dataclass has options for free: its fields, their defaults and
+    their types. `--set dampening_frac=0.1` and a recipe's `options` are checked against them.
+
+    name           what users type after -m
+    needs          names of the observers whose statistics `round` reads; empty for data-free
+    capabilities   which schemes it can do
+    """
+
+    name: str
+    needs: frozenset[str]
+    capabilities: Capabilities
+
+    def round(self, problem: RoundingProblem, rng: np.random.Generator) -> QuantizedWeight:
+        """Return codes for problem.weight. Use `rng` for any randomness, never a global one."""
+        ...
+
+
+# Kernels, caches, exporters -------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class OpCall:
+    """A call that a kernel may or may not be able to serve."""
+
+    op: str
+    device: str
+    dtype: str
+    scheme: Scheme
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Unsupported:
+    """Why a kernel cannot serve a call, in words for the user."""
+
+    reason: str
+
+
+class Kernel(Protocol):
+    """Computes one operation on one backend, e.g. op "linear_weight_only" on "numba"."""
+
+    op: str
+    backend: str
+
+    def supports(self, call: OpCall) -> Unsupported | None:
+        """Return None when the call can be served, else the reason why not."""
+        ...
+
+    def __call__(self, *operands: Any) -> Any:
+        """Compute."""
+        ...
+
+
+class KVCacheQuantizer(Protocol):
+    """Stores keys and values of a generating model in few bits."""
+
+    name: str
+
+    def quantize(self, x: torch.Tensor, kind: str) -> Any:
+        """Return the stored form of x [batch, heads, tokens, head_dim]; kind is "key"/"value"."""
+        ...
+
+    def dequantize(self, stored: Any) -> torch.Tensor:
+        """Return the tensor that `stored` stands for."""
+        ...
+
+
+class Exporter(Protocol):
+    """Writes a quantized model in a format that other software reads."""
+
+    name: str
+
+    def objections(self, layers: Sequence[LayerInfo], scheme: Scheme) -> list[str]:
+        """Return everything the format cannot express, before any work is done."""
+        ...

@@ -1,0 +1,327 @@
+"""The network: its blocks and linear layers, found by structure; weights that come and go.
+
+No list of architectures: a block is an element of an outermost ModuleList that holds linear
+layers (a decoder layer, an encoder layer); a linear layer is an nn.Linear or transformers'
+Conv1D. A network without such lists, an nn.Sequential say, is one block.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Container, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from qframe.contracts import LayerInfo
+from qframe.errors import ModelError
+from qframe.packing import PackedWeight
+from qframe.weights import ModelFolder, check_finite
+
+
+@dataclass
+class Network:
+    """A network and where its weights come from.
+
+    module    the network; with a `folder`, its parameters are on the meta device until loaded
+    folder    the source of weights; None for a module that lives in memory
+    blocks    block name -> module, in the network's order
+    layers    linear layers by name, in the network's order
+    """
+
+    module: nn.Module
+    folder: ModelFolder | None = None
+    blocks: Mapping[str, nn.Module] = field(init=False)
+    layers: Mapping[str, LayerInfo] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.layers = find_layers(self.module)
+        if not self.layers:
+            raise ModelError(
+                f"{type(self.module).__name__} has no linear layers (nn.Linear or Conv1D): "
+                f"nothing to quantize"
+            )
+        self.blocks = find_blocks(self.module, self.layers)
+        self._stored = stored_names(self.module, self.folder.tensors if self.folder else {})
+        self._tied = {n for n, times in Counter(self._stored.values()).items() if times > 1}
+        self._shared: dict[str, nn.Parameter] = {}
+        self._paths = {child: name for name, child in self.module.named_modules()}
+        self._lock = threading.Lock()
+
+    @classmethod
+    def from_folder(cls, folder: ModelFolder) -> Network:
+        """Build the network of a folder without its weights.
+
+        Raises ModelError when the installed transformers does not know the architecture, or
+        when names in the files and in the network differ.
+        """
+        module = build(folder)
+        network = cls(module, folder)
+        missing = sorted(set(network._stored.values()) - folder.tensors.keys())
+        if missing:
+            raise ModelError(
+                f"{folder.path}: parameter {missing[0]!r} of {type(module).__name__} is in no "
+                f"file ({len(missing)} missing); the checkpoint may be of another version: load "
+                f"it with transformers and save it with save_pretrained"
+            )
+        return network
+
+    def block_of(self, layer: str) -> str:
+        """Return the name of the block that holds a layer; "" for one outside all blocks."""
+        return next((b for b in self.blocks if b and layer.startswith(f"{b}.")), "")
+
+    def load(self, module: nn.Module, *, recurse: bool) -> None:
+        """Read the parameters of a module from the folder, as float32, where not yet loaded.
+
+        recurse   also those of its children
+        """
+        if self.folder is None:
+            return
+        with self._lock:
+            for child in module.modules() if recurse else (module,):
+                for key, parameter in child._parameters.items():
+                    if parameter is not None and parameter.is_meta:
+                        child._parameters[key] = self._materialize(child, key, parameter)
+
+    def release(self, module: nn.Module) -> None:
+        """Free the parameters of a module and its children; `load` brings them back."""
+        if self.folder is None:
+            return
+        for child in module.modules():
+            for key, parameter in child._parameters.items():
+                if parameter is not None:
+                    child._parameters[key] = _meta(parameter)
+
+    def parameter_names(self, module: nn.Module) -> dict[str, str]:
+        """Return full parameter name -> name in the files, for a module and its children."""
+        names = (f"{self._paths[c]}.{key}".lstrip(".") for c in module.modules()
+                 for key, value in c._parameters.items() if value is not None)
+        return {name: self._stored[name] for name in names}
+
+    def _materialize(self, child: nn.Module, key: str, expected: nn.Parameter) -> nn.Parameter:
+        """Return the values of a parameter; tied ones stay one object."""
+        name = self._stored[f"{self._paths[child]}.{key}".lstrip(".")]
+        if name in self._shared:
+            return self._shared[name]
+        values = self.read(name)
+        if values.shape != expected.shape:
+            raise ModelError(
+                f"parameter {name!r}: the file has shape {list(values.shape)}, the network "
+                f"expects {list(expected.shape)}"
+            )
+        loaded = nn.Parameter(values, requires_grad=False)
+        if name in self._tied:
+            self._shared[name] = loaded
+        return loaded
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return a parameter from the folder as float32."""
+        if self.folder is None:
+            raise ModelError("this network lives in memory and has no folder to read from")
+        return self.folder.read(name).to(torch.float32)
+
+    def weight(self, layer: str) -> torch.Tensor:
+        """Return the weight of a layer, [rows, columns] float32, checked to be finite."""
+        module = self.module.get_submodule(layer)
+        weight = get_weight(module)
+        if weight.is_meta:
+            self.load(module, recurse=True)
+            weight = get_weight(module)
+        if self.folder is None:
+            check_finite(weight, f"weight of layer {layer!r}")
+        return weight.to(torch.float32).contiguous()
+
+    def stored_name(self, parameter: str) -> str:
+        """Return the name under which a parameter lies in the files."""
+        return self._stored[parameter]
+
+    def is_tied(self, layer: str) -> bool:
+        """Return whether another module uses the very same weight."""
+        return self._stored[f"{layer}.weight"] in self._tied
+
+
+def stored_names(module: nn.Module, stored: Container[str]) -> dict[str, str]:
+    """Return parameter name -> the name it has in the files: tied ones are stored once."""
+    aliases: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        aliases.setdefault(id(parameter), []).append(name)
+    return {
+        name: next((n for n in names if n in stored), names[0])
+        for names in aliases.values()
+        for name in names
+    }
+
+
+class QuantizedLinear(nn.Module):
+    """A linear layer whose weight is stored as codes: y = Q(W) (x / input_scale) + b.
+
+    packed        the codes, scales and zero points
+    bias          [rows] or None
+    input_scale   [columns] from a rewrite, or None
+    """
+
+    def __init__(
+        self,
+        packed: PackedWeight,
+        bias: torch.Tensor | None = None,
+        input_scale: torch.Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.packed = packed
+        self.in_features, self.out_features = packed.columns, packed.rows
+        for suffix, tensor in packed.tensors().items():
+            self.register_buffer(suffix, tensor)
+        self.register_buffer("bias", bias)
+        self.register_buffer("input_scale", input_scale)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight that the codes stand for, [rows, columns] float32."""
+        return self.packed.dequantize()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return Q(W) (x / input_scale) + b for x [..., columns]."""
+        if self.input_scale is not None:
+            x = x / self.input_scale
+        return nn.functional.linear(x, self.weight.to(x.dtype), self.bias)
+
+    def extra_repr(self) -> str:
+        """Show shape and scheme when the network is printed."""
+        return f"{self.in_features}, {self.out_features}, {self.packed.scheme.describe()}"
+
+
+def replace_module(network: nn.Module, name: str, new: nn.Module) -> nn.Module:
+    """Put `new` in place of the submodule `name`; return the network (`new` when name is "")."""
+    if not name:
+        return new
+    parent, _, key = name.rpartition(".")
+    setattr(network.get_submodule(parent), key, new)
+    return network
+
+
+def build(folder: ModelFolder) -> nn.Module:
+    """Return the network that config.json describes, with all parameters on the meta device."""
+    import transformers
+
+    names = folder.config.get("architectures") or []
+    config_class = folder.config.get("model_type")
+    network = getattr(transformers, names[0], None) if names else None
+    if network is None:
+        wanted = names[0] if names else config_class
+        hint = (
+            "; it brings its own code, which qframe does not run"
+            if "auto_map" in folder.config
+            else ""
+        )
+        raise ModelError(
+            f"{folder.path / 'config.json'}: transformers {transformers.__version__} has no "
+            f"architecture {wanted!r}{hint}; build the module yourself and give it to "
+            f"qframe.quantize"
+        )
+    config = transformers.AutoConfig.from_pretrained(folder.path, local_files_only=True)
+    config.dtype = torch.float32
+    with parameters_on_meta():
+        module: nn.Module = network(config)
+    tie = getattr(module, "tie_weights", None)
+    if tie is not None:
+        tie()
+    return module.eval().requires_grad_(False)
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Build modules without memory for parameters; buffers are real, as they hold constants."""
+    register = nn.Module.register_parameter
+
+    def on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        register(self, name, param)
+        if param is not None:
+            self._parameters[name] = _meta(param)
+
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def find_layers(module: nn.Module) -> dict[str, LayerInfo]:
+    """Return the linear layers of a network by name, in its order."""
+    found = {}
+    for name, child in module.named_modules():
+        if is_linear(child):
+            weight = get_weight(child)
+            found[name] = LayerInfo(
+                name=name, rows=weight.shape[0], columns=weight.shape[1], kind=type(child).__name__
+            )
+    return found
+
+
+def find_blocks(module: nn.Module, layers: Mapping[str, LayerInfo]) -> dict[str, nn.Module]:
+    """Return the blocks by name, in the network's order; the whole network when it has none."""
+    found: dict[str, nn.Module] = {}
+    for name, child in module.named_modules():
+        inside = any(name.startswith(f"{block}.") for block in found)
+        if isinstance(child, nn.ModuleList) and not inside:
+            for key, element in child.named_children():
+                full = f"{name}.{key}" if name else key
+                if any(layer == full or layer.startswith(f"{full}.") for layer in layers):
+                    found[full] = element
+    return found or {"": module}
+
+
+def left_weights(module: nn.Module) -> dict[str, str]:
+    """Return weights that are matrices but no linear layer, with the reason why they are left."""
+    linear = {id(get_parameter(child)) for child in module.modules() if is_linear(child)}
+    found: dict[str, str] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.ndim < 2 or id(parameter) in linear:
+            continue
+        owner = module.get_submodule(name.rpartition(".")[0])
+        if isinstance(owner, nn.Embedding):
+            found[name] = "embedding"
+        elif parameter.ndim == 3:
+            found[name] = f"3-D weight of {type(owner).__name__} (fused experts): not supported yet"
+        else:
+            found[name] = f"{parameter.ndim}-D weight of {type(owner).__name__}"
+    return found
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Return whether a module computes x W^T + b with a plain weight."""
+    return isinstance(module, nn.Linear) or _is_conv1d(module)
+
+
+def get_parameter(module: nn.Module) -> nn.Parameter:
+    """Return the weight parameter of a linear module."""
+    parameter = module._parameters["weight"]
+    if parameter is None:
+        raise ModelError(f"{type(module).__name__} has no weight")
+    return parameter
+
+
+def get_weight(module: nn.Module) -> torch.Tensor:
+    """Return the weight of a linear module as [rows, columns]."""
+    weight = get_parameter(module).data
+    return weight.T if _is_conv1d(module) else weight
+
+
+def set_weight(module: nn.Module, weight: torch.Tensor) -> None:
+    """Put a weight [rows, columns] in place of the module's own."""
+    stored = weight.T.contiguous() if _is_conv1d(module) else weight
+    module._parameters["weight"] = nn.Parameter(stored, requires_grad=False)
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """GPT-2's linear layer, whose weight is stored [columns, rows]."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def _meta(parameter: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(
+        torch.empty_like(parameter, device="meta"),
+        requires_grad=False,
+    )

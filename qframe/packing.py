@@ -1,0 +1,321 @@
+"""Step 5, packing: codes of b bits as 32-bit words, and a layer's weight as it is stored.
+
+The layout: the codes of a row one after the other, lowest bit first, as one stream of bits, cut
+into little-endian 32-bit words; each row is padded with zero bits to whole words. For 2, 4 and 8
+bits this is the int32 packing of compressed-tensors and GPTQ; codes of 3, 5, 6 and 7 bits cross
+words, so that 32 codes are always b words. Stored codes are unsigned: code - qmin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from qframe import rounding
+from qframe.contracts import Grid, QuantizedWeight
+from qframe.errors import PluginError, QframeError, WeightsError
+from qframe.scheme import Scheme
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_CHUNK = 1 << 16  # codes at a time, so that intermediate results stay in the cache
+
+
+def pack_codes(codes: torch.Tensor, num_bits: int) -> torch.Tensor:
+    """Return unsigned codes as words, [rows, ceil(columns * num_bits / 32)] int32.
+
+    codes   [rows, columns], any integer dtype, each in [0, 2^num_bits)
+
+    >>> [hex(word) for word in pack_codes(torch.arange(8)[None], 4)[0].tolist()]
+    ['0x76543210']
+    """
+    rows, columns = codes.shape
+    if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < 1 << num_bits:
+        raise ValueError(
+            f"codes of {num_bits} bits lie in [0, {(1 << num_bits) - 1}], got "
+            f"[{int(codes.min())}, {int(codes.max())}]"
+        )
+    words = np.empty((rows, -(-columns * num_bits // 32)), np.int32)
+    for part in _row_chunks(rows, columns):
+        lanes = np.zeros((part.stop - part.start, -(-columns // 32) * 32), np.uint8)
+        lanes[:, :columns] = codes[part].numpy()
+        x = lanes.view("<u8")
+        for mask, used, gap in _folds(num_bits):
+            x = (x & mask) | (x >> gap & mask << used)
+        stream = np.ascontiguousarray(x.view(np.uint8).reshape(*x.shape, 8)[:, :, :num_bits])
+        stored = stream.reshape(len(x), -1).view("<i4")
+        words[part] = stored[:, : words.shape[1]]
+    return torch.from_numpy(words)
+
+
+def unpack_codes(words: torch.Tensor, num_bits: int, columns: int) -> torch.Tensor:
+    """Return the codes that `pack_codes` packed, [rows, columns] uint8.
+
+    words   [rows, ceil(columns * num_bits / 32)] int32
+
+    >>> unpack_codes(torch.tensor([[0x76543210]], dtype=torch.int32), 4, 8).tolist()
+    [[0, 1, 2, 3, 4, 5, 6, 7]]
+    """
+    rows = len(words)
+    codes = np.empty((rows, columns), np.uint8)
+    for part in _row_chunks(rows, columns):
+        stored = np.zeros((part.stop - part.start, -(-columns // 32) * num_bits), "<i4")
+        stored[:, : words.shape[1]] = words[part].numpy()
+        lanes = np.zeros((len(stored), -(-columns // 32) * 4, 8), np.uint8)
+        lanes[:, :, :num_bits] = stored.view(np.uint8).reshape(*lanes.shape[:2], num_bits)
+        x = lanes.view("<u8")[:, :, 0]
+        for mask, used, gap in reversed(_folds(num_bits)):
+            x = (x & mask) | (x & mask << used) << gap
+        codes[part] = x.view(np.uint8)[:, :columns]
+    return torch.from_numpy(codes)
+
+
+def _folds(num_bits: int) -> list[tuple[int, int, int]]:
+    """Return the three steps that join 8 bytes with a code each to one number of 8 codes.
+
+    A step joins two neighbouring lanes of 8, then 16, then 32 bits. Each is (mask, used, gap):
+    the `used` low bits of every second lane, and how far its neighbour moves down to them.
+    """
+    folds = []
+    for lane in (8, 16, 32):
+        used = num_bits * lane // 8
+        mask = sum(((1 << used) - 1) << start for start in range(0, 64, 2 * lane))
+        folds.append((mask, used, lane - used))
+    return folds
+
+
+def _row_chunks(rows: int, columns: int) -> Iterator[slice]:
+    """Yield slices of rows with about _CHUNK codes each; none where there are no codes."""
+    step = max(_CHUNK // max(columns, 1), 1)
+    for top in range(0, rows if columns else 0, step):
+        yield slice(top, min(top + step, rows))
+
+
+@dataclass(frozen=True, eq=False, slots=True, kw_only=True)
+class PackedWeight:
+    """The quantized weight of one layer as it is stored.
+
+    rows, columns   of the layer
+    scheme, grid    what the bits mean
+    words           [rows, ceil(columns * num_bits / 32)] int32, packed code - qmin
+    scale           [rows or 1, groups] in the scheme's scale_dtype, > 0
+    zero_point      [rows or 1, ceil(groups * num_bits / 32)] int32, packed zero point - qmin;
+                    None for a symmetric scheme, whose zero points are 0
+    group_index     [columns] int32, the group of each column; None for contiguous groups
+    """
+
+    rows: int
+    columns: int
+    scheme: Scheme
+    grid: Grid
+    words: torch.Tensor
+    scale: torch.Tensor
+    zero_point: torch.Tensor | None = None
+    group_index: torch.Tensor | None = None
+
+    @classmethod
+    def pack(
+        cls, quantized: QuantizedWeight, scheme: Scheme, grid: Grid, *, name: str = "weight"
+    ) -> PackedWeight:
+        """Pack what a rounder returned.
+
+        name   of the layer, for messages
+
+        Raises PluginError when it is not what `QuantizedWeight` promises.
+        """
+        rows, columns = quantized.codes.shape
+        scale = quantized.scale.to(_DTYPES[scheme.scale_dtype])
+        index: torch.Tensor | None = quantized.group_index.to(torch.int32)
+        _check_scale(scale, rows, columns, scheme, name, PluginError)
+        if not torch.equal(scale.float(), quantized.scale.float()):
+            raise PluginError(
+                f"layer {name!r}: scales are not numbers of scale_dtype={scheme.scale_dtype!r}; "
+                f"round them with qframe.rounding.round_up before codes are chosen"
+            )
+        _check_index(quantized.group_index, columns, scheme, name, PluginError)
+        _check_codes(quantized.codes, (rows, columns), grid, "codes", name)
+        _check_codes(quantized.zero_point, tuple(scale.shape), grid, "zero points", name)
+        if scheme.symmetric and bool(quantized.zero_point.any()):
+            raise PluginError(f"layer {name!r}: the zero points of a symmetric scheme must be 0")
+        if torch.equal(quantized.group_index, rounding.group_index(columns, scheme)):
+            index = None
+        zero_point = quantized.zero_point - grid.qmin
+        return cls(
+            rows=rows,
+            columns=columns,
+            scheme=scheme,
+            grid=grid,
+            words=pack_codes(quantized.codes - grid.qmin, scheme.num_bits),
+            scale=scale.contiguous(),
+            zero_point=None if scheme.symmetric else pack_codes(zero_point, scheme.num_bits),
+            group_index=index,
+        )
+
+    def unpack(self) -> QuantizedWeight:
+        """Return what was packed, but for `order`, `info` and `events`."""
+        bits, groups = self.scheme.num_bits, self.scale.shape[1]
+        codes = unpack_codes(self.words, bits, self.columns).to(torch.int16) + self.grid.qmin
+        if self.zero_point is None:
+            zero_point = torch.zeros(self.scale.shape, dtype=torch.int16)
+        else:
+            stored = unpack_codes(self.zero_point, bits, groups)
+            zero_point = stored.to(torch.int16) + self.grid.qmin
+        index = self.group_index
+        if index is None:
+            index = rounding.group_index(self.columns, self.scheme)
+        return QuantizedWeight(
+            codes=codes, scale=self.scale.float(), zero_point=zero_point, group_index=index
+        )
+
+    def dequantize(self) -> torch.Tensor:
+        """Return the weight that the codes stand for, [rows, columns] float32."""
+        return rounding.dequantize(self.unpack())
+
+    @property
+    def bits(self) -> int:
+        """The stored bits: of codes, scales, zero points and group index."""
+        return sum(8 * t.numel() * t.element_size() for t in self.tensors().values())
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Return the tensors by the names that they have in a file after the layer's name."""
+        stored = {
+            "weight_packed": self.words,
+            "weight_scale": self.scale,
+            "weight_zero_point": self.zero_point,
+            "weight_g_idx": self.group_index,
+        }
+        return {suffix: tensor for suffix, tensor in stored.items() if tensor is not None}
+
+    @classmethod
+    def from_tensors(
+        cls,
+        tensors: Mapping[str, torch.Tensor],
+        scheme: Scheme,
+        grid: Grid,
+        *,
+        name: str,
+        rows: int,
+        columns: int,
+    ) -> PackedWeight:
+        """Return the weight that `tensors` held; other names in the mapping are ignored.
+
+        name   of the layer, for messages
+
+        Raises WeightsError when a tensor is missing, or has a shape, dtype or value that
+        `pack` cannot have written.
+        """
+        needed = ["weight_packed", "weight_scale"]
+        if not scheme.symmetric:
+            needed.append("weight_zero_point")
+        elif "weight_zero_point" in tensors:
+            raise WeightsError(f"layer {name!r}: weight_zero_point with a symmetric scheme")
+        missing = [suffix for suffix in needed if suffix not in tensors]
+        if missing:
+            raise WeightsError(f"layer {name!r}: {' and '.join(missing)} missing")
+        scale, zero_point = tensors["weight_scale"], tensors.get("weight_zero_point")
+        index = tensors.get("weight_g_idx")
+        _check_scale(scale, rows, columns, scheme, name, WeightsError)
+        _check_words(tensors["weight_packed"], (rows, columns), scheme, grid, "weight_packed", name)
+        if zero_point is not None:
+            shape = (scale.shape[0], scale.shape[1])
+            _check_words(zero_point, shape, scheme, grid, "weight_zero_point", name)
+        if index is not None:
+            _check_index(index, columns, scheme, name, WeightsError)
+        return cls(
+            rows=rows,
+            columns=columns,
+            scheme=scheme,
+            grid=grid,
+            words=tensors["weight_packed"],
+            scale=scale,
+            zero_point=zero_point,
+            group_index=index,
+        )
+
+
+def _check_scale(
+    scale: torch.Tensor,
+    rows: int,
+    columns: int,
+    scheme: Scheme,
+    name: str,
+    error: type[QframeError],
+) -> None:
+    """Raise `error` unless scales have their shape and dtype and are positive and finite."""
+    _check_tensor(
+        scale, scheme.scale_shape(rows, columns), _DTYPES[scheme.scale_dtype], "scale", name, error
+    )
+    good = torch.isfinite(scale) & (scale > 0)
+    if not bool(good.all()):
+        raise error(
+            f"layer {name!r}: a scale is {float(scale[~good][0])}; "
+            f"scales must be positive and finite"
+        )
+
+
+def _check_index(
+    index: torch.Tensor, columns: int, scheme: Scheme, name: str, error: type[QframeError]
+) -> None:
+    """Raise `error` unless every column has a group."""
+    _check_tensor(index, (columns,), torch.int32, "group index", name, error)
+    groups = scheme.groups(columns)
+    if columns and not 0 <= int(index.min()) <= int(index.max()) < groups:
+        raise error(
+            f"layer {name!r}: group index in [{int(index.min())}, {int(index.max())}], "
+            f"but groups are 0..{groups - 1}"
+        )
+
+
+def _check_codes(
+    codes: torch.Tensor, shape: tuple[int, ...], grid: Grid, what: str, name: str
+) -> None:
+    """Raise PluginError unless codes have their shape and dtype and lie on the grid."""
+    _check_tensor(codes, shape, torch.int16, what, name, PluginError)
+    if codes.numel() and not grid.qmin <= int(codes.min()) <= int(codes.max()) <= grid.qmax:
+        raise PluginError(
+            f"layer {name!r}: {what} in [{int(codes.min())}, {int(codes.max())}], but the grid is "
+            f"[{grid.qmin}, {grid.qmax}]"
+        )
+
+
+def _check_words(
+    words: torch.Tensor,
+    shape: tuple[int, int],
+    scheme: Scheme,
+    grid: Grid,
+    what: str,
+    name: str,
+) -> None:
+    """Raise WeightsError unless words hold `shape` codes of the grid, and zeros after them."""
+    rows, columns = shape
+    stream = columns * scheme.num_bits
+    width = -(-stream // 32)
+    _check_tensor(words, (rows, width), torch.int32, what, name, WeightsError)
+    last = words[:, -1:].to(torch.int64) & 0xFFFFFFFF
+    if bool((last >> (32 - (32 * width - stream))).any()):
+        raise WeightsError(f"layer {name!r}: {what} has bits behind its last column")
+    if rows and columns and grid.levels < 1 << scheme.num_bits:
+        largest = int(unpack_codes(words, scheme.num_bits, columns).max())
+        if largest >= grid.levels:
+            raise WeightsError(
+                f"layer {name!r}: {what} holds code {largest + grid.qmin}, but the grid is "
+                f"[{grid.qmin}, {grid.qmax}]"
+            )
+
+
+def _check_tensor(
+    tensor: torch.Tensor,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    what: str,
+    name: str,
+    error: type[QframeError],
+) -> None:
+    """Raise `error` unless the tensor has its shape and dtype."""
+    if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+        raise error(
+            f"layer {name!r}: {what} should be {dtype} {list(shape)}, got {tensor.dtype} "
+            f"{list(tensor.shape)}"
+        )

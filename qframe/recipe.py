@@ -1,0 +1,309 @@
+"""What is done to which layer: a strict recipe, resolved once to an explicit map.
+
+A recipe is read from YAML, JSON or TOML, or made from command-line flags. `resolve` matches its
+patterns against the layers of a network; the resulting `Plan` is what every later stage uses
+and what the checkpoint stores. A pattern that matches nothing is an error.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+import yaml
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from qframe.contracts import LayerInfo, OutlierHandler, Rounder
+from qframe.errors import RecipeError, UnsupportedError
+from qframe.host import Host, option_names
+from qframe.scheme import Scheme
+from qframe.strict import Strict, explain, suggestion
+
+DEFAULT_ROUNDER = "rtn"  # what a method without a rounder, "awq" say, rounds with
+
+
+class CalibrationSettings(Strict):
+    """Which text, how much of it, and in which precision.
+
+    held_out_fraction   windows kept aside, as a share of the samples; nothing is fitted on them
+    compute_dtype       of matrix products in the calibration pass; statistics are always summed
+                        from float32 inputs in at least float32. auto: bfloat16 where the
+                        processor multiplies it natively, else float32
+    """
+
+    dataset: str = "topics"
+    num_calibration_samples: Annotated[int, Field(ge=1)] = 128
+    max_seq_length: Annotated[int, Field(ge=2)] = 2048
+    held_out_fraction: Annotated[float, Field(ge=0, le=0.5)] = 0.125
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+
+    aliases: ClassVar[Mapping[str, str]] = {
+        "nsamples": "num_calibration_samples",
+        "seqlen": "max_seq_length",
+    }
+
+
+class Recipe(Strict):
+    """What to do with a network.
+
+    method             names joined by "+": outlier handlers, then a rounder ("awq+gptq")
+    options            options of the rounder and the handlers, e.g. dampening_frac
+    scheme             a preset's name, or the fields of a Scheme
+    targets            which layers: class name, full name, or "re:" and a regular expression;
+                       None for every linear layer
+    ignore             which of those to leave
+    overrides          pattern -> scheme fields that differ there
+    on_fallback        what to do when a layer cannot be done as asked: warn or error
+    max_fallback_frac  more fallbacks than this share of layers is an error (exit code 3)
+    min_coverage       less than this share of matrix weights quantized is an error
+    """
+
+    version: Literal[1] = 1
+    method: str = DEFAULT_ROUNDER
+    options: Mapping[str, Any] = Field(default_factory=dict)
+    scheme: Scheme = Field(default_factory=lambda: Scheme.preset("W4A16"))
+    targets: tuple[str, ...] | None = None
+    ignore: tuple[str, ...] = ("lm_head",)
+    overrides: Mapping[str, Mapping[str, Any]] = Field(default_factory=dict)
+    calibration: CalibrationSettings = Field(default_factory=CalibrationSettings)
+    seed: int = 42
+    on_fallback: Literal["warn", "error"] = "warn"
+    max_fallback_frac: Annotated[float, Field(ge=0, le=1)] = 0.05
+    min_coverage: Annotated[float, Field(ge=0, le=1)] = 0.5
+
+    aliases: ClassVar[Mapping[str, str]] = {"modules_to_not_convert": "ignore"}
+
+    @field_validator("scheme", mode="before")
+    @classmethod
+    def _preset_by_name(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            try:
+                return Scheme.preset(value)
+            except RecipeError as error:
+                raise ValueError(str(error)) from None
+        if isinstance(value, Mapping) and "preset" in value:
+            rest = {k: v for k, v in value.items() if k != "preset"}
+            try:
+                return Scheme.preset(str(value["preset"]), **rest)
+            except RecipeError as error:
+                raise ValueError(str(error)) from None
+        return value
+
+    @model_validator(mode="after")
+    def _patterns_compile(self) -> Self:
+        for pattern in (*(self.targets or ()), *self.ignore, *self.overrides):
+            if pattern.startswith("re:"):
+                try:
+                    re.compile(pattern.removeprefix("re:"))
+                except re.error as error:
+                    raise ValueError(f"pattern {pattern!r} is no regular expression: {error}") from None
+        return self
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Self:
+        """Read a recipe from a .yaml, .json or .toml file; messages name file and line."""
+        path = Path(path)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise RecipeError(f"recipe {path}: {error.strerror}") from None
+        try:
+            if path.suffix == ".toml":
+                data: Any = tomllib.loads(text)
+            elif path.suffix == ".json":
+                data = json.loads(text)
+            else:
+                data = yaml.safe_load(text)
+        except (tomllib.TOMLDecodeError, json.JSONDecodeError, yaml.YAMLError) as error:
+            raise RecipeError(f"recipe {path}: {error}") from None
+        if not isinstance(data, dict):
+            raise RecipeError(f"recipe {path}: expected a mapping, got {type(data).__name__}")
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            lines = explain(error, str(path), cls).splitlines()
+            keys = [str(m["loc"][-1]) for m in error.errors() if m["loc"]]
+            numbers = [_line_of(key, text) for key in keys]
+            numbered = [
+                line.replace(str(path), f"{path}:{number}", 1) if number else line
+                for line, number in zip(lines, [*numbers, *[0] * len(lines)], strict=False)
+            ]
+            raise RecipeError("\n".join(numbered)) from None
+
+    def replace(self, **changes: Any) -> Self:
+        """Return a copy with changes, validated."""
+        return self.parse({**self.model_dump(exclude_unset=True), **changes}, "recipe")
+
+
+def _line_of(key: str, text: str) -> int:
+    """Return the line on which a key first stands, 1-based; 0 when not found."""
+    for number, line in enumerate(text.splitlines(), 1):
+        if re.match(rf'\s*["\']?{re.escape(key)}["\']?\s*[:=]', line):
+            return number
+    return 0
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """A rounder, and the outlier handlers that come before it."""
+
+    name: str
+    rounder: Rounder
+    handlers: tuple[OutlierHandler, ...] = ()
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The observers whose statistics the method reads."""
+        return self.rounder.needs.union(*(handler.needs for handler in self.handlers))
+
+
+def parse_method(host: Host, recipe: Recipe) -> Method:
+    """Look the parts of recipe.method up and give each its options.
+
+    Raises UnknownNameError or RecipeError.
+    """
+    handlers: list[str] = []
+    rounder: str | None = None
+    for part in recipe.method.split("+"):
+        if part in host.names("outlier handler"):
+            if rounder is not None:
+                raise RecipeError(
+                    f"method {recipe.method!r}: outlier handler {part!r} must come before the "
+                    f"rounder {rounder!r}"
+                )
+            handlers.append(part)
+        elif part in host.names("rounder") and rounder is None:
+            rounder = part
+        elif rounder is not None and part in host.names("rounder"):
+            raise RecipeError(
+                f"method {recipe.method!r} has two rounders, {rounder!r} and {part!r}"
+            )
+        else:
+            known = [*host.names("rounder"), *host.names("outlier handler")]
+            _reraise_failed(host, part)
+            raise RecipeError(f"unknown method {part!r}{suggestion(part, known)}")
+    parts = [("outlier handler", name) for name in handlers]
+    parts.append(("rounder", rounder or DEFAULT_ROUNDER))
+    options = {part: _options_of(host, *part, recipe.options) for part in parts}
+    used = {key for chosen in options.values() for key in chosen}
+    for key in recipe.options:
+        if OPTION_ALIASES.get(key, key) not in used:
+            known = [n for part in parts for n in option_names(host.get(*part))]
+            hint = suggestion(key, known) if known else "; it has no options"
+            raise RecipeError(f"method {recipe.method!r} has no option {key!r}{hint}")
+    made = [host.configured(*part, options[part], "recipe") for part in parts]
+    return Method(recipe.method, made[-1], tuple(made[:-1]))
+
+
+OPTION_ALIASES: Mapping[str, str] = {
+    "damp_percent": "dampening_frac",
+    "percdamp": "dampening_frac",
+    "desc_act": "actorder",
+    "act_order": "actorder",
+    "blocksize": "block_size",
+}
+"""Names that options have in other tools -> the name they have here."""
+
+
+def _options_of(host: Host, kind: str, name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    known = option_names(host.get(kind, name))
+    chosen = {}
+    for key, value in options.items():
+        canonical = OPTION_ALIASES.get(key, key)
+        if canonical in known:
+            # GPTQ's desc_act is a boolean: true means that groups follow the order.
+            if canonical == "actorder" and isinstance(value, bool):
+                value = "group" if value else None
+            if canonical == "actorder" and value == "weight":
+                value = "static"
+            chosen[canonical] = value
+    return chosen
+
+
+def _reraise_failed(host: Host, name: str) -> None:
+    """Show the real error when the plugin of this name could not be loaded."""
+    if any(r.name == name and r.error is not None for r in host.records) or any(
+        key[1] == name for key in host.contested()
+    ):
+        kind = next((k for k, n in host.contested() if n == name), "rounder")
+        host.get(kind, name)
+
+
+# Which layers ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The explicit map that every stage uses: layer -> scheme, and why the others are left."""
+
+    schemes: Mapping[str, Scheme]
+    left: Mapping[str, str]
+
+
+def resolve(recipe: Recipe, layers: Mapping[str, LayerInfo]) -> Plan:
+    """Match the recipe's patterns against the layers.
+
+    Raises RecipeError for patterns that match nothing, all of them together.
+    """
+    unmatched = []
+    explicit = "ignore" in recipe.model_fields_set
+    patterns = [*(recipe.targets or ()), *(recipe.ignore if explicit else ()), *recipe.overrides]
+    for pattern in patterns:
+        if not any(matches(pattern, layer) for layer in layers.values()):
+            near = "" if pattern.startswith("re:") else suggestion(pattern, layers)
+            if near.startswith("; known"):
+                near = f"; the network has {len(layers)} linear layers, e.g. {next(iter(layers))!r}"
+            unmatched.append(f"pattern {pattern!r} matches no layer{near}")
+    if unmatched:
+        raise RecipeError("\n".join(unmatched))
+    schemes, left = {}, {}
+    for name, layer in layers.items():
+        if recipe.targets is not None and not any(matches(p, layer) for p in recipe.targets):
+            left[name] = "not among the targets"
+        elif any(matches(p, layer) for p in recipe.ignore):
+            left[name] = "ignored by the recipe"
+        else:
+            scheme = recipe.scheme
+            for pattern, changes in recipe.overrides.items():
+                if matches(pattern, layer):
+                    scheme = scheme.replace(**changes)
+            schemes[name] = scheme
+    if not schemes:
+        raise RecipeError("the recipe leaves every layer: nothing to quantize")
+    return Plan(schemes, left)
+
+
+def matches(pattern: str, layer: LayerInfo) -> bool:
+    """Return whether a pattern means this layer: class name, full name, or "re:"."""
+    if pattern.startswith("re:"):
+        return re.match(pattern.removeprefix("re:"), layer.name) is not None
+    return pattern in (layer.name, layer.kind)
+
+
+def check_supported(method: Method, plan: Plan, host: Host) -> None:
+    """Raise UnsupportedError listing every layer whose scheme the method or formats refuse."""
+    objections: dict[str, list[str]] = {}
+    for name, scheme in plan.schemes.items():
+        for part in (*method.handlers, method.rounder):
+            reason = part.capabilities.objection(scheme)
+            if reason:
+                objections.setdefault(f"{part.name}: {reason}", []).append(name)
+        if scheme.format_name not in host.names("number format"):
+            known = ", ".join(host.names("number format"))
+            reason = f"no number format {scheme.format_name!r} (known: {known})"
+            objections.setdefault(reason, []).append(name)
+    if objections:
+        raise UnsupportedError(
+            "\n".join(
+                f"{reason}; layers: {', '.join(names[:3])}"
+                f"{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+                for reason, names in objections.items()
+            )
+        )
+
+

@@ -1,0 +1,161 @@
+"""One record per layer, and the summary of a run."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from qframe.contracts import Event
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(kw_only=True)
+class LayerReport:
+    """What was done to one layer.
+
+    Errors are relative output errors ||X (W - Q)^T|| / ||X W^T|| (Frobenius norms) over the
+    inputs X that the layer really gets in the quantized network: `error` over the calibration
+    tokens, `held_out_error` over tokens that nothing was fitted on; `rtn_...` is what rounding
+    to nearest does on the same inputs and scheme. None without calibration.
+
+    sqnr_db        10 log10(||W||^2 / ||W - Q||^2), of the weights
+    clipped        share of weights more than half a step outside the range of the codes
+    tokens         calibration tokens that reached the layer
+    seconds        by stage; not part of the checkpoint, which must not depend on time
+    """
+
+    name: str
+    method: str
+    scheme: str
+    rows: int
+    columns: int
+    bits_per_weight: float
+    error: float | None = None
+    held_out_error: float | None = None
+    rtn_error: float | None = None
+    rtn_held_out_error: float | None = None
+    sqnr_db: float = math.nan
+    clipped: float = 0.0
+    tokens: int = 0
+    tokens_held_out: int = 0
+    info: Mapping[str, float | int | str] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def gain(self) -> float | None:
+        """How many times smaller the error is than RTN's, on the calibration tokens."""
+        return _ratio(self.rtn_error, self.error)
+
+    @property
+    def held_out_gain(self) -> float | None:
+        """The same on held-out tokens; below 1 the method does harm there."""
+        return _ratio(self.rtn_held_out_error, self.held_out_error)
+
+    def record(self, *, timings: bool) -> dict[str, Any]:
+        """Return the report as plain values; without timings it is the same for every run."""
+        values = dataclasses.asdict(self)
+        values["gain"], values["held_out_gain"] = self.gain, self.held_out_gain
+        if not timings:
+            del values["seconds"]
+        return {key: _finite(value) for key, value in values.items()}
+
+
+@dataclass(kw_only=True)
+class Coverage:
+    """How much of the network was quantized.
+
+    parameters_quantized / parameters   of all parameters (tied ones once)
+    matrix_fraction                     of the weights in linear layers and 3-D expert weights
+    left                                name -> why, for every matrix that was left
+    """
+
+    parameters: int
+    parameters_quantized: int
+    matrix_fraction: float
+    left: Mapping[str, str]
+
+    def line(self) -> str:
+        """Return the one-line summary with reasons counted."""
+        share = 100 * self.parameters_quantized / max(self.parameters, 1)
+        reasons: dict[str, int] = {}
+        for reason in self.left.values():
+            reasons[reason] = reasons.get(reason, 0) + 1
+        why = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
+        return (
+            f"quantized {share:.1f} % of parameters "
+            f"({100 * self.matrix_fraction:.1f} % of the weights in linear layers); "
+            f"{len(self.left)} matrices left{f': {why}' if why else ''}"
+        )
+
+
+@dataclass(kw_only=True)
+class RunReport:
+    """All layers of a run, what happened, and what it was run with."""
+
+    layers: Sequence[LayerReport]
+    events: Sequence[Event]
+    coverage: Coverage
+    calibration: Mapping[str, Any] | None
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+    def fallbacks(self) -> list[Event]:
+        """Return the events in which a layer got a weaker method than asked for."""
+        return [event for event in self.events if event.kind == "fallback"]
+
+    def to_json(self, *, timings: bool = True) -> str:
+        """Return the report as JSON text."""
+        content: dict[str, Any] = {
+            "schema_version": SCHEMA_VERSION,
+            "coverage": dataclasses.asdict(self.coverage),
+            "calibration": self.calibration,
+            "events": [dataclasses.asdict(event) for event in self.events],
+            "layers": [layer.record(timings=timings) for layer in self.layers],
+        }
+        if timings:
+            content["seconds"] = dict(self.seconds)
+        return json.dumps(content, indent=2) + "\n"
+
+    def to_csv(self, *, timings: bool = True) -> str:
+        """Return one line per layer."""
+        rows = []
+        for layer in self.layers:
+            record = layer.record(timings=timings)
+            info = record.pop("info")
+            stages = record.pop("seconds", {})
+            fallback = next((e.message for e in self.fallbacks() if e.layer == layer.name), "")
+            rows.append(
+                {
+                    **record,
+                    "damp": info.get("damp", ""),
+                    "fallback": fallback,
+                    **({"seconds": sum(stages.values())} if timings else {}),
+                }
+            )
+        stream = io.StringIO()
+        writer = csv.DictWriter(stream, fieldnames=list(rows[0]) if rows else ["name"],
+                                lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        return stream.getvalue()
+
+
+def _ratio(above: float | None, below: float | None) -> float | None:
+    if above is None or below is None:
+        return None
+    if below == 0:
+        return 1.0 if above == 0 else math.inf
+    return above / below
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows neither NaN nor infinity: say them in words."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value

@@ -1,0 +1,177 @@
+"""What to quantize to: number format, granularity, and the rule that makes scales.
+
+The words are those of compressed-tensors; the words of GPTQ, AWQ and their relatives are
+accepted as aliases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import model_validator
+
+from qframe.errors import RecipeError
+from qframe.strict import Strict, suggestion
+
+ScaleDtype = Literal["float32", "float16", "bfloat16"]
+_SCALE_BITS = {"float32": 32, "float16": 16, "bfloat16": 16}
+_WORD = 32  # packed rows are padded to whole 32-bit words
+
+
+class Scheme(Strict):
+    """How the weights of one layer are quantized.
+
+    num_bits      bits of a code
+    type          int or float
+    symmetric     zero point fixed at 0; else a zero point per scale, and the range holds 0
+    strategy      one scale per tensor, per channel (row), or per group of `group_size` columns
+    group_size    columns of a row that share a scale; the last group may be shorter
+    observer      how a scale is found: minmax (nothing is clipped) or mse (the clipping that
+                  has the least squared weight error)
+    scale_rule    symmetric only. full: codes -2^(b-1)..2^(b-1)-1, scale absmax / (2^b - 1) * 2;
+                  restricted: codes -(2^(b-1)-1)..2^(b-1)-1, scale absmax / (2^(b-1) - 1)
+    scale_dtype   how scales are stored; they are rounded up, so that nothing is clipped by it
+
+    >>> Scheme.preset("W4A16", group_size=64).bits_per_weight(576, 576)
+    4.25
+    """
+
+    num_bits: int = 4
+    type: Literal["int", "float"] = "int"
+    symmetric: bool = True
+    strategy: Literal["tensor", "channel", "group"] = "group"
+    group_size: int | None = None
+    observer: Literal["minmax", "mse"] = "minmax"
+    scale_rule: Literal["full", "restricted"] = "full"
+    scale_dtype: ScaleDtype = "float16"
+
+    aliases: ClassVar[Mapping[str, str]] = {
+        "bits": "num_bits",
+        "w_bit": "num_bits",
+        "wbits": "num_bits",
+        "data_type": "type",
+        "sym": "symmetric",
+        "q_group_size": "group_size",
+        "groupsize": "group_size",
+    }
+
+    @model_validator(mode="before")
+    @classmethod
+    def _inverse_aliases_and_defaults(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping):
+            return data
+        out = dict(data)
+        for inverse in ("asym", "zero_point"):
+            if inverse in out:
+                if "symmetric" in out or "sym" in out:
+                    raise ValueError(f"{inverse!r} and 'symmetric' are both given")
+                if not isinstance(out[inverse], bool):  # bool("false") is True
+                    raise ValueError(f"{inverse!r} must be true or false, got {out[inverse]!r}")
+                out["symmetric"] = not out.pop(inverse)
+        sizes = [key for key in ("group_size", "q_group_size", "groupsize") if key in out]
+        if len(sizes) > 1:
+            raise ValueError("'group_size' is given twice (also under an alias)")
+        size = out[sizes[0]] if sizes else None
+        if size == -1:  # the field's sentinel for "per channel"
+            del out[sizes[0]]
+            if out.setdefault("strategy", "channel") != "channel":
+                raise ValueError(
+                    f"group_size=-1 means strategy 'channel', but strategy={out['strategy']!r}"
+                )
+        elif size is None:
+            out.setdefault("strategy", "channel")
+        else:
+            out.setdefault("strategy", "group")
+        return out
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if not 1 <= self.num_bits <= 8:
+            raise ValueError(f"num_bits must lie in 1..8, got {self.num_bits}")
+        if self.strategy == "group" and (self.group_size is None or self.group_size < 1):
+            raise ValueError(
+                f"strategy 'group' needs group_size >= 1 (or -1 for one scale per channel), "
+                f"got {self.group_size}"
+            )
+        if self.strategy != "group" and self.group_size is not None:
+            raise ValueError(
+                f"group_size={self.group_size} needs strategy 'group', got {self.strategy!r}"
+            )
+        return self
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> Self:
+        """Return a named scheme, with changes: Scheme.preset("W4A16", group_size=64)."""
+        if name.upper() not in PRESETS:
+            raise RecipeError(f"unknown scheme {name!r}{suggestion(name.upper(), PRESETS)}")
+        base = cls.model_validate(PRESETS[name.upper()])
+        return base.replace(**changes) if changes else base
+
+    def replace(self, **changes: Any) -> Self:
+        """Return a copy with changes, validated; a new group_size brings its strategy along."""
+        canonical = {self.aliases.get(key, key): value for key, value in changes.items()}
+        kept = self.model_dump()
+        if {"group_size", "strategy"} & canonical.keys():
+            kept.pop("strategy")
+            kept.pop("group_size")
+        if {"asym", "zero_point"} & canonical.keys():
+            kept.pop("symmetric")
+        return self.parse({**kept, **canonical}, "scheme")
+
+    @property
+    def format_name(self) -> str:
+        """The number format that the scheme uses, e.g. "int4"."""
+        return f"{self.type}{self.num_bits}"
+
+    def group_width(self, columns: int) -> int:
+        """Return how many columns of a row share a scale."""
+        if self.group_size is None:
+            return max(columns, 1)
+        return self.group_size
+
+    def groups(self, columns: int) -> int:
+        """Return how many groups a row has; the last one may be ragged."""
+        return -(-columns // self.group_width(columns)) if columns else 0
+
+    def scale_shape(self, rows: int, columns: int) -> tuple[int, int]:
+        """Return the shape of scales and zero points."""
+        return (1, 1) if self.strategy == "tensor" else (rows, self.groups(columns))
+
+    def storage_bits(self, rows: int, columns: int) -> dict[str, int]:
+        """Return the bits that codes, scales and zero points take in a file.
+
+        Each row of codes (and of zero points) is a bit stream padded to whole 32-bit words.
+
+        >>> Scheme.preset("W4A16").storage_bits(2, 256)
+        {'codes': 2048, 'scale': 64, 'zero_point': 0}
+        """
+        scale_rows, groups = self.scale_shape(rows, columns)
+        return {
+            "codes": rows * _padded(columns * self.num_bits),
+            "scale": scale_rows * groups * _SCALE_BITS[self.scale_dtype],
+            "zero_point": 0 if self.symmetric else scale_rows * _padded(groups * self.num_bits),
+        }
+
+    def bits_per_weight(self, rows: int, columns: int) -> float:
+        """Return the stored bits per weight, scales and zero points included."""
+        return sum(self.storage_bits(rows, columns).values()) / (rows * columns)
+
+    def describe(self) -> str:
+        """Return a short description, e.g. "int4 symmetric, group 64, minmax"."""
+        size = f" {self.group_size}" if self.group_size else ""
+        kind = "symmetric" if self.symmetric else "asymmetric"
+        return f"{self.format_name} {kind}, {self.strategy}{size}, {self.observer}"
+
+
+def _padded(bits: int) -> int:
+    return -(-bits // _WORD) * _WORD
+
+
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "W8A16": {"num_bits": 8, "strategy": "channel"},
+    "W4A16": {"num_bits": 4, "group_size": 128},
+    "W4A16_ASYM": {"num_bits": 4, "group_size": 128, "symmetric": False},
+    "W3A16": {"num_bits": 3, "group_size": 128},
+    "W2A16": {"num_bits": 2, "group_size": 128},
+}

@@ -1,0 +1,178 @@
+"""Step 1, weights: a Hugging Face folder, read lazily, tensor by tensor. Safetensors only.
+
+Nothing in a folder is trusted: an index must not point out of the folder, a shard must exist
+and be whole, and pickle files are never opened.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from qframe.errors import NonFiniteError, WeightsError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+_WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf", ".onnx",
+                    ".h5", ".msgpack"}
+_SIZES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1,
+          "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """Where a tensor lies, and what the header says of it."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Size of the data."""
+        size = _SIZES.get(self.dtype, 4)
+        for extent in self.shape:
+            size *= extent
+        return size
+
+
+class ModelFolder:
+    """A model folder in the layout of the Hugging Face Hub.
+
+    Raises WeightsError, naming file and remedy, when the folder is not what it should be.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise WeightsError(
+                f"{self.path}: no such folder; a model is a folder with config.json and "
+                f"*.safetensors"
+            )
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The content of config.json."""
+        return read_json(self.path / "config.json")
+
+    @cached_property
+    def tensors(self) -> Mapping[str, StoredTensor]:
+        """All tensors by name, from the headers alone."""
+        found: dict[str, StoredTensor] = {}
+        for file in self._files():
+            with _open(file) as handle:
+                for name in handle.keys():  # noqa: SIM118 - not a mapping
+                    view = handle.get_slice(name)
+                    if name in found:
+                        raise WeightsError(
+                            f"tensor {name!r} is both in {found[name].file.name} and {file.name}"
+                        )
+                    found[name] = StoredTensor(file, view.get_dtype(), tuple(view.get_shape()))
+        index = self.path / INDEX
+        if index.is_file():
+            promised = set(read_json(index)["weight_map"])
+            missing = sorted(promised - found.keys())
+            if missing:
+                raise WeightsError(
+                    f"{index}: tensor {missing[0]!r} is listed but in no shard "
+                    f"({len(missing)} missing); download the folder again"
+                )
+        return found
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return a tensor as stored. Raises NonFiniteError for NaN or infinity in it."""
+        with _open(self.tensors[name].file) as handle:
+            try:
+                tensor: torch.Tensor = handle.get_tensor(name)
+            except SafetensorError as error:
+                raise WeightsError(f"{self.tensors[name].file}: tensor {name!r}: {error}") from None
+        if tensor.is_floating_point() and tensor.element_size() > 1:
+            check_finite(tensor, f"{self.tensors[name].file}: tensor {name!r}")
+        return tensor
+
+    def side_files(self) -> list[Path]:
+        """Return every file that is not a weight: config, tokenizer, licence, ..."""
+        return sorted(
+            file
+            for file in self.path.iterdir()
+            if file.is_file() and file.suffix not in _WEIGHT_SUFFIXES and file.name != INDEX
+        )
+
+    def _files(self) -> list[Path]:
+        index = self.path / INDEX
+        if index.is_file():
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict) or not all(
+                isinstance(name, str) for name in weight_map.values()
+            ):
+                raise WeightsError(f"{index}: 'weight_map' must map tensor names to file names")
+            files = []
+            for name in sorted(set(weight_map.values())):
+                if Path(name).name != name or name in {"", ".", ".."}:
+                    raise WeightsError(
+                        f"{index}: file name {name!r} leads out of the folder; a shard must be a "
+                        f"plain file name. Do not use this folder if you do not trust its source"
+                    )
+                if not (self.path / name).is_file():
+                    raise WeightsError(
+                        f"{self.path / name}: shard is missing, though {INDEX} lists it; "
+                        f"download the folder again"
+                    )
+                files.append(self.path / name)
+            return files
+        if (self.path / SINGLE).is_file():
+            return [self.path / SINGLE]
+        pickles = sorted(file.name for pattern in _PICKLES for file in self.path.glob(pattern))
+        if pickles:
+            raise WeightsError(
+                f"{self.path}: only pickle weights ({pickles[0]}), which can run code when "
+                f"opened, so qframe does not; convert them to safetensors, e.g. with "
+                f"transformers' save_pretrained on a machine where you trust the file"
+            )
+        raise WeightsError(f"{self.path}: neither {SINGLE} nor {INDEX} in the folder")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return a JSON object from a file. Raises WeightsError naming the file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise WeightsError(f"{path}: no such file") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise WeightsError(f"{path}: not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise WeightsError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def check_finite(tensor: torch.Tensor, what: str) -> None:
+    """Raise NonFiniteError naming `what` and the first index that is NaN or infinite."""
+    # A sum is NaN or inf where any term is; only then is it worth looking at each one (a sum of
+    # finite terms may overflow too).
+    if bool(torch.isfinite(tensor.sum(dtype=torch.float64))):
+        return
+    bad = (~torch.isfinite(tensor)).nonzero()
+    if len(bad):
+        index = tuple(bad[0].tolist())
+        raise NonFiniteError(
+            f"{what} holds {float(tensor[index])} at index {list(index)} "
+            f"({len(bad)} non-finite of {tensor.numel()})"
+        )
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(str(file), framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(
+            f"{file}: not a whole safetensors file ({error}); it may be truncated: download it "
+            f"again"
+        ) from None
