@@ -149,15 +149,16 @@ def scale_rule(ideal: Numbers, scale_dtype: str) -> tuple[Array, Array]:
 
 
 def coverage(lo: Numbers, hi: Numbers, scale: Numbers, grid: Grid, *, symmetric: bool) -> Array:
-    """B1.f: how far a group may reach beyond [s (qmin - z), s (qmax - z)].
+    """B1.f: how far a group may reach beyond [s (qmin - z), s (qmax - z)] with minmax scales.
 
     A symmetric full grid is half a step short on the positive side; a rounded zero point shifts
-    the range by half a step. Beyond that only what the stored scale *measurably* lacks is excused:
-    levels times (d - s)+, with d the ideal scale.
+    the range by half a step. Beyond that a scale lacks no more than its two float32 roundings
+    take, because storage rounds up: levels times gamma_2 d, with d the ideal scale.
     """
     s, low = _array(scale), _array(lo)
     levels = grid.qmax - grid.qmin
-    lacking = np.maximum(ideal_scale(lo, hi, grid, symmetric=symmetric) - s, 0)
+    ideal = ideal_scale(lo, hi, grid, symmetric=symmetric)
+    lacking = gamma(3) * ideal + ETA["float32"]  # one more than 2, for the check's own rounding
     if symmetric:
         return _array(s * abs(grid.qmax + grid.qmin) / 2 + lacking * levels / 2)
     moved = gamma(2) * (np.abs(np.minimum(low, 0)) + s * abs(grid.qmin))
@@ -200,8 +201,8 @@ def gptq_residual(
     dtype            of the solver's sums
 
     The solver rounds w_j - sum_{k<j} delta_k F_kj: fewer than n products and sums, one rounding
-    of each delta, one of the quotient by s and one of the value, gamma_{n+3} in all; fewer than n + 1
-    products may underflow. To use F for U costs |delta| |F - U|, and the check's own sum is within
+    of each delta, one of the quotient by s and one of the value, gamma_{n+3} in all, and no more
+    than n + 1 underflows. To use F for U costs |delta| |F - U|, and the check's own sum is within
     gamma_n of float64. All is measured on what the solver did, nothing is assumed of H; that F is
     close to U is for another check.
     """
@@ -212,6 +213,25 @@ def gptq_residual(
     solver = gamma(n + 3, UNIT[dtype]) * (np.abs(w) + d @ np.abs(used)) + (n + 1) * ETA[dtype]
     checker = gamma(n, UNIT["float64"]) * (d + d @ np.abs(exact))
     return _array(solver + checker + d @ np.abs(used - exact))
+
+
+def gptq_factorization(
+    feedback: Numbers, diagonal: Numbers, loss: Numbers, dtype: str = "float64"
+) -> Array:
+    """B3.g: what factorizing H in `dtype` may move the residuals, where F itself is not at hand.
+
+    feedback, diagonal   U [n, n] and D [n] of the damped Hessian
+    loss                 delta H delta^T of each row, [rows]
+
+    A factor of H + dH moves r_j by up to 2 ||E||_F sqrt(loss / D_j), E = R^-1 dH R^-T with
+    R = U D^(1/2); Cholesky's is ||E||_F <= gamma_{n+2} || |R^-1||R||R^T||R^-T| ||_F (Higham,
+    theorem 10.3). Three times that for the published invert-then-factorize, which is not proved.
+    """
+    d = _array(diagonal)
+    upper = _array(feedback) * np.sqrt(d)
+    spread = np.abs(np.linalg.inv(upper)) @ np.abs(upper)
+    moved = 3 * gamma(len(d) + 2, UNIT[dtype]) * np.linalg.norm(spread @ spread.T)
+    return _array(2 * moved * np.sqrt(_array(loss)[:, None] / d))
 
 
 def gptq_certificate(

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -73,24 +73,27 @@ class CalibrationData:
         )
 
 
-def read_text(dataset: str) -> list[str]:
+def read_text(
+    dataset: str, part: Literal["calibration", "evaluation"] = "calibration"
+) -> list[str]:
     """Return the documents of a data set.
 
     dataset   "topics" (Python's own documentation, on every machine), a .txt, .jsonl (field
               "text") or .parquet file, a folder of such files, or hf:NAME
+    part      which of the two disjoint halves of "topics"; other data sets are taken whole
 
     Raises CalibrationError, or MissingExtraError for .parquet and hf: without the extra "data".
     """
     if dataset == "topics":
         from qframe.embedded import topics_text
 
-        return [topics_text()[0]]
+        return [topics_text()[part == "evaluation"]]
     if dataset.startswith("hf:"):
         return _from_hub(dataset.removeprefix("hf:"))
     path = Path(dataset)
     if path.is_dir():
         files = sorted(f for f in path.iterdir() if f.suffix in {".txt", ".jsonl", ".parquet"})
-        return [document for file in files for document in read_text(str(file))]
+        return [document for file in files for document in read_text(str(file), part)]
     if not path.is_file():
         raise CalibrationError(
             f"calibration dataset {dataset!r}: no such file or folder; give a .txt, .jsonl or "
@@ -152,10 +155,8 @@ def tokenize(folder: Path, documents: Iterable[str]) -> np.ndarray[Any, np.dtype
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise CalibrationError(f"{folder}: its tokenizer cannot be loaded: {error}") from None
-    parts = [
-        tokenizer(d, add_special_tokens=False, verbose=False)["input_ids"] for d in documents
-    ]
-    return np.concatenate([np.asarray(part, dtype=np.int64) for part in parts] or [[]])
+    parts = [tokenizer(d, add_special_tokens=False, verbose=False)["input_ids"] for d in documents]
+    return np.concatenate([np.zeros(0, np.int64), *(np.asarray(p, np.int64) for p in parts)])
 
 
 def _from_jsonl(path: Path) -> list[str]:

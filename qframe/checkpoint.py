@@ -36,7 +36,7 @@ from qframe.weights import INDEX, ModelFolder, read_json
 
 MANIFEST = "qframe.json"
 MANIFEST_VERSION = 1
-MAX_SHARD_BYTES = 4 << 30
+MAX_SHARD_BYTES = 1 << 30  # what waits in memory to be written
 
 
 class CheckpointWriter:
@@ -153,7 +153,10 @@ class CheckpointWriter:
             weight_map.update(dict.fromkeys(names, final))
         self.write_json(
             INDEX,
-            {"metadata": {"total_size": self._sizes}, "weight_map": dict(sorted(weight_map.items()))},
+            {
+                "metadata": {"total_size": self._sizes},
+                "weight_map": dict(sorted(weight_map.items())),
+            },
         )
 
 
@@ -208,9 +211,7 @@ def load(
                     source.read(f"{name}.bias").float(), requires_grad=False
                 )
         else:
-            bias_values = (
-                source.read(f"{name}.bias").float() if f"{name}.bias" in stored else None
-            )
+            bias_values = source.read(f"{name}.bias").float() if f"{name}.bias" in stored else None
             module = replace_module(module, name, QuantizedLinear(packed, bias_values, scale))
     _load_rest(module, source)
     return module.eval()
@@ -269,7 +270,7 @@ def packed_layers(
             rows=int(record["rows"]),
             columns=int(record["columns"]),
             scheme=Scheme.parse(record["scheme"], f"{source.path / MANIFEST}: layer {name!r}"),
-            grid=Grid(*record["grid"]),
+            grid=Grid(**record["grid"]),
         )
         scale_name = f"{prefix}input_scale"
         scale = source.read(scale_name) if scale_name in source.tensors else None
@@ -280,4 +281,3 @@ def sha256(file: Path) -> str:
     """Return the sha256 of a file."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-

@@ -1,4 +1,6 @@
-"""One error class per broken promise. Every message names what was wrong, what was expected, what to do.
+"""One error class per broken promise.
+
+Every message names what was wrong, what was expected, and what to do.
 
 The command line turns an error into one screen of text and its `exit_code`:
 2 for a request that cannot be carried out as asked, 3 for numbers that are not right,

@@ -7,6 +7,7 @@ Conv1D. A network without such lists, an nn.Sequential say, is one block.
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections import Counter
 from collections.abc import Container, Iterator, Mapping
@@ -97,8 +98,12 @@ class Network:
 
     def parameter_names(self, module: nn.Module) -> dict[str, str]:
         """Return full parameter name -> name in the files, for a module and its children."""
-        names = (f"{self._paths[c]}.{key}".lstrip(".") for c in module.modules()
-                 for key, value in c._parameters.items() if value is not None)
+        names = (
+            f"{self._paths[c]}.{key}".lstrip(".")
+            for c in module.modules()
+            for key, value in c._parameters.items()
+            if value is not None
+        )
         return {name: self._stored[name] for name in names}
 
     def _materialize(self, child: nn.Module, key: str, expected: nn.Parameter) -> nn.Parameter:
@@ -163,6 +168,13 @@ class QuantizedLinear(nn.Module):
     input_scale   [columns] from a rewrite, or None
     """
 
+    weight_packed: torch.Tensor
+    weight_scale: torch.Tensor
+    weight_zero_point: torch.Tensor | None
+    weight_g_idx: torch.Tensor | None
+    bias: torch.Tensor | None
+    input_scale: torch.Tensor | None
+
     def __init__(
         self,
         packed: PackedWeight,
@@ -170,12 +182,23 @@ class QuantizedLinear(nn.Module):
         input_scale: torch.Tensor | None = None,
     ) -> None:
         super().__init__()
-        self.packed = packed
+        self._layout = packed
         self.in_features, self.out_features = packed.columns, packed.rows
-        for suffix, tensor in packed.tensors().items():
-            self.register_buffer(suffix, tensor)
+        for suffix in ("weight_packed", "weight_scale", "weight_zero_point", "weight_g_idx"):
+            self.register_buffer(suffix, packed.tensors().get(suffix))
         self.register_buffer("bias", bias)
         self.register_buffer("input_scale", input_scale)
+
+    @property
+    def packed(self) -> PackedWeight:
+        """The weight as it is stored, made of this module's buffers."""
+        return dataclasses.replace(
+            self._layout,
+            words=self.weight_packed,
+            scale=self.weight_scale,
+            zero_point=self.weight_zero_point,
+            group_index=self.weight_g_idx,
+        )
 
     @property
     def weight(self) -> torch.Tensor:
@@ -190,7 +213,7 @@ class QuantizedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """Show shape and scheme when the network is printed."""
-        return f"{self.in_features}, {self.out_features}, {self.packed.scheme.describe()}"
+        return f"{self.in_features}, {self.out_features}, {self._layout.scheme.describe()}"
 
 
 def replace_module(network: nn.Module, name: str, new: nn.Module) -> nn.Module:

@@ -101,7 +101,7 @@ class Recipe(Strict):
                 try:
                     re.compile(pattern.removeprefix("re:"))
                 except re.error as error:
-                    raise ValueError(f"pattern {pattern!r} is no regular expression: {error}") from None
+                    raise ValueError(f"pattern {pattern!r}: {error}") from None
         return self
 
     @classmethod
@@ -289,7 +289,8 @@ def check_supported(method: Method, plan: Plan, host: Host) -> None:
     """Raise UnsupportedError listing every layer whose scheme the method or formats refuse."""
     objections: dict[str, list[str]] = {}
     for name, scheme in plan.schemes.items():
-        for part in (*method.handlers, method.rounder):
+        parts: tuple[OutlierHandler | Rounder, ...] = (*method.handlers, method.rounder)
+        for part in parts:
             reason = part.capabilities.objection(scheme)
             if reason:
                 objections.setdefault(f"{part.name}: {reason}", []).append(name)
@@ -305,5 +306,3 @@ def check_supported(method: Method, plan: Plan, host: Host) -> None:
                 for reason, names in objections.items()
             )
         )
-
-

@@ -151,7 +151,7 @@ def _grouped(weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     Zeros change neither a symmetric extent nor a range that holds 0, and have no error.
     """
     if scheme.strategy == "tensor":
-        return weight.reshape(1, 1, -1)
+        return (weight if weight.numel() else weight.new_zeros(1)).reshape(1, 1, -1)
     rows, columns = weight.shape
     width, groups = scheme.group_width(columns), scheme.groups(columns)
     if groups * width != columns:

@@ -87,8 +87,8 @@ def main() -> None:
     options = arguments()
     tokens = np.load(options.tokens)
     if tokens.ndim != 2 or tokens.dtype != np.int64:
-        raise SystemExit(f"{options.tokens}: expected int64 [windows, length], got {tokens.dtype} "
-                         f"{list(tokens.shape)}")  # fmt: skip
+        found = f"{tokens.dtype} {list(tokens.shape)}"
+        raise SystemExit(f"{options.tokens}: expected int64 [windows, length], found {found}")
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
     model.eval()
     weights = {

@@ -139,8 +139,9 @@ class RunReport:
                 }
             )
         stream = io.StringIO()
-        writer = csv.DictWriter(stream, fieldnames=list(rows[0]) if rows else ["name"],
-                                lineterminator="\n")
+        writer = csv.DictWriter(
+            stream, fieldnames=list(rows[0]) if rows else ["name"], lineterminator="\n"
+        )
         writer.writeheader()
         writer.writerows(rows)
         return stream.getvalue()

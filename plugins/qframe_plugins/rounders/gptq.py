@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from qframe_plugins.kernels.numba_cpu.cholesky import Feedback
+
 
 @dataclass(frozen=True)
 class GPTQ:
@@ -85,40 +87,53 @@ class GPTQ:
                 f"another method with an override, or text that reaches it"
             )
         hessian, dead = revive(problem.statistics["hessian"])
-        columns = weight.shape[1]
+        rows, columns = weight.shape
         order = torch.arange(columns)
         if self.actorder is not None:
             order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-        factor, damp = self._factorize(hessian[order][:, order], problem)
-        permuted = weight[:, order].contiguous()
-
-        dynamic = scheme.strategy == "group" and not (
-            self.actorder == "static" or self.static_groups
-        )
-        if dynamic:
-            codes, scale, zero_point = solver.solve_dynamic(permuted, factor, scheme, grid)
-            rounding.check_scales(scale, scheme, problem.name)
-        else:
-            scale, zero_point = rounding.fit_scales(weight, scheme, grid, name=problem.name)
-        # Which group a column belongs to: by place in the processing order, or as stored.
+        feedback, damp = self._factorize(hessian[order][:, order], problem)
+        permuted = weight[:, order].contiguous().numpy()
+        # A column's group goes by its place in the processing order, or by where it is stored.
         index = rounding.group_index(columns, scheme)
         if self.actorder == "group":
             index = torch.empty_like(index).scatter_(0, order, index)
-        if not dynamic:
-            codes = solver.solve_static(permuted, factor, scale, zero_point, index[order], grid)
-        codes = torch.empty_like(codes).scatter_(1, order.expand_as(codes), codes)
 
-        events = ()
-        if damp > self.dampening_frac:
-            events = (
-                Event(
-                    kind="damping raised",
-                    layer=problem.name,
-                    message=f"dampening_frac {self.dampening_frac:g} failed, {damp:g} was used",
-                ),
+        if scheme.strategy == "group" and not (self.actorder == "static" or self.static_groups):
+            codes, scales, zeros = solver.solve_dynamic(
+                permuted,
+                feedback,
+                scheme.group_width(columns),
+                grid.qmin,
+                grid.qmax,
+                symmetric=scheme.symmetric,
+                scale_dtype=scheme.scale_dtype,
+                observer=scheme.observer,
             )
+            scale, zero_point = torch.from_numpy(scales), torch.from_numpy(zeros)
+            rounding.check_scales(scale, scheme, problem.name)
+        else:
+            grouped = weight
+            if self.actorder == "group":  # groups of columns that follow one another in the order
+                grouped = weight[:, order]
+            scale, zero_point = rounding.fit_scales(grouped, scheme, grid, name=problem.name)
+            codes = solver.solve_static(
+                permuted,
+                feedback,
+                scale.numpy(),
+                zero_point.numpy(),
+                index[order].numpy(),
+                grid.qmin,
+                grid.qmax,
+            )
+        stored = torch.empty((rows, columns), dtype=torch.int16)
+        stored[:, order] = torch.from_numpy(codes)
+
+        events: tuple[Event, ...] = ()
+        if damp > self.dampening_frac:
+            message = f"dampening_frac {self.dampening_frac:g} failed, {damp:g} was used"
+            events = (Event(kind="damping raised", layer=problem.name, message=message),)
         return QuantizedWeight(
-            codes=codes,
+            codes=stored,
             scale=scale,
             zero_point=zero_point,
             group_index=index,
@@ -127,24 +142,25 @@ class GPTQ:
             events=events,
         )
 
-    def _factorize(self, hessian: torch.Tensor, problem: RoundingProblem) -> tuple[object, float]:
+    def _factorize(self, hessian: torch.Tensor, problem: RoundingProblem) -> tuple[Feedback, float]:
         """Return the feedback of the damped Hessian, and the damping that worked."""
         from qframe_plugins.kernels.numba_cpu import cholesky
 
-        damp, tried = self.dampening_frac, []
+        damp, mean = self.dampening_frac, float(hessian.diagonal().mean())
+        tried: list[str] = []
         while True:
             damped = hessian.clone()
-            damped.diagonal().add_(damp * float(hessian.diagonal().mean()))
-            factor = cholesky.feedback(damped.numpy())
-            if factor is not None:
-                return factor, damp
-            tried.append(damp)
+            damped.diagonal().add_(damp * mean)
+            try:
+                return cholesky.feedback(damped.numpy()), damp
+            except cholesky.NotPositiveDefiniteError:
+                tried.append(f"{damp:g}")
             if damp >= self.dampening_cap:
                 raise HessianError(
                     f"layer {problem.name!r}: the Hessian of {problem.tokens} tokens and "
                     f"{len(hessian)} columns is not positive definite with any dampening_frac "
-                    f"of {', '.join(f'{d:g}' for d in tried)}; use more calibration text or a "
-                    f"higher dampening_cap"
+                    f"of {', '.join(tried)}; use more calibration text or a higher "
+                    f"dampening_cap"
                 )
             damp = min(damp * 10, self.dampening_cap)
 

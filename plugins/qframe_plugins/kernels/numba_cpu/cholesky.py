@@ -24,19 +24,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import numba
 import numpy as np
 import numpy.typing as npt
-from numba import prange
 
 from qframe_plugins.kernels.numba_cpu.simd import (
     QUAD,
     STRIPE_BYTES,
     claim,
     kernel,
-    parallel_kernel,
     tile_sub,
 )
+from qframe_plugins.kernels.numba_cpu.threads import share
 
 BLOCK = 128  # rows of F that are stored together
 DEPTH = 64  # columns of F that are stored together: what a tile reads in one go
@@ -108,11 +106,15 @@ def feedback(
     # Block row i holds (i + 1) BLOCK / DEPTH blocks.
     packed = np.empty((blocks * (blocks + 1) // 2 * (BLOCK // DEPTH) * _BLOCK_ROWS, QUAD), "f4")
     pivots = np.empty(rows, np.float64)
-    failed = _factorize(
-        np.ascontiguousarray(hessian), factor, packed, pivots, numba.get_num_threads()
-    )
-    if failed >= 0:
-        raise NotPositiveDefiniteError(int(failed))
+    hessian = np.require(hessian, requirements="CW")
+    for top in range((rows - 1) // _STEP * _STEP, -1, -_STEP):
+        bottom = min(top + _STEP, rows)
+        panels = -(-bottom // lanes)
+        share(_share_known, panels, hessian, factor, top, bottom, rows)
+        failed = _factorize_diagonal(factor, pivots, top, bottom, rows)
+        if failed >= 0:
+            raise NotPositiveDefiniteError(failed)
+        share(_share_solve, panels, factor, packed, top, bottom, rows)
     return Feedback(columns, packed, pivots[:columns])
 
 
@@ -234,35 +236,26 @@ def _pack(factor, packed, panel, top, bottom, rows):  # type: ignore[no-untyped-
                     packed[to + j, m] = 0
 
 
-@parallel_kernel
-def _factorize(hessian, factor, packed, pivots, workers):  # type: ignore[no-untyped-def]
-    """Fill `packed` and `pivots`; return the column of a bad pivot, or -1."""
-    rows, lanes = pivots.shape[0], factor.shape[1]
-    failed = -1
-    steps = (rows + _STEP - 1) // _STEP
-    tasks = np.zeros(2 * steps, np.int64)
-    for step in range(steps):
-        top = (steps - 1 - step) * _STEP
-        bottom = min(top + _STEP, rows)
-        panels = (bottom + lanes - 1) // lanes
-        known = tasks[2 * step : 2 * step + 1]
-        solved = tasks[2 * step + 1 : 2 * step + 2]
-        for _ in prange(workers):
-            panel = claim(known)
-            while panel < panels:
-                _subtract_known(hessian, factor, panel, top, bottom, rows)
-                panel = claim(known)
-        failed = _factorize_diagonal(factor, pivots, top, bottom, rows)
-        if failed >= 0:
-            break
-        for _ in prange(workers):
-            panel = claim(solved)
-            while panel * lanes < top + _STEP:
-                if panel * lanes < top:
-                    for i in range(bottom - QUAD, top - 1, -QUAD):
-                        _eliminate(factor, panel, i, bottom, rows)
-                        for row in range(i + QUAD - 1, i - 1, -1):
-                            _finish_row(factor, panel, row, rows)
-                _pack(factor, packed, panel, top, bottom, rows)
-                panel = claim(solved)
-    return failed
+@kernel
+def _share_known(counter, hessian, factor, top, bottom, rows):  # type: ignore[no-untyped-def]
+    """Claim panels, and subtract from their rows top..bottom what the rows below contribute."""
+    lanes = factor.shape[1]
+    panel = claim(counter)
+    while panel * lanes < bottom:
+        _subtract_known(hessian, factor, panel, top, bottom, rows)
+        panel = claim(counter)
+
+
+@kernel
+def _share_solve(counter, factor, packed, top, bottom, rows):  # type: ignore[no-untyped-def]
+    """Claim panels, and finish and pack their rows top..bottom."""
+    lanes = factor.shape[1]
+    panel = claim(counter)
+    while panel * lanes < top + _STEP:
+        if panel * lanes < top:
+            for i in range(bottom - QUAD, top - 1, -QUAD):
+                _eliminate(factor, panel, i, bottom, rows)
+                for row in range(i + QUAD - 1, i - 1, -1):
+                    _finish_row(factor, panel, row, rows)
+        _pack(factor, packed, panel, top, bottom, rows)
+        panel = claim(counter)

@@ -15,10 +15,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-import numba
 import numpy as np
 import numpy.typing as npt
-from numba import prange
 
 from qframe_plugins.kernels.numba_cpu.cholesky import BLOCK, DEPTH, Feedback, feedback_row
 from qframe_plugins.kernels.numba_cpu.scales import SCALE_DTYPES, panel_minmax, panel_mse
@@ -27,9 +25,11 @@ from qframe_plugins.kernels.numba_cpu.simd import (
     QUAD,
     claim,
     kernel,
-    parallel_kernel,
+    prefetch,
     tile_add,
+    transpose16,
 )
+from qframe_plugins.kernels.numba_cpu.threads import share
 
 Float32 = npt.NDArray[np.float32]
 Int16 = npt.NDArray[np.int16]
@@ -68,7 +68,9 @@ def solve_static(
     codes = np.empty((rows, columns), np.int16)
     scale = np.require(np.broadcast_to(scale, (rows, scale.shape[1])), requirements="CW")
     zero_point = np.require(np.broadcast_to(zero_point, scale.shape), requirements="CW")
-    _solve(
+    share(
+        _share_panels,
+        -(-rows // LANES),
         np.require(weight, requirements="CW"),
         feedback.packed,
         (np.int64(qmin), np.int64(qmax), False, np.int64(0)),
@@ -78,7 +80,6 @@ def solve_static(
         scale,
         zero_point,
         codes,
-        numba.get_num_threads(),
     )
     return codes
 
@@ -117,7 +118,9 @@ def solve_dynamic(
     codes = np.empty((rows, columns), np.int16)
     scale = np.empty((rows, groups), np.float32)
     zero_point = np.empty((rows, groups), np.int16)
-    _solve(
+    share(
+        _share_panels,
+        -(-rows // LANES),
         np.require(weight, requirements="CW"),
         feedback.packed,
         (np.int64(qmin), np.int64(qmax), bool(symmetric), np.int64(SCALE_DTYPES[scale_dtype])),
@@ -127,7 +130,6 @@ def solve_dynamic(
         scale,
         zero_point,
         codes,
-        numba.get_num_threads(),
     )
     return codes, scale, zero_point
 
@@ -143,8 +145,9 @@ def _check_weight(weight: Float32, feedback: Feedback, qmin: int, qmax: int) -> 
     return weight.shape
 
 
-# In a task: t [any, LANES] holds targets, one stripe per column from column `base` on; d
-# [columns, LANES] holds w - q; ready[quad] says up to which j the sums of a quad's stripes go.
+# In a task: w, t, y [any, LANES] hold weights and targets, a stripe per column from column `base`
+# (a multiple of QUAD) on; d [columns, LANES] holds w - q; ready[quad] says up to which j the sums
+# of a quad's targets go. A tile also updates targets that are already used up: no harm is done.
 
 
 @kernel
@@ -159,9 +162,22 @@ def _catch_up(t, base, packed, d, first, last, start, stop):  # type: ignore[no-
 
 
 @kernel
-def _next_target(t, base, packed, d, column, ready):  # type: ignore[no-untyped-def]
-    """Complete the target of `column`. The rest of its quad comes along."""
-    quad = column - column % QUAD
+def _block_end(start, last):  # type: ignore[no-untyped-def]
+    """Return where the block that begins at `start` ends: all in one, or between two quads."""
+    return last if last - start <= BLOCK else start - start % QUAD + BLOCK
+
+
+@kernel
+def _begin_block(t, base, packed, d, first, start, stop, ready):  # type: ignore[no-untyped-def]
+    """Bring the targets of columns start..stop from sums up to `first` to sums up to `start`."""
+    _catch_up(t, base, packed, d, start, stop, first, start)
+    for quad in range(start - start % QUAD, stop, QUAD):
+        ready[(quad - base) // QUAD] = start
+
+
+@kernel
+def _bring_to(t, base, packed, d, quad, column, ready):  # type: ignore[no-untyped-def]
+    """Bring the targets of one quad to sums up to `column`."""
     place = (quad - base) // QUAD
     _catch_up(t, base, packed, d, quad, quad + QUAD, ready[place], column)
     ready[place] = column
@@ -169,126 +185,130 @@ def _next_target(t, base, packed, d, column, ready):  # type: ignore[no-untyped-
 
 @kernel
 def _look_ahead(y, w, base, packed, d, first, last, ready):  # type: ignore[no-untyped-def]
-    """Turn targets y, complete up to `first`, into the compensated weights of first..last.
+    """Turn targets y with sums up to `first` into the compensated weights of first..last.
 
     The sums so far lack what GPTQ's update has: the later columns also follow the earlier
-    compensated ones. Hence the recursion is run on without rounding; d is scratch.
+    compensated ones. Hence the recursion is run on without rounding. ready and d are scratch.
     """
-    for start in range(first, last, BLOCK):
-        stop = min(start + BLOCK, last)
-        _catch_up(y, base, packed, d, start, stop, first, start)
-        for quad in range(start - start % QUAD, stop, QUAD):
-            ready[(quad - base) // QUAD] = start
+    start = first
+    while start < last:
+        stop = _block_end(start, last)
+        _begin_block(y, base, packed, d, first, start, stop, ready)
         for column in range(start, stop):
-            _next_target(y, base, packed, d, column, ready)
+            _bring_to(y, base, packed, d, column - column % QUAD, column, ready)
             for lane in range(LANES):
                 d[column, lane] = w[column - base, lane] - y[column - base, lane]
+        start = stop
 
 
 @kernel
-def _round(t, w, d, code, scale, zero, qmin, qmax):  # type: ignore[no-untyped-def]
-    """Round one column t [LANES] to codes, and set d = w - value."""
+def _round(t, w, d, codes, place, column, scale, zero, qmin, qmax):  # type: ignore[no-untyped-def]
+    """Round the targets of one column to codes, and set d = w - value."""
     for lane in range(LANES):
-        q = np.rint(t[lane] / scale[lane]) + zero[lane]
+        q = np.rint(t[place, lane] / scale[lane]) + zero[lane]
         # In this order a NaN becomes qmin and not an undefined integer.
         q = q if q > qmin else qmin
         q = q if q < qmax else qmax
-        code[lane] = np.int16(np.int32(q))
-        d[lane] = w[lane] - scale[lane] * (q - zero[lane])
+        codes[place, lane] = np.int16(np.int32(q))
+        d[column, lane] = w[place, lane] - scale[lane] * (q - zero[lane])
 
 
 @kernel
 def _load(weight, row, first, last, base, w, t):  # type: ignore[no-untyped-def]
     """Set w and t to the weights of columns first..last and LANES rows, a stripe per column."""
     live = min(LANES, weight.shape[0] - row)
-    for column in range(first, last):
-        for lane in range(live, LANES):
-            w[column - base, lane] = 0
     for left in range(first, last, 16):
-        for lane in range(live):
-            for column in range(left, min(left + 16, last)):
-                w[column - base, lane] = weight[row + lane, column]
-    for column in range(first, last):
-        t[column - base] = w[column - base]
+        right = min(left + 16, last)
+        for lane in range(0, LANES, 16):
+            if right - left == 16 and live - lane >= 16:
+                transpose16(w, left - base, lane, weight, row + lane, left)
+            else:
+                for place in range(left - base, right - base):
+                    for i in range(lane, lane + 16):
+                        w[place, i] = weight[row + i, base + place] if i < live else 0
+    for lane in range(live):
+        for column in range(last, 2 * last - first, LANES):
+            prefetch(weight, row + lane, column)
+    for place in range(first - base, last - base):
+        for lane in range(LANES):
+            t[place, lane] = w[place, lane]
 
 
 @kernel
-def _solve_panel(  # type: ignore[no-untyped-def]
-    weight, packed, grid, group_size, mse, groups, scales, zeros, codes, row, d, w, t, y, ready
+def _store(codes, row, first, last, base, out):  # type: ignore[no-untyped-def]
+    """Write the codes of columns first..last and LANES rows."""
+    live = min(LANES, out.shape[0] - row)
+    for left in range(first, last, 16):
+        right = min(left + 16, last)
+        for lane in range(0, live, 16):
+            if right - left == 16 and live - lane >= 16:
+                transpose16(out, row + lane, left, codes, left - base, lane)
+            else:
+                for i in range(lane, min(lane + 16, live)):
+                    for column in range(left, right):
+                        out[row + i, column] = codes[column - base, i]
+
+
+@kernel
+def _share_panels(  # type: ignore[no-untyped-def]
+    counter, weight, packed, grid, group_size, mse, groups, scales, zeros, out
 ):
-    """Solve the rows row..row + LANES. group_size 0: scales and zeros are given."""
+    """Claim panels of LANES rows, and solve them. group_size 0: scales and zeros are given."""
     rows, columns = weight.shape
-    live = min(LANES, rows - row)
     qmin, qmax = np.float32(grid[0]), np.float32(grid[1])
-    scale, zero = np.ones(LANES, np.float32), np.zeros(LANES, np.float32)
-    code = np.empty((BLOCK, LANES), np.int16)
     # A segment starts with complete sums. It holds whole groups, to look ahead in.
     segment = BLOCK
     if group_size > 0:
         segment = group_size * max(1, BLOCK // group_size)
-    for first in range(0, columns, segment):
-        last = min(first + segment, columns)
-        base = first - first % QUAD
-        _load(weight, row, first, last, base, w, t)
-        _catch_up(t, base, packed, d, first, last, 0, first)
-        for start in range(first, last, BLOCK):
-            stop = min(start + BLOCK, last)
-            _catch_up(t, base, packed, d, start, stop, first, start)
-            for quad in range(start - start % QUAD, stop, QUAD):
-                ready[(quad - base) // QUAD] = start
-            for column in range(start, stop):
-                group = groups[column]
-                if group_size > 0:
-                    if column % group_size == 0:
-                        end = min(column + group_size, columns)
-                        for quad in range(column - column % QUAD, min(end, stop), QUAD):
-                            _catch_up(t, base, packed, d, quad, quad + QUAD, ready[(quad - base) // QUAD], column)
-                            ready[(quad - base) // QUAD] = column
-                        for c in range(column, end):
-                            y[c - base] = t[c - base]
-                        
-                        if column > 0:
-                            _look_ahead(y, w, base, packed, d, column, end, ready[:].copy())
-                        if mse:
-                            panel_mse(y, column - base, end - column, grid, scale, zero)
+    width = segment + 2 * QUAD
+    d = np.empty((columns + QUAD, LANES), np.float32)
+    w = np.empty((width, LANES), np.float32)
+    t = np.empty((width, LANES), np.float32)
+    y = np.empty((width, LANES), np.float32)
+    codes = np.empty((width, LANES), np.int16)
+    ready = np.empty(width // QUAD, np.int64)
+    ahead = np.empty(width // QUAD, np.int64)
+    scale, zero = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+    row = claim(counter) * LANES
+    while row < rows:
+        live = min(LANES, rows - row)
+        for lane in range(LANES):
+            scale[lane], zero[lane] = 1, 0
+        for first in range(0, columns, segment):
+            last = min(first + segment, columns)
+            base = first - first % QUAD
+            _load(weight, row, first, last, base, w, t)
+            _catch_up(t, base, packed, d, first, last, 0, first)
+            start = first
+            while start < last:
+                stop = _block_end(start, last)
+                _begin_block(t, base, packed, d, first, start, stop, ready)
+                for column in range(start, stop):
+                    group = groups[column]
+                    if column == 0 or group != groups[column - 1]:
+                        if group_size > 0:
+                            end = min(column + group_size, columns)
+                            if column > first:  # else all sums go up to `first`
+                                for quad in range(column - column % QUAD, end, QUAD):
+                                    _bring_to(t, base, packed, d, quad, column, ready)
+                            for place in range(column - base, end - base):
+                                for lane in range(LANES):
+                                    y[place, lane] = t[place, lane]
+                            if column > 0:
+                                _look_ahead(y, w, base, packed, d, column, end, ahead)
+                            if mse:
+                                panel_mse(y, column - base, end - column, grid, scale, zero)
+                            else:
+                                panel_minmax(y, column - base, end - column, grid, scale, zero)
+                            for lane in range(live):
+                                scales[row + lane, group] = scale[lane]
+                                zeros[row + lane, group] = np.int16(np.int32(zero[lane]))
                         else:
-                            panel_minmax(y, column - base, end - column, grid, scale, zero)
-                        for lane in range(live):
-                            scales[row + lane, group] = scale[lane]
-                            zeros[row + lane, group] = np.int16(np.int32(zero[lane]))
-                elif column == 0 or group != groups[column - 1]:
-                    for lane in range(live):
-                        scale[lane] = scales[row + lane, group]
-                        zero[lane] = np.float32(zeros[row + lane, group])
-                _next_target(t, base, packed, d, column, ready)
-                _round(
-                    t[column - base], w[column - base], d[column], code[column - start], scale, zero, qmin, qmax
-                )
-            for left in range(start, stop, 32):
-                for lane in range(live):
-                    for column in range(left, min(left + 32, stop)):
-                        codes[row + lane, column] = code[column - start, lane]
-
-
-@parallel_kernel
-def _solve(  # type: ignore[no-untyped-def]
-    weight, packed, grid, group_size, mse, groups, scales, zeros, codes, workers
-):
-    """Solve all panels of LANES rows; see `_solve_panel`."""
-    rows, columns = weight.shape
-    panels = (rows + LANES - 1) // LANES
-    tasks = np.zeros(1, np.int64)
-    for _ in prange(workers):
-        width = max(group_size, BLOCK) + 2 * QUAD
-        d = np.empty((columns + QUAD, LANES), np.float32)
-        w = np.empty((width, LANES), np.float32)
-        t = np.empty((width, LANES), np.float32)
-        y = np.empty((width, LANES), np.float32)
-        ready = np.empty(width // QUAD + 1, np.int64)
-        panel = claim(tasks)
-        while panel < panels:
-            _solve_panel(
-                weight, packed, grid, group_size, mse, groups, scales, zeros, codes,
-                panel * LANES, d, w, t, y, ready,
-            )
-            panel = claim(tasks)
+                            for lane in range(live):
+                                scale[lane] = scales[row + lane, group]
+                                zero[lane] = np.float32(zeros[row + lane, group])
+                    _bring_to(t, base, packed, d, column - column % QUAD, column, ready)
+                    _round(t, w, d, codes, column - base, column, scale, zero, qmin, qmax)
+                start = stop
+            _store(codes, row, first, last, base, out)
+        row = claim(counter) * LANES

@@ -44,12 +44,6 @@ def kernel(function: Function) -> Function:
     return njit(cache=True, nogil=True, error_model="numpy")(function)
 
 
-def parallel_kernel(function: Function) -> Function:
-    """Compile `function` like `kernel`, with its `prange` loops shared among threads."""
-    function.__qualname__ += f"_{KERNEL_ABI}"
-    return njit(cache=True, nogil=True, error_model="numpy", parallel=True)(function)
-
-
 def _vector_bytes(context: Any) -> tuple[int, int]:
     """Return the bytes of a vector register and how many of them a tile row may use at once.
 
@@ -170,3 +164,79 @@ def claim(typing: Any, counter: Any) -> Any:
         return builder.atomic_rmw("add", data, ir.IntType(64)(1), "monotonic")
 
     return types.int64(counter), emit
+
+
+@intrinsic
+def transpose16(
+    typing: Any, c: Any, c_row: Any, c_column: Any, a: Any, a_row: Any, a_column: Any
+) -> Any:
+    """Set c[c_row + j, c_column + i] = a[a_row + i, a_column + j] for i, j < 16.
+
+    c, a   [any, any], C-contiguous, of one dtype
+    """
+    index = types.int64
+    signature = types.void(c, index, index, a, index, index)
+    bits, size = c.dtype.bitwidth, 16
+
+    def emit(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        c, c_row, c_column, a, a_row, a_column = values
+        int64, int32 = ir.IntType(64), ir.IntType(32)
+        element = ir.IntType(bits)
+        vector = ir.VectorType(element, size)
+
+        def rows(position: int, value: Any, row: Any, column: Any) -> list[Any]:
+            array = context.make_array(signature.args[position])(context, builder, value)
+            width = cgutils.unpack_tuple(builder, array.shape, 2)[1]
+            places = []
+            for i in range(size):
+                offset = builder.add(builder.mul(builder.add(row, int64(i)), width), column)
+                place = builder.gep(array.data, [offset], source_etype=element)
+                places.append(builder.bitcast(place, vector.as_pointer()))
+            return places
+
+        block = [
+            builder.load(place, align=bits // 8, typ=vector)
+            for place in rows(3, a, a_row, a_column)
+        ]
+        # Swap off-diagonal squares of side 8, 4, 2, 1 within squares of twice that side.
+        for side in (8, 4, 2, 1):
+            upper = [j if not j & side else size + j - side for j in range(size)]
+            lower = [j + side if not j & side else size + j for j in range(size)]
+            masks = [ir.Constant(ir.VectorType(int32, size), mask) for mask in (upper, lower)]
+            for i in range(size):
+                if not i & side:
+                    pair = block[i], block[i + side]
+                    block[i], block[i + side] = (
+                        builder.shuffle_vector(*pair, mask) for mask in masks
+                    )
+        for row, place in zip(block, rows(0, c, c_row, c_column), strict=True):
+            builder.store(row, place, align=bits // 8)
+        return context.get_dummy_value()
+
+    return signature, emit
+
+
+@intrinsic
+def prefetch(typing: Any, a: Any, row: Any, column: Any) -> Any:
+    """Ask for STRIPE_BYTES from a[row, column] on, in L2. A hint: any address will do."""
+
+    def emit(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        a, row, column = values
+        array = context.make_array(signature.args[0])(context, builder, a)
+        width = cgutils.unpack_tuple(builder, array.shape, 2)[1]
+        item, byte, int32 = signature.args[0].dtype.bitwidth // 8, ir.IntType(8), ir.IntType(32)
+        offset = builder.mul(builder.add(builder.mul(row, width), column), ir.IntType(64)(item))
+        start = builder.gep(
+            builder.bitcast(array.data, byte.as_pointer()), [offset], source_etype=byte
+        )
+        hint = cgutils.get_or_insert_function(
+            builder.module,
+            ir.FunctionType(ir.VoidType(), [start.type, int32, int32, int32]),
+            "llvm.prefetch.p0",
+        )
+        for line in range(0, STRIPE_BYTES, 64):
+            place = builder.gep(start, [ir.IntType(64)(line)], source_etype=byte)
+            builder.call(hint, [place, int32(0), int32(2), int32(1)])
+        return context.get_dummy_value()
+
+    return types.void(a, types.int64, types.int64), emit

@@ -1,0 +1,41 @@
+"""Run one kernel on several threads that share its tasks.
+
+A kernel that takes tasks from a counter (`simd.claim`) until none is left may run on any number
+of threads at once. These are plain Python threads, for the kernels release the GIL: unlike
+numba's `prange` that costs no extra compilation, is safe to call from several threads and under
+fork, never spins at a barrier, and a busy core delays one task and not half of them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numba
+import numpy as np
+
+_pools: dict[int, ThreadPoolExecutor] = {}
+
+# A child of fork has the executors but not their threads.
+os.register_at_fork(after_in_child=_pools.clear)
+
+
+def share(kernel: Callable[..., Any], tasks: int, *operands: Any) -> None:
+    """Call kernel(counter, *operands) on as many threads as numba may use, and wait for all.
+
+    tasks     how many there are: no more threads than that are woken
+    counter   [1] int64, zero: what the kernel claims its tasks from
+    """
+    counter = np.zeros(1, np.int64)
+    helpers = min(numba.get_num_threads(), tasks) - 1
+    if helpers < 1:
+        kernel(counter, *operands)
+        return
+    if helpers not in _pools:
+        _pools[helpers] = ThreadPoolExecutor(helpers, thread_name_prefix="qframe-kernel")
+    futures = [_pools[helpers].submit(kernel, counter, *operands) for _ in range(helpers)]
+    kernel(counter, *operands)
+    for future in futures:
+        future.result()

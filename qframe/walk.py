@@ -1,0 +1,281 @@
+"""The walk through the network: blocks are loaded, quantized, written and freed in turn.
+
+With calibration data the walk is the network's own forward pass in lockstep
+(`qframe.calibration`): before a layer runs, it is quantized on the inputs that wait for it, and
+the pass goes on through the quantized layer. Without, the layers are taken one by one.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from qframe.calibration import Arrival, CalibrationData, Lockstep, Stop, layer_input
+from qframe.checkpoint import CheckpointWriter
+from qframe.contracts import Event, InputGroup
+from qframe.errors import ModelError
+from qframe.model import Network, QuantizedLinear, replace_module, set_weight
+from qframe.recipe import Plan
+from qframe.report.layers import LayerReport
+from qframe.solve import GroupInputs, Solved, Solver
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Told to the caller when a block is done."""
+
+    block: str
+    done: int
+    blocks: int
+    layers: Sequence[LayerReport]
+    seconds: float
+
+
+class Walk:
+    """Takes every layer of the plan through the solver, and hands the results to the writer."""
+
+    def __init__(
+        self,
+        network: Network,
+        plan: Plan,
+        solver: Solver,
+        writer: CheckpointWriter | None,
+        progress: Callable[[Progress], None] | None,
+    ) -> None:
+        self._network, self._plan, self._solver = network, plan, solver
+        self._writer, self._progress = writer, progress
+        self.reports: dict[str, LayerReport] = {}
+        self._pending: dict[str, Solved] = {}
+        self._written: set[str] = set()
+        self._blocks_done: set[str] = set()
+        self._block: str | None = None
+        self._clock = time.perf_counter()
+        self._groups: dict[str, InputGroup] = {}
+        self._makes: dict[tuple[Any, ...], list[tuple[str, ...]]] = {}
+        self._expected: dict[str, Mapping[int, torch.Tensor]] = {}
+
+    def without_data(self) -> None:
+        """Quantize every layer on its weights alone."""
+        for layer in self._plan.schemes:
+            self._quantize_alone(layer)
+        self._finish()
+
+    def with_data(self, data: CalibrationData, *, threads: int, dtype: torch.dtype) -> None:
+        """Quantize every layer on the inputs that it gets in the quantized network."""
+        module, blocks = self._network.module, self._network.blocks
+        steps = Lockstep(module, threads=threads, dtype=dtype)
+        by_block: dict[str, list[str]] = {name: [] for name in blocks}
+        for layer in self._plan.schemes:
+            by_block.setdefault(self._network.block_of(layer), []).append(layer)
+        for name, layers in by_block.items():
+            if name in blocks:
+                steps.watch(Stop("block", name), blocks[name])
+            for layer in layers:
+                steps.watch(Stop("layer", layer), module.get_submodule(layer))
+
+        def on_stop(stop: Stop, arrivals: Mapping[int, Arrival]) -> bool:
+            if stop.kind == "block":
+                self._enter(stop.name)
+                self._find_groups(stop.name, steps, arrivals)
+            elif stop.name in self.reports:
+                self._check_shared(stop.name, arrivals)
+            else:
+                self._quantize_waiting(stop.name, arrivals, fitted=len(data.inputs))
+            return len(self.reports) < len(self._plan.schemes)
+
+        options = {"use_cache": False} if self._network.folder is not None else {}
+        loaders = load_on_demand(self._network)
+        try:
+            steps.run([*data.inputs, *data.held_out], accepted(module, options), on_stop)
+        finally:
+            for handle in loaders:
+                handle.remove()
+        for layer in self._plan.schemes:
+            if layer not in self.reports:  # no token reached it
+                self._quantize_alone(layer)
+        self._finish()
+
+    # Layers ------------------------------------------------------------------------------------
+
+    def _quantize_alone(self, layer: str) -> None:
+        self._enter(self._network.block_of(layer))
+        self._solve(InputGroup(layers=(self._network.layers[layer],)), GroupInputs())
+
+    def _quantize_waiting(
+        self, layer: str, arrivals: Mapping[int, Arrival], *, fitted: int
+    ) -> None:
+        """Quantize the group of a layer before which all chunks wait."""
+        block = self._network.block_of(layer)
+        if block not in self._network.blocks:
+            self._enter(block)
+        group = self._groups.get(layer) or InputGroup(layers=(self._network.layers[layer],))
+        inputs = {i: layer_input(a.args, a.kwargs) for i, a in arrivals.items()}
+        self._expected = {other.name: inputs for other in group.layers if other.name != layer}
+        self._solve(group, GroupInputs.collect(group, inputs, fitted))
+        for member in group.layers:
+            module = self._network.module.get_submodule(member.name)
+            set_weight(module, self._pending[member.name].effective)
+
+    def _solve(self, group: InputGroup, inputs: GroupInputs) -> None:
+        weights = {}
+        for layer in group.layers:
+            if self._network.is_tied(layer.name):
+                self._solver.events.append(
+                    Event(
+                        kind="untied",
+                        layer=layer.name,
+                        message="its weight was shared with another module, which keeps it",
+                    )
+                )
+            weights[layer.name] = self._network.weight(layer.name)
+        solved = self._solver.solve(group, weights, self._plan.schemes, inputs)
+        self._pending.update(solved)
+        self.reports.update({name: result.report for name, result in solved.items()})
+
+    def _find_groups(self, name: str, steps: Lockstep, arrivals: Mapping[int, Arrival]) -> None:
+        """Learn which layers of a block share an input, by watching the block run once.
+
+        Blocks of the same make have the same groups, so one of each make is watched.
+        """
+        prefix = f"{name}." if name else ""
+        block = self._network.blocks[name]
+        inside = {
+            layer.removeprefix(prefix): self._network.layers[layer]
+            for layer in self._plan.schemes
+            if layer.startswith(prefix)
+        }
+        make = (type(block), *((short, i.rows, i.columns) for short, i in inside.items()))
+        if make not in self._makes:
+            calls = steps.record(block, next(iter(arrivals.values())))
+            shared: dict[int, list[str]] = {}
+            for layer, x in calls:  # `calls` keeps the inputs alive, so identities are distinct
+                shared.setdefault(id(x), []).append(layer.removeprefix(prefix))
+            seen: set[str] = set()
+            groups = []
+            for users in shared.values():  # a layer that runs twice belongs to its first input
+                fresh = tuple(m for m in dict.fromkeys(users) if m not in seen)
+                seen.update(fresh)
+                groups.append(fresh)
+            self._makes[make] = [group for group in groups if group]
+        for members in self._makes[make]:
+            group = InputGroup(layers=tuple(inside[short] for short in members))
+            for short in members:
+                self._groups[f"{prefix}{short}"] = group
+
+    def _check_shared(self, layer: str, arrivals: Mapping[int, Arrival]) -> None:
+        """Make sure that a layer quantized with its group really reads the group's input."""
+        inputs = self._expected.pop(layer, None)
+        if inputs is None:
+            event = Event(
+                kind="runs again",
+                layer=layer,
+                message="it runs more than once; it was calibrated on its first inputs",
+            )
+            if event not in self._solver.events:
+                self._solver.events.append(event)
+            return
+        for i, arrival in arrivals.items():
+            if layer_input(arrival.args, arrival.kwargs) is not inputs.get(i):
+                raise ModelError(
+                    f"layer {layer!r} shares its input with the layer before it in the first "
+                    f"block of its make, but not in this one; please report this network"
+                )
+
+    # Blocks ------------------------------------------------------------------------------------
+
+    def _enter(self, block: str) -> None:
+        """Finish the block before, and load this one; "" stands for what is in no block."""
+        if block == self._block:
+            return
+        self._leave()
+        if block and block in self._blocks_done and self._network.folder is not None:
+            raise ModelError(
+                f"block {block!r} runs more than once in a forward pass, which streaming from a "
+                f"folder cannot do; load the model and give qframe.quantize the module"
+            )
+        self._block, self._clock = block, time.perf_counter()
+        if block:
+            self._network.load(self._network.blocks[block], recurse=True)
+
+    def _leave(self) -> None:
+        """Write what is done, and free the block."""
+        if self._block is None:
+            return
+        for name, solved in self._pending.items():
+            self._write_layer(name, solved)
+        if self._block:
+            self._network.release(self._network.blocks[self._block])
+        self._blocks_done.add(self._block)
+        if self._progress is not None and self._pending:
+            self._progress(
+                Progress(
+                    self._block or "outside all blocks",
+                    len(self._blocks_done),
+                    len({self._network.block_of(name) for name in self._plan.schemes}),
+                    [self.reports[name] for name in self._pending],
+                    time.perf_counter() - self._clock,
+                )
+            )
+        self._pending, self._expected = {}, {}
+
+    def _write_layer(self, name: str, solved: Solved) -> None:
+        prefix = f"{name}." if name else ""
+        if self._writer is not None:
+            tensors = solved.packed.tensors()
+            if solved.input_scale is not None:
+                tensors["input_scale"] = solved.input_scale
+            self._writer.add({f"{prefix}{key}": value for key, value in tensors.items()})
+        if not self._network.is_tied(name):  # else the other user still needs it
+            self._written.add(self._network.stored_name(f"{prefix}weight"))
+        if self._network.folder is None:
+            old = self._network.module.get_submodule(name)
+            bias = old._parameters.get("bias")
+            new = QuantizedLinear(
+                solved.packed, None if bias is None else bias.data, solved.input_scale
+            )
+            self._network.module = replace_module(self._network.module, name, new)
+
+    def _finish(self) -> None:
+        """Leave the last block, and carry over every tensor no quantized layer stands for."""
+        self._leave()
+        if self._writer is None:
+            return
+        if self._network.folder is not None:
+            for name in self._network.folder.tensors:
+                if name not in self._written:
+                    self._writer.add({name: self._network.folder.read(name)})
+            return
+        packed = {
+            f"{name}.{key}".lstrip(".")
+            for name, child in self._network.module.named_modules()
+            if isinstance(child, QuantizedLinear)
+            for key in child.packed.tensors().keys() | {"input_scale"}
+        }
+        for name, tensor in self._network.module.state_dict().items():
+            if name not in packed:
+                self._writer.add({name: tensor.clone()})
+
+
+def load_on_demand(network: Network) -> list[Any]:
+    """Load the parameters of modules outside all blocks when they are about to run."""
+    if network.folder is None:
+        return []
+    inside = {child for block in network.blocks.values() for child in block.modules()}
+    return [
+        child.register_forward_pre_hook(lambda module, _: network.load(module, recurse=False))
+        for child in network.module.modules()
+        if child not in inside and any(True for _ in child.parameters(recurse=False))
+    ]
+
+
+def accepted(module: nn.Module, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those keyword arguments that the module's forward takes."""
+    parameters = inspect.signature(module.forward).parameters
+    anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return {key: value for key, value in options.items() if anything or key in parameters}
