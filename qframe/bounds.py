@@ -71,18 +71,19 @@ def accumulate(magnitude: Numbers, length: int, unit: float = UNIT["float32"]) -
     return gamma(length, unit) * _array(magnitude)
 
 
-def hessian_sum(magnitude: Numbers, tokens: int, tile: int) -> Array:
+def hessian_sum(magnitude: Numbers, tokens: int, tile: int, parts: int = 1) -> Array:
     """The error of (2/n) sum x x^T, summed in float32 over tiles of tokens, then in float64.
 
     magnitude   (2/n) |X|^T |X|, [columns, columns]
-    tile        tokens per tile
+    tile        the most tokens in a tile
+    parts       in which the tokens came: updates and merges; each may end with a short tile
 
-    B9.a twice: a tile of t products is within gamma_t (float32), and the ceil(n/t) sums of tiles
-    and the factor 2/n (two roundings) within gamma_{ceil(n/t)+2} (float64) of what they are given.
+    B9.a twice: a tile of t products is within gamma_t (float32), and the at most n/t + parts sums
+    of tiles and the factor 2/n (two roundings) within their gamma (float64) of what they are given.
     A product that underflows adds eta, n of them 2 eta in all.
     """
-    inner = gamma(min(tile, tokens)) if tokens else 0.0
-    outer = gamma(-(-tokens // tile) + 2, UNIT["float64"])
+    inner = gamma(min(tile, tokens))
+    outer = gamma(tokens // tile + parts + 2, UNIT["float64"])
     relative = inner + outer * (1 + inner)
     return relative * _array(magnitude) + 2 * ETA["float32"] * (1 + relative)
 
@@ -191,6 +192,7 @@ def gptq_residual(
     feedback: Numbers,
     exact_feedback: Numbers,
     dtype: str = "float32",
+    value_error: Numbers = 0.0,
 ) -> Array:
     """B3.g: how far the residual may lie from where exact arithmetic would put it.
 
@@ -199,6 +201,8 @@ def gptq_residual(
     feedback         F, [n, n]: the U that the solver used; only what is above the diagonal counts
     exact_feedback   U of the damped Hessian in float64
     dtype            of the solver's sums
+    value_error      `decode` of the codes where `delta` has exact values, but the solver may have
+                     rounded them; [rows, n]
 
     The solver rounds w_j - sum_{k<j} delta_k F_kj: fewer than n products and sums, one rounding
     of each delta, one of the quotient by s and one of the value, gamma_{n+3} in all, and no more
@@ -209,10 +213,10 @@ def gptq_residual(
     w, d = _array(weight), np.abs(_array(delta))
     used = np.triu(_array(feedback), 1)
     exact = np.triu(_array(exact_feedback), 1)
-    n = len(used)
+    n, value = len(used), np.broadcast_to(_array(value_error), w.shape)
     solver = gamma(n + 3, UNIT[dtype]) * (np.abs(w) + d @ np.abs(used)) + (n + 1) * ETA[dtype]
     checker = gamma(n, UNIT["float64"]) * (d + d @ np.abs(exact))
-    return _array(solver + checker + d @ np.abs(used - exact))
+    return _array(solver + checker + d @ np.abs(used - exact) + value + value @ np.abs(used))
 
 
 def gptq_factorization(

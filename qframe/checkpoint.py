@@ -20,18 +20,20 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import torch
+from pydantic import Field
 from safetensors.torch import save_file
 from torch import nn
 
 import qframe
 from qframe.contracts import Grid
-from qframe.errors import OutputError, VerifyError
+from qframe.errors import OutputError, RecipeError, VerifyError
 from qframe.model import QuantizedLinear, build, replace_module, set_weight, stored_names
 from qframe.packing import PackedWeight
 from qframe.scheme import Scheme
+from qframe.strict import Strict
 from qframe.weights import INDEX, ModelFolder, read_json
 
 MANIFEST = "qframe.json"
@@ -239,6 +241,24 @@ def _load_rest(module: nn.Module, source: ModelFolder) -> None:
                 child._buffers[key] = source.read(name)
 
 
+class GridRecord(Strict):
+    """A grid as the manifest stores it."""
+
+    qmin: int
+    qmax: int
+    values: tuple[float, ...] | None = None
+
+
+class LayerRecord(Strict):
+    """One quantized layer as the manifest stores it."""
+
+    rows: Annotated[int, Field(ge=0)]
+    columns: Annotated[int, Field(ge=0)]
+    method: str
+    scheme: Scheme
+    grid: GridRecord
+
+
 def read_manifest(source: ModelFolder) -> dict[str, Any]:
     """Return qframe.json of a folder. Raises VerifyError when it is not a qframe folder."""
     file = source.path / MANIFEST
@@ -257,7 +277,15 @@ def packed_layers(
     source: ModelFolder, manifest: Mapping[str, Any]
 ) -> Iterator[tuple[str, PackedWeight, torch.Tensor | None]]:
     """Yield (layer name, packed weight, input_scale) for every quantized layer."""
-    for name, record in manifest["layers"].items():
+    where = source.path / MANIFEST
+    layers = manifest.get("layers")
+    if not isinstance(layers, dict):
+        raise VerifyError(f"{where}: 'layers' must map layer names to records")
+    for name, raw in layers.items():
+        try:
+            record = LayerRecord.parse(raw, f"{where}: layer {name!r}")
+        except RecipeError as error:
+            raise VerifyError(str(error)) from None
         prefix = f"{name}." if name else ""
         tensors = {
             key.removeprefix(prefix): source.read(key)
@@ -267,10 +295,10 @@ def packed_layers(
         packed = PackedWeight.from_tensors(
             tensors,
             name=name,
-            rows=int(record["rows"]),
-            columns=int(record["columns"]),
-            scheme=Scheme.parse(record["scheme"], f"{source.path / MANIFEST}: layer {name!r}"),
-            grid=Grid(**record["grid"]),
+            rows=record.rows,
+            columns=record.columns,
+            scheme=record.scheme,
+            grid=Grid(record.grid.qmin, record.grid.qmax, record.grid.values),
         )
         scale_name = f"{prefix}input_scale"
         scale = source.read(scale_name) if scale_name in source.tensors else None

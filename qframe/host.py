@@ -192,6 +192,11 @@ class Host:
                 f"{where}: {kind} {name!r}: option {path!r}: {mistake['msg']} "
                 f"(got {mistake['input']!r})"
             ) from None
+        except pydantic.errors.PydanticUserError as error:
+            raise PluginError(
+                f"{kind} {name!r}: the types of its options cannot be checked: "
+                f"{str(error).splitlines()[0]}"
+            ) from error
         return checked
 
     def _load(self, record: PluginRecord, load: Any) -> None:

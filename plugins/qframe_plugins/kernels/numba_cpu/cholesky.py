@@ -5,9 +5,9 @@ With H = U U^T, U upper triangular, the target of column i in GPTQ is
     t_i = w_i + sum_{j<i} (w_j - q_j) F_ij,      F_ij = U_ji / U_ii.
 
 GPTQ itself takes two factorizations and an inverse (arXiv:2210.17323, algorithm 1) to arrive at
-the same numbers: with R upper triangular, R^T R = H^-1, one has F_ij = -(R^-1)_ji R_ii. It is the
-feedback of LDLQ (QuIP, arXiv:2307.13304, section 3), and D_j = U_jj^2, the variance of input j
-given all later ones, weighs the squared error of column j: loss = sum_j D_j (q_j - t_j)^2.
+the same numbers: its upper factor of H^-1 = R^T R is R = U^-1. F is the feedback of LDLQ (QuIP,
+arXiv:2307.13304, section 3), and D_j = U_jj^2, the variance of input j given all later ones,
+weighs the squared error of column j: loss = sum_j D_j (q_j - t_j)^2.
 
 Method: V = U^T is lower triangular with H = V^T V; its rows follow from the last to the first,
 in blocks, each from the rows below it, with the register tile of simd.py:
@@ -21,12 +21,12 @@ Error:  |H - V^T V| <= gamma_{n+1} |V|^T |V| elementwise (Higham, Accuracy and S
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from qframe_plugins.kernels.numba_cpu.feedback import BLOCK, Feedback, feedback_row
 from qframe_plugins.kernels.numba_cpu.simd import (
     QUAD,
     STRIPE_BYTES,
@@ -36,12 +36,11 @@ from qframe_plugins.kernels.numba_cpu.simd import (
 )
 from qframe_plugins.kernels.numba_cpu.threads import share
 
-BLOCK = 128  # rows of F that are stored together
-DEPTH = 64  # columns of F that are stored together: what a tile reads in one go
-_BLOCK_ROWS = BLOCK // QUAD * DEPTH  # rows of `Feedback.packed` in one stored block
 _STEP = 2 * BLOCK  # rows of V that are computed together
+_DEPTH = 64  # rows of V whose part of a panel stays in L1
 
-Float32 = npt.NDArray[np.float32]
+__all__ = ["Feedback", "NotPositiveDefiniteError", "feedback"]
+
 Float64 = npt.NDArray[np.float64]
 
 
@@ -53,37 +52,7 @@ class NotPositiveDefiniteError(ValueError):
         self.pivot = pivot
 
 
-@dataclass(frozen=True, slots=True)
-class Feedback:
-    """The feedback F of `columns` columns as the solver reads it, and the variances.
-
-    packed      [any, QUAD] float32: blocks of BLOCK rows x DEPTH columns of F, block rows one
-                after the other up to the diagonal; in a block, for each QUAD of rows, for each
-                column, the QUAD values (see `feedback_row`)
-    variances   [columns] float64: D_j = U_jj^2
-    """
-
-    columns: int
-    packed: Float32
-    variances: Float64
-
-    def dense(self) -> Float32:
-        """Return F, [columns, columns], strictly lower triangular."""
-        blocks = -(-self.columns // BLOCK)
-        dense = np.zeros((blocks * BLOCK, blocks * BLOCK), np.float32)
-        start = 0
-        for row in range(0, blocks * BLOCK, BLOCK):
-            for column in range(0, row + BLOCK, DEPTH):
-                block = self.packed[start : start + _BLOCK_ROWS]
-                block = block.reshape(BLOCK // QUAD, DEPTH, QUAD).transpose(0, 2, 1)
-                dense[row : row + BLOCK, column : column + DEPTH] = block.reshape(BLOCK, DEPTH)
-                start += _BLOCK_ROWS
-        return np.tril(dense[: self.columns, : self.columns], -1)
-
-
-def feedback(
-    hessian: Float64, precision: Literal["float32", "float64"] = "float64"
-) -> Feedback:
+def feedback(hessian: Float64, precision: Literal["float32", "float64"] = "float64") -> Feedback:
     """Return the feedback of a damped Hessian, columns in processing order.
 
     hessian     [columns, columns] float64; only the lower triangle is read
@@ -101,15 +70,14 @@ def feedback(
     columns = hessian.shape[0]
     rows = -(-columns // QUAD) * QUAD
     lanes = STRIPE_BYTES // np.dtype(precision).itemsize
-    factor = np.empty((_panel_start(-(-rows // lanes), rows, lanes), lanes), precision)
-    blocks = -(-rows // BLOCK)
-    # Block row i holds (i + 1) BLOCK / DEPTH blocks.
-    packed = np.empty((blocks * (blocks + 1) // 2 * (BLOCK // DEPTH) * _BLOCK_ROWS, QUAD), "f4")
+    panels, blocks = -(-rows // lanes), -(-rows // BLOCK)
+    factor = np.empty((_place(panels * lanes, panels, rows, lanes), lanes), precision)
+    packed = np.empty((feedback_row(blocks * BLOCK, 0), QUAD), np.float32)
     pivots = np.empty(rows, np.float64)
-    hessian = np.require(hessian, requirements="CW")
+    hessian = np.require(hessian, requirements=("C", "W"))
     for top in range((rows - 1) // _STEP * _STEP, -1, -_STEP):
         bottom = min(top + _STEP, rows)
-        panels = -(-bottom // lanes)
+        panels = -(-bottom // lanes)  # that reach this far down
         share(_share_known, panels, hessian, factor, top, bottom, rows)
         failed = _factorize_diagonal(factor, pivots, top, bottom, rows)
         if failed >= 0:
@@ -119,24 +87,11 @@ def feedback(
 
 
 @kernel
-def feedback_row(row: int, column: int) -> int:
-    """Return where `Feedback.packed` holds F[row..row + QUAD, column], row a multiple of QUAD."""
-    block = row // BLOCK
-    before = block * (block + 1) // 2 * (BLOCK // DEPTH) + column // DEPTH
-    return before * _BLOCK_ROWS + row % BLOCK // QUAD * DEPTH + column % DEPTH
-
-
-# V is stored in panels of `lanes` columns, each with the rows from its diagonal down.
-
-
-def _panel_start(panel: int, rows: int, lanes: int) -> int:
-    """Return the stripes of all panels before `panel`."""
-    return panel * rows - lanes * (panel * (panel - 1) // 2)
-
-
-@kernel
 def _place(row: int, panel: int, rows: int, lanes: int) -> int:
-    """Return the stripe of V[row, panel]."""
+    """Return the stripe of `factor` that holds V[row, panel].
+
+    V is stored in panels of `lanes` columns, each with the rows from its diagonal down.
+    """
     return panel * rows - lanes * (panel * (panel - 1) // 2) + row - panel * lanes
 
 
@@ -155,14 +110,13 @@ def _subtract_known(hessian, factor, panel, top, bottom, rows):  # type: ignore[
             factor[place, lane] = 0
         if i >= columns and i < first + lanes:
             factor[place, i - first] = 1  # padding: rows of the identity
-    for k in range(bottom, rows, DEPTH):
-        depth = min(DEPTH, rows - k)
+    for k in range(bottom, rows, _DEPTH):
+        depth = min(_DEPTH, rows - k)
         stripe = _place(k, panel, rows, lanes)
         for i in range(top, bottom, QUAD):
             left = _place(k, i // lanes, rows, lanes)
-            tile_sub(
-                factor, _place(i, panel, rows, lanes), factor, left, i % lanes, factor, stripe, depth
-            )
+            place = _place(i, panel, rows, lanes)
+            tile_sub(factor, place, factor, left, i % lanes, factor, stripe, depth)
 
 
 @kernel

@@ -45,16 +45,16 @@ def kernel(function: Function) -> Function:
 
 
 def _vector_bytes(context: Any) -> tuple[int, int]:
-    """Return the bytes of a vector register and how many of them a tile row may use at once.
+    """Return the bytes of a register, and how many of them a row of the tile takes at once.
 
     Asks for the processor compiled for, which honours NUMBA_CPU_NAME and is in numba's cache key.
     """
-    name, _, features = context.codegen().magic_tuple()
+    triple, _, features = context.codegen().magic_tuple()
     if "+avx512f" in features:
         return 64, 4  # 32 registers: 16 sums, 4 stripes, broadcasts from memory
     if "+avx" in features:
         return 32, 2  # 16 registers: 8 sums, 2 stripes
-    return (16, 2) if "x86" in name else (16, 4)
+    return (16, 2) if "x86" in triple else (16, 4)
 
 
 def _make_tile(sign: int) -> Function:
@@ -62,7 +62,15 @@ def _make_tile(sign: int) -> Function:
 
     @intrinsic
     def tile(
-        typing: Any, c: Any, c_row: Any, a: Any, a_row: Any, a_column: Any, b: Any, b_row: Any, n: Any
+        typing: Any,
+        c: Any,
+        c_row: Any,
+        a: Any,
+        a_row: Any,
+        a_column: Any,
+        b: Any,
+        b_row: Any,
+        n: Any,
     ) -> Any:
         index = types.int64
         signature = types.void(c, index, a, index, index, b, index, index)
@@ -139,14 +147,12 @@ def _make_tile(sign: int) -> Function:
                     builder.cbranch(builder.icmp_signed("<", k_next, n), body, after)
                     builder.position_at_end(after)
                     for place, new in zip(places, news, strict=True):
-                        builder.store(
-                            new, builder.bitcast(place, vector.as_pointer()), align=item
-                        )
+                        builder.store(new, builder.bitcast(place, vector.as_pointer()), align=item)
             return context.get_dummy_value()
 
         return signature, emit
 
-    return tile  # type: ignore[no-any-return]
+    return tile
 
 
 # c[c_row + m, :] +-= sum over k < n of a[a_row + k, a_column + m] * b[b_row + k, :],  m < QUAD.
@@ -214,29 +220,3 @@ def transpose16(
         return context.get_dummy_value()
 
     return signature, emit
-
-
-@intrinsic
-def prefetch(typing: Any, a: Any, row: Any, column: Any) -> Any:
-    """Ask for STRIPE_BYTES from a[row, column] on, in L2. A hint: any address will do."""
-
-    def emit(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        a, row, column = values
-        array = context.make_array(signature.args[0])(context, builder, a)
-        width = cgutils.unpack_tuple(builder, array.shape, 2)[1]
-        item, byte, int32 = signature.args[0].dtype.bitwidth // 8, ir.IntType(8), ir.IntType(32)
-        offset = builder.mul(builder.add(builder.mul(row, width), column), ir.IntType(64)(item))
-        start = builder.gep(
-            builder.bitcast(array.data, byte.as_pointer()), [offset], source_etype=byte
-        )
-        hint = cgutils.get_or_insert_function(
-            builder.module,
-            ir.FunctionType(ir.VoidType(), [start.type, int32, int32, int32]),
-            "llvm.prefetch.p0",
-        )
-        for line in range(0, STRIPE_BYTES, 64):
-            place = builder.gep(start, [ir.IntType(64)(line)], source_etype=byte)
-            builder.call(hint, [place, int32(0), int32(2), int32(1)])
-        return context.get_dummy_value()
-
-    return types.void(a, types.int64, types.int64), emit

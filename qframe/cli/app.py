@@ -1,0 +1,56 @@
+"""The commands and what they have in common."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from qframe import __version__
+from qframe.cli.command import Command
+from qframe.cli.demo import demo
+from qframe.cli.doctor import doctor
+from qframe.cli.eval import evaluate
+from qframe.cli.inspect import inspect
+from qframe.cli.plugins import plugins
+from qframe.cli.quantize import quantize
+from qframe.cli.screen import print_plain
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    pretty_exceptions_show_locals=False,
+    rich_markup_mode="markdown",
+    # Other tools spell long options with underscores: --group_size is --group-size.
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "token_normalize_func": lambda name: name.replace("_", "-"),
+    },
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print_plain(f"qframe {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _qframe(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show it.")
+    ] = False,
+) -> None:
+    """Quantize real networks with plugins, and measure what it did to them."""
+
+
+for _function, _name in (
+    (quantize, "quantize"),
+    (evaluate, "eval"),
+    (demo, "demo"),
+    (inspect, "inspect"),
+    (plugins, "plugins"),
+    (doctor, "doctor"),
+):
+    app.command(_name, cls=Command)(_function)

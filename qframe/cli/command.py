@@ -1,0 +1,114 @@
+"""What every command does when it is run: keep libraries quiet, and turn errors into one screen."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from qframe.cli.screen import print_error
+from qframe.errors import QframeError
+
+INTERNAL_ERROR = 1
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+Debug = Annotated[
+    bool, typer.Option("--debug", help="Show tracebacks, and the warnings of other libraries.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else.")]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        "--threads",
+        min=1,
+        envvar="QFRAME_THREADS",
+        show_envvar=False,
+        help="How many threads; results do not depend on it. Default: all cores.",
+    ),
+]
+
+
+class Command(TyperCommand):
+    """A command whose errors end in one screen of text on stderr and the right exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; it may have the parameters `debug` and `threads`."""
+        debug = bool(ctx.params.get("debug"))
+        try:
+            limit_threads(ctx.params.get("threads"))
+            with _quiet(debug):
+                return super().invoke(ctx)
+        except (typer.Exit, typer.Abort, typer.BadParameter, BrokenPipeError):
+            raise
+        except KeyboardInterrupt:
+            print_error("interrupted; no output was left behind")
+            raise typer.Exit(INTERRUPTED) from None
+        except QframeError as error:
+            _show_trace(debug)
+            print_error(str(error))
+            raise typer.Exit(error.exit_code) from None
+        except Exception as error:
+            _show_trace(debug)
+            print_error(*_unforeseen(error, debug))
+            raise typer.Exit(INTERNAL_ERROR) from None
+
+
+def limit_threads(threads: int | None) -> None:
+    """Let numba use no more threads than asked for; the rest of qframe is told by argument.
+
+    numba reads its limit when it is imported, so this comes before anything imports it.
+    """
+    if threads is None:
+        return
+    if "numba" not in sys.modules:
+        os.environ["NUMBA_NUM_THREADS"] = str(threads)
+        return
+    import numba
+
+    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+
+
+def _show_trace(debug: bool) -> None:
+    if debug:
+        traceback.print_exc()
+
+
+def _unforeseen(error: Exception, debug: bool) -> tuple[str, str]:
+    """Return what to say of an error that is not one of ours, and what to do about it."""
+    text = " ".join(str(error).split())
+    if isinstance(error, MemoryError) or "can't allocate memory" in text:
+        return (
+            f"out of memory ({type(error).__name__}: {text})",
+            "fewer --num-calibration-samples or a smaller --max-seq-length need less; "
+            "qframe quantize --dry-run estimates how much",
+        )
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}", ""
+    hint = "please report it" if debug else "run it again with --debug to see where it happened"
+    return f"internal error: {type(error).__name__}: {text}", hint
+
+
+@contextmanager
+def _quiet(debug: bool) -> Iterator[None]:
+    """Keep other libraries' warnings and progress bars off the screen."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if debug:
+        logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+        yield
+        return
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # Fallbacks are logged as they happen and listed at the end; here the list is enough.
+    logging.getLogger("qframe").addHandler(logging.NullHandler())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -1,0 +1,91 @@
+"""What a recipe would do to a network, without doing it: for `inspect` and `quantize --dry-run`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rich.console import RenderableType
+from rich.text import Text
+
+from qframe.memory import (
+    bits_per_weight,
+    folder_size,
+    layer_bits_per_weight,
+    peak_memory,
+    readable_bytes,
+)
+from qframe.report.table import PlanRow, plan_table, stacked
+
+if TYPE_CHECKING:
+    from qframe.pipeline import Job
+
+
+def plan_rows(job: Job) -> list[PlanRow]:
+    """Return every matrix of the network, in its order of layers, then what else is left."""
+    rows = []
+    shape: tuple[int, ...]
+    for name, layer in job.network.layers.items():
+        shape = (layer.rows, layer.columns)
+        if name in job.plan.schemes:
+            scheme = job.plan.schemes[name].describe()
+            bits = layer_bits_per_weight(job, name)
+            rows.append(PlanRow(name=name, shape=shape, what=scheme, bits_per_weight=bits))
+        else:
+            rows.append(PlanRow(name=name, shape=shape, what=job.plan.left[name]))
+    for name, why in job.coverage.left.items():
+        if name not in job.network.layers:
+            shape = tuple(job.network.module.get_parameter(name).shape)
+            rows.append(PlanRow(name=name, shape=shape, what=why))
+    return rows
+
+
+def plan_screen(job: Job, *, all_layers: bool) -> RenderableType:
+    """Return the plan as a table, with the coverage line below."""
+    return stacked(plan_table(plan_rows(job), collapse=not all_layers), job.coverage.line())
+
+
+def predictions(job: Job) -> RenderableType:
+    """Return what the output will take on disk, and the run in memory."""
+    size, peak = folder_size(job), peak_memory(job)
+    parts = ", ".join(f"{readable_bytes(count)} {what}" for what, count in peak.items())
+    return Text(
+        f"output      {readable_bytes(size.total)}: weights {readable_bytes(size.weights)} "
+        f"({readable_bytes(size.quantized)} quantized, {readable_bytes(size.carried)} as stored), "
+        f"{bits_per_weight(job):.3f} bits per quantized weight\n"
+        f"memory      about {readable_bytes(sum(peak.values()))} at the peak: {parts}"
+    )
+
+
+def plan_record(job: Job) -> dict[str, Any]:
+    """Return the plan as plain values."""
+    record: dict[str, Any] = {
+        "recipe": job.recipe.model_dump(mode="json"),
+        "coverage": {
+            "line": job.coverage.line(),
+            "parameters": job.coverage.parameters,
+            "parameters_quantized": job.coverage.parameters_quantized,
+            "matrix_fraction": job.coverage.matrix_fraction,
+            "left": dict(job.coverage.left),
+        },
+        "layers": [
+            {
+                "name": name,
+                "rows": job.network.layers[name].rows,
+                "columns": job.network.layers[name].columns,
+                "scheme": scheme.model_dump(mode="json"),
+                "bits_per_weight": layer_bits_per_weight(job, name),
+            }
+            for name, scheme in job.plan.schemes.items()
+        ],
+        "bits_per_weight": bits_per_weight(job),
+    }
+    if job.network.folder is not None:
+        size, peak = folder_size(job), peak_memory(job)
+        record["output_bytes"] = {
+            "total": size.total,
+            "weights": size.weights,
+            "quantized": size.quantized,
+            "carried": size.carried,
+        }
+        record["peak_memory_bytes"] = {**peak, "total": sum(peak.values())}
+    return record

@@ -1,0 +1,341 @@
+"""What weights take: in every format, in the folder that a run would write, in memory meanwhile.
+
+All of it is arithmetic on shapes; nothing is loaded. One GB is 10^9 bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qframe.contracts import LayerInfo
+from qframe.report.layers import LayerReport, RunReport
+from qframe.scheme import Scheme
+
+if TYPE_CHECKING:
+    from qframe.pipeline import Job
+    from qframe.weights import ModelFolder
+
+FORMATS: Mapping[str, int] = {"FP32": 32, "FP16, BF16": 16, "INT8": 8, "INT4": 4, "INT2": 2}
+"""Format -> bits of a weight."""
+
+GRANULARITIES: Mapping[str, int | None] = {"group 128": 128, "group 64": 64, "channel": None}
+"""Name -> weights that share a scale; None for a whole row."""
+
+SCALE_BITS = 16  # of the default scale_dtype, float16
+TYPICAL_COLUMNS = 4096  # of a layer when only a number of parameters is known: 7B models have it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FormatMemory:
+    """The bytes that weights take in one format.
+
+    scales        granularity -> bytes of scales, besides the weights
+    zero_points   granularity -> bytes of zero points, besides weights and scales
+    """
+
+    format: str
+    num_bits: int
+    weights: float
+    scales: Mapping[str, float]
+    zero_points: Mapping[str, float]
+
+    def total(self, granularity: str, *, symmetric: bool) -> float:
+        """Return the bytes of weights and scales, and of zero points unless symmetric."""
+        more = 0.0 if symmetric else self.zero_points[granularity]
+        return self.weights + self.scales[granularity] + more
+
+
+def memory_of_parameters(
+    parameters: float, *, columns: int = TYPICAL_COLUMNS
+) -> list[FormatMemory]:
+    """Return what a number of weights takes in each format.
+
+    columns   of every layer: what shares a scale at granularity "channel"
+
+    >>> [memory.weights / 1e9 for memory in memory_of_parameters(7e9)]
+    [28.0, 14.0, 7.0, 3.5, 1.75]
+    """
+    found = []
+    for name, bits in FORMATS.items():
+        shares = {g: parameters / (size or columns) for g, size in _granularities(bits)}
+        found.append(
+            FormatMemory(
+                format=name,
+                num_bits=bits,
+                weights=parameters * bits / 8,
+                scales={g: count * SCALE_BITS / 8 for g, count in shares.items()},
+                zero_points={g: count * bits / 8 for g, count in shares.items()},
+            )
+        )
+    return found
+
+
+def memory_of_layers(layers: Iterable[LayerInfo]) -> list[FormatMemory]:
+    """Return what the weights of layers take in each format, to the bit as they are stored."""
+    shapes = [(layer.rows, layer.columns) for layer in layers]
+    found = []
+    for name, bits in FORMATS.items():
+        weights = sum(rows * columns for rows, columns in shapes) * bits / 8
+        scales: dict[str, float] = {}
+        zero_points: dict[str, float] = {}
+        for granularity, size in _granularities(bits):
+            scheme = Scheme(num_bits=bits, group_size=size, symmetric=False)
+            stored = [scheme.storage_bits(*shape) for shape in shapes]
+            weights = sum(part["codes"] for part in stored) / 8
+            scales[granularity] = sum(part["scale"] for part in stored) / 8
+            zero_points[granularity] = sum(part["zero_point"] for part in stored) / 8
+        found.append(
+            FormatMemory(
+                format=name, num_bits=bits, weights=weights, scales=scales, zero_points=zero_points
+            )
+        )
+    return found
+
+
+def _granularities(bits: int) -> Iterator[tuple[str, int | None]]:
+    """Yield granularities with their sizes; floating-point weights have no scales."""
+    if bits <= 8:
+        yield from GRANULARITIES.items()
+
+
+def readable_bytes(count: float) -> str:
+    """Return a number of bytes for people.
+
+    >>> [readable_bytes(n) for n in (3.5e9, 538090408, 2048, 12)]
+    ['3.50 GB', '538 MB', '2.05 kB', '12 B']
+    """
+    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if count >= unit:
+            value = count / unit
+            return f"{value:.{max(0, 3 - len(str(int(value))))}f} {name}"
+    return f"{count:.0f} B"
+
+
+# The folder that a run would write --------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FolderSize:
+    """The bytes of a quantized folder, part by part.
+
+    quantized   codes, scales, zero points and the like
+    carried     tensors that are stored as they were: embeddings, norms, what was ignored
+    headers     of the safetensors files
+    others      configuration, tokenizer, manifest and report
+    """
+
+    quantized: int
+    carried: int
+    headers: int
+    others: int
+
+    @property
+    def weights(self) -> int:
+        """The bytes of the safetensors files."""
+        return self.quantized + self.carried + self.headers
+
+    @property
+    def total(self) -> int:
+        """The bytes of the folder."""
+        return self.weights + self.others
+
+
+@dataclass(frozen=True, slots=True)
+class _Tensor:
+    """A tensor that will be stored."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    bytes: int
+
+
+def folder_size(job: Job) -> FolderSize:
+    """Return the size of the folder that a run would write, from headers alone.
+
+    Codes, scales and zero points are counted by `Scheme.storage_bits`, as they will be stored;
+    the files that describe the run are written in advance, with numbers of the usual length.
+    """
+    folder = job.network.folder
+    if folder is None:
+        raise ValueError("the size of a folder is known for a model in a folder only")
+    quantized = [t for layer in job.plan.schemes for t in _quantized_tensors(job, layer)]
+    carried = list(_carried_tensors(job, folder))
+    return FolderSize(
+        quantized=sum(t.bytes for t in quantized),
+        carried=sum(t.bytes for t in carried),
+        headers=_header_bytes([*quantized, *carried]),
+        others=sum(f.stat().st_size for f in folder.side_files()) + _record_bytes(job),
+    )
+
+
+def bits_per_weight(job: Job) -> float:
+    """Return the stored bits per quantized weight, everything included."""
+    stored = sum(t.bytes for layer in job.plan.schemes for t in _quantized_tensors(job, layer))
+    return 8 * stored / sum(job.network.layers[layer].size for layer in job.plan.schemes)
+
+
+def layer_bits_per_weight(job: Job, layer: str) -> float:
+    """Return the stored bits per weight of one layer of the plan."""
+    stored = sum(t.bytes for t in _quantized_tensors(job, layer))
+    return 8 * stored / job.network.layers[layer].size
+
+
+def _quantized_tensors(job: Job, layer: str) -> Iterator[_Tensor]:
+    """Yield what a quantized layer is stored as."""
+    info, scheme = job.network.layers[layer], job.plan.schemes[layer]
+    bits = scheme.storage_bits(info.rows, info.columns)
+    scales = scheme.scale_shape(info.rows, info.columns)
+    words = -(-info.columns * scheme.num_bits // 32)
+    yield _Tensor(f"{layer}.weight_packed", "I32", (info.rows, words), bits["codes"] // 8)
+    yield _Tensor(f"{layer}.weight_scale", "F16", scales, bits["scale"] // 8)
+    if bits["zero_point"]:
+        stored = (scales[0], bits["zero_point"] // 32 // scales[0])
+        yield _Tensor(f"{layer}.weight_zero_point", "I32", stored, bits["zero_point"] // 8)
+    # Groups that follow the order of activations need an index, the group of each column.
+    if getattr(job.method.rounder, "actorder", None) == "group" and scales[1] > 1:
+        yield _Tensor(f"{layer}.weight_g_idx", "I32", (info.columns,), 4 * info.columns)
+    if job.method.handlers:
+        yield _Tensor(f"{layer}.input_scale", "F32", (info.columns,), 4 * info.columns)
+
+
+def _carried_tensors(job: Job, folder: ModelFolder) -> Iterator[_Tensor]:
+    """Yield the tensors of the folder that no quantized layer stands for."""
+    network = job.network
+    replaced = {
+        network.stored_name(f"{layer}.weight")
+        for layer in job.plan.schemes
+        if not network.is_tied(layer)
+    }
+    for name, tensor in folder.tensors.items():
+        if name not in replaced:
+            yield _Tensor(name, tensor.dtype, tensor.shape, tensor.bytes)
+
+
+def _header_bytes(tensors: Sequence[_Tensor]) -> int:
+    """Return the length of the safetensors header of all tensors."""
+    header = {
+        t.name: {"dtype": t.dtype, "shape": t.shape, "data_offsets": [t.bytes, t.bytes]}
+        for t in tensors
+    }
+    return len(json.dumps(header, separators=(",", ":")))
+
+
+def _record_bytes(job: Job) -> int:
+    """Return about how long manifest and report will be."""
+    typical = 1 / 3  # as long as a measured number is when it is printed
+    measured = typical if job.method.needs else None
+    report = RunReport(
+        layers=[
+            LayerReport(
+                name=name,
+                method=job.recipe.method,
+                scheme=scheme.describe(),
+                rows=job.network.layers[name].rows,
+                columns=job.network.layers[name].columns,
+                bits_per_weight=scheme.bits_per_weight(
+                    job.network.layers[name].rows, job.network.layers[name].columns
+                ),
+                error=measured,
+                held_out_error=measured,
+                rtn_error=measured,
+                rtn_held_out_error=measured,
+                sqnr_db=typical,
+            )
+            for name, scheme in job.plan.schemes.items()
+        ],
+        events=(),
+        coverage=job.coverage,
+        calibration=None,
+    )
+    manifest = {
+        "recipe": job.recipe.model_dump(mode="json"),
+        "layers": {
+            name: {
+                "rows": job.network.layers[name].rows,
+                "columns": job.network.layers[name].columns,
+                "method": job.recipe.method,
+                "scheme": scheme.model_dump(),
+                "grid": {"qmin": 0, "qmax": 0, "values": None},
+            }
+            for name, scheme in job.plan.schemes.items()
+        },
+    }
+    texts = (
+        report.to_json(timings=False),
+        report.to_csv(timings=False),
+        json.dumps(manifest, indent=2),
+    )
+    return sum(len(text.encode()) for text in texts)
+
+
+def folder_bytes(folder: Path) -> dict[str, int]:
+    """Return {"weights": ..., "total": ...}, the bytes of a folder's files on disk."""
+    sizes = {f.name: f.stat().st_size for f in folder.iterdir() if f.is_file()}
+    weights = sum(size for name, size in sizes.items() if name.endswith(".safetensors"))
+    return {"weights": weights, "total": sum(sizes.values())}
+
+
+def stored_bits_per_weight(folder: ModelFolder, layers: Mapping[str, int]) -> float:
+    """Return the bits per weight of some layers of a folder, quantized or not, from headers.
+
+    layers   name -> number of weights
+    """
+    stored = 0
+    for name, tensor in folder.tensors.items():
+        layer, _, part = name.rpartition(".")
+        if layer in layers and (part.startswith("weight") or part == "input_scale"):
+            stored += tensor.bytes
+    return 8 * stored / sum(layers.values())
+
+
+# Memory during a run ----------------------------------------------------------------------------
+
+PROGRAM_BYTES = 500_000_000  # Python with torch, transformers and numba; measured on Linux
+BLOCK_COPIES = 6  # of a block's weights: original, quantized, to nearest, codes, and in between
+WRITING_COPIES = 2  # of what is written: safetensors makes its own
+ACTIVATION_COPIES = 3  # of a layer's input at the peak: in the network, flattened, and in products
+
+
+def peak_memory(job: Job) -> dict[str, int]:
+    """Return about how many bytes a run takes at its peak, by what takes them.
+
+    Everything that is there at the same time is added: the largest block in float32 with its
+    quantized copies, the statistics of its widest input, the activations of all calibration
+    tokens, and what waits to be written.
+    """
+    from qframe.checkpoint import MAX_SHARD_BYTES
+
+    network, settings = job.network, job.recipe.calibration
+    folder_tensors = network.folder.tensors if network.folder is not None else {}
+    blocks: dict[str, int] = {}
+    widest = 0
+    for layer in job.plan.schemes:
+        info = network.layers[layer]
+        block = network.block_of(layer)
+        blocks[block] = blocks.get(block, 0) + 4 * info.size
+        widest = max(widest, info.columns)
+    largest = max(blocks.values())
+    size = sum(t.bytes for layer in job.plan.schemes for t in _quantized_tensors(job, layer))
+    carried = sum(t.bytes for t in folder_tensors.values()) - sum(
+        folder_tensors[name].bytes
+        for name in (network.stored_name(f"{layer}.weight") for layer in job.plan.schemes)
+        if name in folder_tensors
+    )
+    peak = {
+        "program": PROGRAM_BYTES,
+        "largest block": BLOCK_COPIES * largest,
+        "being written": WRITING_COPIES * min(size + carried, MAX_SHARD_BYTES),
+    }
+    if job.method.needs:
+        samples = settings.num_calibration_samples * (1 + settings.held_out_fraction)
+        tokens = round(samples) * settings.max_seq_length
+        inputs = sum({network.layers[n].columns for n in job.plan.schemes})
+        peak["embeddings"] = carried
+        peak["activations"] = 4 * tokens * (inputs + (ACTIVATION_COPIES - 1) * widest)
+        peak["statistics"] = 64 * widest * widest
+    return peak
