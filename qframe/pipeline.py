@@ -100,7 +100,9 @@ def quantize(
     model         a Hugging Face folder, or a module (which is copied, not changed)
     recipe        a Recipe, its fields, or a file
     out           the folder to write; may be None for a module
-    calibration   inputs for a module, or in place of recipe.calibration for a folder
+    calibration   inputs for a module, or in place of recipe.calibration for a folder. A method
+                  that needs none is still measured on them when they, or recipe.calibration,
+                  are given
     threads       how many; the result does not depend on it. Default: all cores
     progress      called after each block
 
@@ -115,7 +117,8 @@ def quantize(
         raise RecipeError("quantizing a folder needs a folder for the result: out=...")
     if out is not None:
         check_output(Path(out), overwrite=overwrite)
-    if calibration is None and job.method.needs:
+    wanted = job.method.needs or "calibration" in job.recipe.model_fields_set
+    if calibration is None and wanted:
         calibration = _default_calibration(job)
 
     threads = threads or parallel.default_threads()

@@ -144,7 +144,7 @@ def kind_table(layers: Sequence[LayerReport]) -> Table:
         kinds.setdefault(layer.name.rpartition(".")[2], []).append(layer)
     columns = ["layers", "SQNR dB", "seconds"]
     if _measured(layers):
-        columns[1:1] = ["error %", "held out %", "RTN %", "gain", "least gain"]
+        columns[1:1] = ["error %", "held out %", "RTN's", "gain", "least gain"]
     made = table("kind", *columns)
     for kind, members in kinds.items():
         cells: list[str | Text] = [str(len(members))]
@@ -181,9 +181,7 @@ def event_table(report: RunReport) -> RenderableType | None:
     kinds: dict[str, list[tuple[str, str]]] = {}
     for event in report.events:
         kinds.setdefault(event.kind, []).append((event.layer, event.message))
-    made = table(
-        "event", "count", "layers, and what was said of the first", names=3
-    )
+    made = table("event", "count", "layers, and what was said of the first", names=3)
     for kind, found in kinds.items():
         names = some([name for name, _ in found])
         style = BAD if kind == "fallback" else "yellow"
@@ -204,9 +202,9 @@ def _columns(layers: Sequence[LayerReport]) -> dict[str, Callable[[LayerReport],
     columns: dict[str, Callable[[LayerReport], str | Text]] = {}
     if _measured(layers):
         columns["error %"] = lambda m: percent(m.error)
-        columns["RTN %"] = lambda m: percent(m.rtn_error)
+        columns["RTN's"] = lambda m: percent(m.rtn_error)
         columns["held out %"] = lambda m: percent(m.held_out_error)
-        columns["RTN % "] = lambda m: percent(m.rtn_held_out_error)
+        columns["RTN's "] = lambda m: percent(m.rtn_held_out_error)
         columns["gain"] = lambda m: times(m.held_out_gain)
     else:
         columns["shape"] = lambda m: f"{m.rows} x {m.columns}"
@@ -214,7 +212,7 @@ def _columns(layers: Sequence[LayerReport]) -> dict[str, Callable[[LayerReport],
     columns["SQNR dB"] = lambda m: f"{m.sqnr_db:.1f}"
     if any("damp" in m.info for m in layers):
         columns["damp"] = lambda m: f"{m.info['damp']:g}" if "damp" in m.info else ""
-    if any(m.tokens for m in layers):
+    if len({m.tokens for m in layers}) > 1:  # else the legend says how many
         columns["tokens"] = lambda m: str(m.tokens)
     columns["s"] = lambda m: f"{_seconds(m):.2f}"
     return columns

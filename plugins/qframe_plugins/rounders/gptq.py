@@ -47,6 +47,9 @@ class GPTQ:
     actorder         order of the columns. None: left to right. "static": by falling diag(H),
                      groups and scales as they were. "group": by falling diag(H), groups follow
                      that order, which stores a group index per column
+    block_size       columns whose updates are applied together, in the papers' code; known to
+                     recipes of other tools. Lazy updates are exact, so the codes do not depend
+                     on it but for rounding errors: the solver takes blocks that suit the caches
     static_groups    take scales from the original weights (True) or from the weights as
                      compensated so far when a group begins (False); None: True for "static",
                      which allows nothing else, else False
@@ -55,6 +58,7 @@ class GPTQ:
     dampening_frac: Annotated[float, Field(gt=0, le=1)] = 0.01
     dampening_cap: Annotated[float, Field(gt=0)] = 1.0
     actorder: Literal["static", "group"] | None = "static"
+    block_size: Annotated[int, Field(ge=1)] = 128
     static_groups: bool | None = None
 
     name: str = field(init=False, default="gptq")

@@ -1,0 +1,148 @@
+"""Runs the blocks of README.md and docs/*.md: Python, shell commands of qframe, and their output.
+
+Each document is one session in a temporary folder that holds a tiny model, MODEL.
+
+* ```python   is executed; names last until the end of the document.
+* ```bash     lines that start with qframe are run; "# exit code 2" says what to expect. Other
+              commands (git, pip, ...) are not run here, and the demo's options are only parsed.
+* ```text     right after commands: what they print, line by line; "..." stands for any lines.
+* <!-- file: NAME --> writes the block that follows to that file.
+"""
+
+import contextlib
+import importlib.util
+import io
+import os
+import re
+import shlex
+import shutil
+import tempfile
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from sybil import Document, Example, Region, Sybil
+from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipParser
+
+ROOT = Path(__file__).parent
+TEXT = 30_000  # characters of each half of the text, so that blocks take seconds
+
+collect_ignore = ["docs/example_plugin"]  # a project of its own; tests/test_third_party.py runs it
+
+_FILE = re.compile(r"^<!-- file: (\S+) -->\n+(?=```\w+\n(.*?)^```$)", re.MULTILINE | re.DOTALL)
+_EXIT_CODE = re.compile(r"#\s*exit code (\d+)\s*$")
+
+
+@cache
+def tiny_model() -> Path:
+    """Return a folder with a tiny Llama and its tokenizer; made once."""
+    path = ROOT / "tests" / "tiny.py"
+    spec = importlib.util.spec_from_file_location("tiny_for_documents", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    folder = Path(tempfile.mkdtemp(prefix="qframe-documents-"))
+    return module.save_llama(folder / "MODEL")
+
+
+def set_up(namespace: dict[str, Any]) -> None:
+    """Enter a new folder with MODEL in it."""
+    from qframe import embedded
+
+    halves = tuple(half[:TEXT] for half in embedded.topics_text())
+    cleanup = namespace["_cleanup"] = contextlib.ExitStack()
+    folder = cleanup.enter_context(tempfile.TemporaryDirectory(prefix="qframe-document-"))
+    shutil.copytree(tiny_model(), Path(folder, "MODEL"))
+    cleanup.enter_context(contextlib.chdir(folder))
+    cleanup.enter_context(mock.patch.dict(os.environ))
+    cleanup.enter_context(mock.patch.object(embedded, "topics_text", lambda: halves))
+
+
+def tear_down(namespace: dict[str, Any]) -> None:
+    """Leave the folder."""
+    namespace["_cleanup"].close()
+
+
+def files(document: Document) -> Iterator[Region]:
+    """Yield the files that a document writes."""
+    for match in _FILE.finditer(document.text):
+        yield Region(match.start(), match.end(), match.groups(), write_file)
+
+
+def write_file(example: Example) -> None:
+    name, text = example.parsed
+    Path(name).parent.mkdir(parents=True, exist_ok=True)
+    Path(name).write_text(text, encoding="utf-8")
+
+
+def run_commands(example: Example) -> None:
+    """Run the qframe commands of a shell block in this process."""
+    said = example.namespace["_said"] = []
+    for line in example.parsed.replace("\\\n", " ").splitlines():
+        expected = _EXIT_CODE.search(line)
+        words = shlex.split(line, comments=True)
+        if words and words[0] == "qframe":
+            code, output = run(words[1:])
+            said += output.splitlines()
+            assert code == int(expected[1] if expected else 0), f"{line}\n{output}"
+
+
+def run(args: list[str]) -> tuple[int, str]:
+    """Return the exit code and the output of a qframe command."""
+    from typer.main import get_command
+
+    from qframe.cli import main
+    from qframe.cli.app import app
+
+    if args[0] == "demo":  # takes minutes, so only its options are parsed
+        command = get_command(app).get_command(None, "demo")
+        command.make_context("demo", args[1:])
+        return 0, ""
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        try:
+            main(args)
+        except SystemExit as stop:
+            return int(stop.code or 0), output.getvalue()
+    return 0, output.getvalue()
+
+
+def compare_output(example: Example) -> str | None:
+    """Return how the last commands' output differs from what the document shows."""
+    said = example.namespace.get("_said")
+    if said is None:
+        return None
+    place, skipping = 0, True
+    for line in filter(None, map(str.strip, example.parsed.splitlines())):
+        if line == "...":
+            skipping = True
+            continue
+        while place < len(said) and not _same(said[place], line) and (
+            skipping or not said[place].strip()
+        ):
+            place += 1
+        if place == len(said) or not _same(said[place], line):
+            return "the document shows:\n  {}\nwhich is not so in:\n{}".format(
+                line, "\n".join(f"  {other}" for other in said)
+            )
+        place, skipping = place + 1, False
+    return None
+
+
+def _same(said: str, shown: str) -> bool:
+    return said.split() == shown.split()
+
+
+pytest_collect_file = Sybil(
+    parsers=[
+        files,
+        PythonCodeBlockParser(),
+        CodeBlockParser("bash", run_commands),
+        CodeBlockParser("text", compare_output),
+        SkipParser(),
+    ],
+    patterns=["*.md"],
+    setup=set_up,
+    teardown=tear_down,
+).pytest()

@@ -1,0 +1,130 @@
+"""Text becomes windows of tokens, and chunks run in lockstep."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from qframe.calibration import CalibrationData, Lockstep, Stop, read_text, tokenize
+from qframe.errors import CalibrationError, ModelError
+
+
+def test_every_kind_of_file_gives_its_documents(tmp_path):
+    (tmp_path / "a.txt").write_text("first", encoding="utf-8")
+    lines = [json.dumps({"text": "second", "other": 1}), "", json.dumps({"text": "third"})]
+    (tmp_path / "b.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    (tmp_path / "ignored.csv").write_text("no")
+    assert read_text(str(tmp_path / "a.txt")) == ["first"]
+    assert read_text(str(tmp_path / "b.jsonl")) == ["second", "third"]
+    assert read_text(str(tmp_path)) == ["first", "second", "third"]
+
+
+def test_the_two_halves_of_the_topics_are_different_texts():
+    assert read_text("topics", "calibration") != read_text("topics", "evaluation")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("missing.txt", None, "no such file or folder"),
+        ("bad.jsonl", b'{"text": "fine"}\n{"txt": 1}', r'bad.jsonl:2: expected .* "text" field'),
+        ("latin.txt", b"caf\xe9", "not UTF-8"),
+    ],
+)
+def test_what_is_not_text_is_named(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(CalibrationError, match=message):
+        read_text(str(tmp_path / name))
+
+
+def test_a_folder_without_a_tokenizer_is_named(tmp_path):
+    with pytest.raises(CalibrationError, match="tokenizer cannot be loaded"):
+        tokenize(tmp_path, ["text"])
+
+
+def test_chunks_are_cut_the_same_way_on_every_machine():
+    windows = torch.arange(10 * 512).reshape(10, 512)
+    data = CalibrationData.from_tokens(windows[:9], windows[9:], {})
+    assert [len(chunk) for (chunk,) in data.inputs] == [4, 4, 1]
+    assert [len(chunk) for (chunk,) in data.held_out] == [1]
+    assert torch.equal(torch.cat([chunk for (chunk,) in data.inputs]), windows[:9])
+
+
+# Lockstep -------------------------------------------------------------------------------------
+
+
+class Routed(nn.Module):
+    """Sends each input to one of two layers, as a mixture of experts does."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right, self.last = (nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x):
+        return self.last(self.left(x) if x[0, 0] > 0 else self.right(x))
+
+
+def steps_of(module, names, threads=2):
+    steps = Lockstep(module, threads=threads, dtype=torch.float32)
+    for name in names:
+        steps.watch(Stop("layer", name), module.get_submodule(name))
+    return steps
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_all_chunks_meet_before_every_layer_and_see_the_new_weight(threads):
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    inputs = [(torch.randn(2, 4, generator=torch.Generator().manual_seed(i)),) for i in range(5)]
+    met = []
+
+    def on_stop(stop, arrivals):
+        met.append((stop.name, sorted(arrivals)))
+        if stop.name == "1":
+            for i, arrival in arrivals.items():  # the first layer was replaced by zeros
+                assert torch.equal(arrival.args[0], net[0].bias.expand(2, 4)), i
+        net[int(stop.name)].weight.data = torch.zeros(4, 4)
+        return True
+
+    steps_of(net, ["0", "1"], threads).run(inputs, {}, on_stop)
+    assert met == [("0", [0, 1, 2, 3, 4]), ("1", [0, 1, 2, 3, 4])]
+
+
+def test_chunks_that_take_different_ways_meet_where_they_can():
+    net = Routed()
+    inputs = [(torch.full((1, 4), sign),) for sign in (1.0, -1.0, 1.0)]
+    met = []
+
+    def on_stop(stop, arrivals):
+        met.append((stop.name, sorted(arrivals)))
+        return True
+
+    steps_of(net, ["left", "right", "last"]).run(inputs, {}, on_stop)
+    assert met == [("left", [0, 2]), ("right", [1]), ("last", [0, 1, 2])]
+
+
+def test_the_pass_ends_as_soon_as_nothing_more_is_wanted():
+    reached = []
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    net[1].register_forward_hook(lambda *_: reached.append(True))
+    steps_of(net, ["0", "1"]).run([(torch.ones(1, 4),)] * 3, {}, lambda stop, _: stop.name != "1")
+    assert reached == []
+
+
+def test_an_error_in_the_network_ends_all_chunks_and_is_told():
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(5, 4))
+    with pytest.raises(ModelError, match="forward pass of Sequential failed"):
+        steps_of(net, ["0"]).run([(torch.ones(1, 4),)] * 3, {}, lambda *_: True)
+
+
+def test_an_error_at_a_stop_ends_all_chunks_and_is_raised_as_it_is():
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+
+    def on_stop(stop, arrivals):
+        raise KeyboardInterrupt
+
+    steps = steps_of(net, ["0"])
+    with pytest.raises(KeyboardInterrupt):
+        steps.run([(torch.ones(1, 4),)] * 3, {}, on_stop)
+    assert net(torch.ones(1, 4)).shape == (1, 4)  # no hook is left behind
