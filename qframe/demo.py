@@ -59,22 +59,22 @@ class Demonstration:
     reports: Mapping[str, Any]
     seconds: Mapping[str, float]
 
-    def notes(self) -> list[str]:
-        """Return what belongs under the table."""
+    def notes(self) -> dict[str, str]:
+        """Return what belongs under the table, by what it is about."""
         used = self.calibration
         calibrated = (
             f"{used['windows']} windows of {used['max_seq_length']} tokens of {used['name']} "
             f"(calibration half, sha256 {str(used['sha256'])[:12]}), "
             f"{used['windows_held_out']} held out"
         )
-        return [
-            f"protocol: {self.protocol.line()}",
-            f"calibration: {calibrated}",
-            f"scheme: symmetric, groups of {GROUP_SIZE} (576 columns are not a multiple of 128), "
-            f"16-bit scales, all linear layers of the blocks; embeddings as they are",
-            "gain: mean KL of RTN over mean KL of the method, both with the same bits",
-            f"caution: {CAUTION}",
-        ]
+        return {
+            "protocol": self.protocol.line(),
+            "calibration": calibrated,
+            "scheme": f"symmetric, groups of {GROUP_SIZE} (576 columns are not a multiple of "
+            f"128), 16-bit scales, all linear layers of the blocks; embeddings as they are",
+            "gain": "mean KL of RTN over mean KL of the method, both with the same bits",
+            "caution": CAUTION,
+        }
 
     def record(self) -> dict[str, Any]:
         """Return everything as plain values."""
@@ -101,23 +101,22 @@ class Demonstration:
                 f"| {figures(row.kl_mean)} | {figures(row.kl_p99)} | {top1} | {gain} "
                 f"| {row.bits_per_weight or 0:.2f} | {readable_bytes(row.weights_bytes or 0)} |"
             )
-        return "\n".join([*lines, "", *(f"- {note}" for note in self.notes())]) + "\n"
+        return "\n".join([*lines, "", *(f"- {k}: {v}" for k, v in self.notes().items())]) + "\n"
 
 
 def recipe_of(method: str, bits: int) -> Recipe:
     """Return the recipe of one row of the table."""
-    return Recipe.parse(
-        {
-            "method": method,
-            "options": GPTQ_OPTIONS if method == "gptq" else {},
-            "scheme": {"num_bits": bits, "symmetric": True, "group_size": GROUP_SIZE},
-            "calibration": {
-                "num_calibration_samples": CALIBRATION_SAMPLES,
-                "max_seq_length": WINDOW,
-            },
-        },
-        "demo",
-    )
+    fields: dict[str, Any] = {
+        "method": method,
+        "scheme": {"num_bits": bits, "symmetric": True, "group_size": GROUP_SIZE},
+    }
+    if method == "gptq":
+        fields["options"] = GPTQ_OPTIONS
+        fields["calibration"] = {
+            "num_calibration_samples": CALIBRATION_SAMPLES,
+            "max_seq_length": WINDOW,
+        }
+    return Recipe.parse(fields, "demo")
 
 
 def demonstrate(

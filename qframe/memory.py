@@ -225,45 +225,60 @@ def _header_bytes(tensors: Sequence[_Tensor]) -> int:
     return len(json.dumps(header, separators=(",", ":")))
 
 
+def calibrates(job: Job) -> bool:
+    """Return whether a run shows calibration text to the network."""
+    return bool(job.method.needs) or "calibration" in job.recipe.model_fields_set
+
+
 def _record_bytes(job: Job) -> int:
-    """Return about how long manifest and report will be."""
-    typical = 1 / 3  # as long as a measured number is when it is printed
-    measured = typical if job.method.needs else None
+    """Return about how long manifest, report and configuration will be: they are written once."""
+    settings = job.recipe.calibration
+    error, rtn_error = (1 / 3, 1 / 7) if calibrates(job) else (None, None)  # of the usual length
+    held_out = calibrates(job) and round(
+        settings.num_calibration_samples * settings.held_out_fraction
+    )
+    layers = [
+        LayerReport(
+            name=name,
+            method=job.recipe.method,
+            scheme=scheme.describe(),
+            rows=job.network.layers[name].rows,
+            columns=job.network.layers[name].columns,
+            bits_per_weight=layer_bits_per_weight(job, name),
+            error=error,
+            rtn_error=rtn_error,
+            held_out_error=error if held_out else None,
+            rtn_held_out_error=rtn_error if held_out else None,
+            sqnr_db=100 / 7,
+            tokens=settings.num_calibration_samples * settings.max_seq_length if error else 0,
+            info={"damp": 0.01, "dead_columns": 0} if job.method.needs else {},
+        )
+        for name, scheme in job.plan.schemes.items()
+    ]
+    source = {"dataset": settings.dataset, "sha256": "0" * 64, "tokens": "0" * 200}
     report = RunReport(
-        layers=[
-            LayerReport(
-                name=name,
-                method=job.recipe.method,
-                scheme=scheme.describe(),
-                rows=job.network.layers[name].rows,
-                columns=job.network.layers[name].columns,
-                bits_per_weight=scheme.bits_per_weight(
-                    job.network.layers[name].rows, job.network.layers[name].columns
-                ),
-                error=measured,
-                held_out_error=measured,
-                rtn_error=measured,
-                rtn_held_out_error=measured,
-                sqnr_db=typical,
-            )
-            for name, scheme in job.plan.schemes.items()
-        ],
+        layers=layers,
         events=(),
         coverage=job.coverage,
-        calibration=None,
+        calibration=source if error else None,
     )
+    files = [file.name for file in job.network.folder.side_files()] if job.network.folder else []
     manifest = {
         "recipe": job.recipe.model_dump(mode="json"),
+        "plugins": [dict.fromkeys(("kind", "name", "plugin", "source", "version"), "0" * 7)] * 3,
+        "calibration": report.calibration,
         "layers": {
-            name: {
-                "rows": job.network.layers[name].rows,
-                "columns": job.network.layers[name].columns,
-                "method": job.recipe.method,
-                "scheme": scheme.model_dump(),
-                "grid": {"qmin": 0, "qmax": 0, "values": None},
+            layer.name: {
+                "rows": layer.rows,
+                "columns": layer.columns,
+                "method": layer.method,
+                "scheme": job.plan.schemes[layer.name].model_dump(),
+                "grid": {"qmin": -8, "qmax": 7, "values": None},
             }
-            for name, scheme in job.plan.schemes.items()
+            for layer in layers
         },
+        "files": dict.fromkeys([*files, "model.safetensors", "qframe_report.json"], "0" * 64),
+        "quantization_config": "0" * 300,  # in config.json
     }
     texts = (
         report.to_json(timings=False),
@@ -331,7 +346,7 @@ def peak_memory(job: Job) -> dict[str, int]:
         "largest block": BLOCK_COPIES * largest,
         "being written": WRITING_COPIES * min(size + carried, MAX_SHARD_BYTES),
     }
-    if job.method.needs:
+    if calibrates(job):
         samples = settings.num_calibration_samples * (1 + settings.held_out_fraction)
         tokens = round(samples) * settings.max_seq_length
         inputs = sum({network.layers[n].columns for n in job.plan.schemes})

@@ -171,7 +171,8 @@ def layers(draw, **fixed):
     }
     scheme = Scheme(**{**settings, **fixed})
     half = 2 ** (scheme.num_bits - 1)
-    grid = Grid(0, 2 * half - 1)
+    first = draw(st.sampled_from([0, -half, 3]))  # another format may count from elsewhere
+    grid = Grid(first, first + 2 * half - 1)
     if scheme.symmetric:
         grid = Grid(-half if scheme.scale_rule == "full" else 1 - half, half - 1)
     rows, columns = draw(st.integers(0, 3)), draw(st.integers(0, 40))

@@ -31,7 +31,7 @@ def demo(
     out.mkdir(parents=True, exist_ok=True)
     note("loading libraries")
     from qframe import demo as library
-    from qframe.report.table import score_table, stacked
+    from qframe.report.table import facts, score_table, stacked
 
     found = library.demonstrate(
         windows=windows or library.EVALUATION_WINDOWS, threads=threads, say=note
@@ -43,4 +43,4 @@ def demo(
     if as_json:
         print_json(record)
         return
-    print_result(stacked(score_table(found.rows), "\n".join(found.notes())))
+    print_result(stacked(score_table(found.rows), facts(found.notes())))

@@ -56,7 +56,7 @@ def evaluate(
     from qframe.evaluate import evaluate as score
     from qframe.evaluate import windows_of
     from qframe.model import Network
-    from qframe.report.table import score_table, stacked
+    from qframe.report.table import facts, score_table, stacked
     from qframe.weights import ModelFolder
 
     networks = {str(out): load(out, dequantize=True) for out in outs}
@@ -74,7 +74,7 @@ def evaluate(
             }
         )
         return
-    print_result(stacked(score_table(rows), f"protocol: {protocol.line()}"))
+    print_result(stacked(score_table(rows), facts({"protocol": protocol.line()})))
 
 
 def _rows(scores: Mapping[str, Score], reference: Path, full: Network) -> list[ScoreRow]:

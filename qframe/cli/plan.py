@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from rich.console import RenderableType
-from rich.text import Text
 
 from qframe.memory import (
     bits_per_weight,
@@ -14,7 +13,7 @@ from qframe.memory import (
     peak_memory,
     readable_bytes,
 )
-from qframe.report.table import PlanRow, plan_table, stacked
+from qframe.report.table import PlanRow, facts, plan_table, stacked
 
 if TYPE_CHECKING:
     from qframe.pipeline import Job
@@ -48,11 +47,13 @@ def predictions(job: Job) -> RenderableType:
     """Return what the output will take on disk, and the run in memory."""
     size, peak = folder_size(job), peak_memory(job)
     parts = ", ".join(f"{readable_bytes(count)} {what}" for what, count in peak.items())
-    return Text(
-        f"output      {readable_bytes(size.total)}: weights {readable_bytes(size.weights)} "
-        f"({readable_bytes(size.quantized)} quantized, {readable_bytes(size.carried)} as stored), "
-        f"{bits_per_weight(job):.3f} bits per quantized weight\n"
-        f"memory      about {readable_bytes(sum(peak.values()))} at the peak: {parts}"
+    return facts(
+        {
+            "output": f"{readable_bytes(size.total)}: {readable_bytes(size.quantized)} quantized "
+            f"({bits_per_weight(job):.3f} bits per weight), {readable_bytes(size.carried)} as "
+            f"stored, {readable_bytes(size.headers + size.others)} for the rest",
+            "memory": f"about {readable_bytes(sum(peak.values()))} at the peak: {parts}",
+        }
     )
 
 

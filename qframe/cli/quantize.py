@@ -104,13 +104,14 @@ def _dry_run(
 ) -> None:
     from qframe.checkpoint import check_output
     from qframe.cli.plan import plan_record, plan_screen, predictions
+    from qframe.memory import calibrates
     from qframe.pipeline import plan_job
     from qframe.report.table import stacked
 
     job = plan_job(model, recipe, host)
     if out is not None:
         check_output(out, overwrite=overwrite)
-    if job.method.needs:
+    if calibrates(job):
         _check_dataset(recipe.calibration.dataset)
     if as_json:
         print_json(plan_record(job))

@@ -91,7 +91,8 @@ class Coverage:
         return (
             f"quantized {share:.1f} % of parameters "
             f"({100 * self.matrix_fraction:.1f} % of the weights in linear layers); "
-            f"{len(self.left)} matrices left{f': {why}' if why else ''}"
+            f"{len(self.left)} {'matrix' if len(self.left) == 1 else 'matrices'} left"
+            f"{f': {why}' if why else ''}"
         )
 
 

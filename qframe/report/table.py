@@ -50,6 +50,16 @@ def titled(title: str, content: RenderableType) -> RenderableType:
     return Group(Text(title, style="bold"), content)
 
 
+def facts(lines: Mapping[str, str]) -> Table:
+    """Return lines of text, each after a word that says what it is about."""
+    made = Table.grid(padding=(0, 2))
+    made.add_column(style="bold", no_wrap=True)
+    made.add_column(overflow="fold")
+    for what, text in lines.items():
+        made.add_row(what, text)
+    return made
+
+
 def stacked(*parts: RenderableType | None) -> RenderableType:
     """Return parts under one another with an empty line between them; None is left out."""
     shown = [part for part in parts if part is not None]
@@ -114,7 +124,8 @@ def run_summary(report: RunReport, *, all_layers: bool = False) -> RenderableTyp
         parts.append(layer_table(report.layers))
     else:
         worst = sorted(report.layers, key=_badness, reverse=True)[:WORST]
-        by = "error on held-out tokens" if _measured(report.layers) else "SQNR"
+        by = "error on held-out tokens" if _held_out(report.layers) else "error"
+        by = by if _measured(report.layers) else "SQNR"
         parts += [
             titled(
                 f"{len(report.layers)} layers by kind (medians; seconds are sums)",
@@ -142,24 +153,23 @@ def kind_table(layers: Sequence[LayerReport]) -> Table:
     kinds: dict[str, list[LayerReport]] = {}
     for layer in layers:
         kinds.setdefault(layer.name.rpartition(".")[2], []).append(layer)
-    columns = ["layers", "SQNR dB", "seconds"]
+    columns: dict[str, Callable[[Sequence[LayerReport]], str | Text]] = {}
+    columns["layers"] = lambda kind: str(len(kind))
     if _measured(layers):
-        columns[1:1] = ["error %", "held out %", "RTN's", "gain", "least gain"]
+        columns["error %"] = lambda kind: percent(_median(m.error for m in kind))
+        columns["RTN's"] = lambda kind: percent(_median(m.rtn_error for m in kind))
+        if _held_out(layers):
+            columns["held out %"] = lambda kind: percent(_median(m.held_out_error for m in kind))
+            columns["RTN's "] = lambda kind: percent(_median(m.rtn_held_out_error for m in kind))
+        columns["gain"] = lambda kind: times(_median(map(_gain, kind)))
+        columns["least gain"] = lambda kind: times(
+            min((g for g in map(_gain, kind) if g is not None), default=None)
+        )
+    columns["SQNR dB"] = lambda kind: f"{median(m.sqnr_db for m in kind):.1f}"
+    columns["seconds"] = lambda kind: f"{sum(_seconds(m) for m in kind):.1f}"
     made = table("kind", *columns)
     for kind, members in kinds.items():
-        cells: list[str | Text] = [str(len(members))]
-        if _measured(layers):
-            gains = [m.held_out_gain for m in members if m.held_out_gain is not None]
-            cells += [
-                percent(_median(m.error for m in members)),
-                percent(_median(m.held_out_error for m in members)),
-                percent(_median(m.rtn_held_out_error for m in members)),
-                times(_median(gains)),
-                times(min(gains, default=None)),
-            ]
-        cells.append(f"{median(m.sqnr_db for m in members):.1f}")
-        cells.append(f"{sum(_seconds(m) for m in members):.1f}")
-        made.add_row(kind, *cells)
+        made.add_row(kind, *(show(members) for show in columns.values()))
     return made
 
 
@@ -203,15 +213,16 @@ def _columns(layers: Sequence[LayerReport]) -> dict[str, Callable[[LayerReport],
     if _measured(layers):
         columns["error %"] = lambda m: percent(m.error)
         columns["RTN's"] = lambda m: percent(m.rtn_error)
-        columns["held out %"] = lambda m: percent(m.held_out_error)
-        columns["RTN's "] = lambda m: percent(m.rtn_held_out_error)
-        columns["gain"] = lambda m: times(m.held_out_gain)
+        if _held_out(layers):
+            columns["held out %"] = lambda m: percent(m.held_out_error)
+            columns["RTN's "] = lambda m: percent(m.rtn_held_out_error)
+        columns["gain"] = lambda m: times(_gain(m))
     else:
         columns["shape"] = lambda m: f"{m.rows} x {m.columns}"
         columns["bits/weight"] = lambda m: f"{m.bits_per_weight:.3f}"
     columns["SQNR dB"] = lambda m: f"{m.sqnr_db:.1f}"
     if any("damp" in m.info for m in layers):
-        columns["damp"] = lambda m: f"{m.info['damp']:g}" if "damp" in m.info else ""
+        columns["damp"] = lambda m: _plain(m.info.get("damp", ""))
     if len({m.tokens for m in layers}) > 1:  # else the legend says how many
         columns["tokens"] = lambda m: str(m.tokens)
     columns["s"] = lambda m: f"{_seconds(m):.2f}"
@@ -219,13 +230,31 @@ def _columns(layers: Sequence[LayerReport]) -> dict[str, Callable[[LayerReport],
 
 
 def _legend(layers: Sequence[LayerReport]) -> str:
-    tokens = max((m.tokens for m in layers), default=0)
-    held_out = max((m.tokens_held_out for m in layers), default=0)
+    tokens = f"{max(m.tokens for m in layers):,}"
+    text = f"Errors are ||X(W-Q)|| / ||XW|| of a layer's output, on the {tokens} calibration tokens"
+    rtn = "beside round-to-nearest's (RTN) on the same"
+    if not _held_out(layers):
+        return (
+            f"{text}, {rtn}; gain is RTN's error over the method's. No tokens were held out, so "
+            f"nothing tells how it does on others."
+        )
+    held_out = f"{max(m.tokens_held_out for m in layers):,}"
     return (
-        "Errors are ||X(W-Q)|| / ||XW|| of a layer's output, on the calibration tokens "
-        f"({tokens:,}) and on held-out tokens ({held_out:,}), beside round-to-nearest (RTN) on the "
-        f"same; gain is RTN's held-out error over the method's, below 1 it is marked {HARM}."
+        f"{text} and on {held_out} held-out ones, {rtn}; gain is RTN's held-out error over the "
+        f"method's, and below 1 it is marked {HARM}."
     )
+
+
+def _held_out(layers: Iterable[LayerReport]) -> bool:
+    return any(layer.held_out_error is not None for layer in layers)
+
+
+def _gain(layer: LayerReport) -> float | None:
+    return layer.gain if layer.held_out_gain is None else layer.held_out_gain
+
+
+def _plain(value: float | int | str) -> str:
+    return value if isinstance(value, str) else f"{value:g}"
 
 
 def _measured(layers: Iterable[LayerReport]) -> bool:

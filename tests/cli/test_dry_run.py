@@ -1,0 +1,90 @@
+"""A dry run promises what a real run does, and writes nothing."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from safetensors import safe_open
+
+CASES = {
+    "rtn": ["--method", "rtn", "--group-size", "32"],
+    "channel": ["--scheme", "W8A16"],
+    "asymmetric 3 bits": ["--scheme", "W3A16", "--group-size", "24", "--asymmetric"],
+    "some": ["--targets", "re:.*mlp.*", "--ignore", "re:.*up_proj", "--min-coverage", "0.1"],
+    "override": ["--group_size", "32", "--override", "re:.*down_proj:num_bits=8,group_size=-1"],
+    "gptq": ["--method", "gptq", "--group-size", "32"],
+    "gptq, groups by activation": ["-m", "gptq", "--group-size", "32", "--set", "actorder=group"],
+}
+CALIBRATION = ["--num-calibration-samples", "4", "--max-seq-length", "32"]
+
+
+def quantized_layers(folder):
+    with safe_open(folder / "model.safetensors", framework="numpy") as file:
+        names = file.keys()
+    return {n.removesuffix(".weight_packed") for n in names if n.endswith(".weight_packed")}
+
+
+@pytest.mark.parametrize("arguments", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_the_plan_is_what_a_real_run_does(run, tiny, tmp_path, arguments, tied):
+    model, out = tiny.write_llama(tmp_path / "model", tied=tied), tmp_path / "out"
+    arguments = [*arguments, *CALIBRATION]
+    planned = run("quantize", model, "--dry-run", "--json", "-o", out, *arguments)
+    assert planned.code == 0
+    assert not out.exists()
+    plan = json.loads(planned.out)
+
+    ran = run("quantize", model, "--json", "-o", out, *arguments)
+    assert ran.code == 0, ran.err
+    result = json.loads(ran.out)
+    assert {layer["name"] for layer in plan["layers"]} == quantized_layers(out)
+    assert {layer["name"] for layer in plan["layers"]} == {
+        layer["name"] for layer in result["report"]["layers"]
+    }
+    assert plan["coverage"]["left"] == result["report"]["coverage"]["left"]
+
+    sizes = {file.name: file.stat().st_size for file in out.iterdir()}
+    assert sizes == result["bytes"]
+    assert plan["output_bytes"]["total"] == pytest.approx(sum(sizes.values()), rel=0.02)
+    assert plan["output_bytes"]["weights"] == pytest.approx(sizes["model.safetensors"], rel=0.02)
+    assert plan["bits_per_weight"] == pytest.approx(result["bits_per_weight"])
+
+
+def test_it_prints_what_is_done_with_each_layer_and_why_not(run, tiny_llama):
+    shown = run("quantize", tiny_llama, "--dry-run", "--all-layers", "--ignore", "re:.*v_proj")
+    assert shown.code == 0
+    assert "model.layers.1.self_attn.q_proj" in shown.out
+    assert "left: ignored by the recipe" in shown.out
+    assert "bits per weight" in shown.out
+    assert "at the peak" in shown.out
+
+
+def test_blocks_of_the_same_make_are_one_row(run, tiny_llama):
+    assert "model.layers.{0..1}.self_attn.q_proj" in run("quantize", tiny_llama, "--dry-run").out
+
+
+def test_static_checks_are_run(run, tiny_llama, tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "file").touch()
+    assert run("quantize", tiny_llama, "--dry-run", "-o", tmp_path / "there").code == 2
+    assert run("quantize", tiny_llama, "--dry-run", "--ignore", "nothing").code == 2
+    missing = run("quantize", tiny_llama, "--dry-run", "-m", "gptq", "--dataset", "no_such.txt")
+    assert missing.code == 2
+    assert "no_such.txt" in missing.said
+
+
+def test_inspect_shows_the_same_plan(run, tiny_llama):
+    arguments = [tiny_llama, "--json", "--group-size", "32", "--override", "re:.*o_proj:num_bits=8"]
+    inspected = json.loads(run("inspect", *arguments).out)
+    planned = json.loads(run("quantize", *arguments, "--dry-run").out)
+    assert inspected["layers"] == planned["layers"]
+
+
+def test_inspect_needs_no_weights(run, tiny_llama, tmp_path):
+    alone = tmp_path / "config.json"
+    alone.write_text((tiny_llama / "config.json").read_text())
+    shown = run("inspect", alone, "--json")
+    assert shown.code == 0, shown.err
+    assert len(json.loads(shown.out)["layers"]) == 14
+    assert "INT4" in run("inspect", alone).out

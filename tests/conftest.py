@@ -1,0 +1,35 @@
+"""Fixtures of all tests."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+
+def _neighbour(name: str) -> ModuleType:
+    """Import a file beside this one; pytest's importlib mode has no folder on the path for it."""
+    full_name = f"qframe_tests_{name}"
+    if full_name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(full_name, Path(__file__).parent / f"{name}.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[full_name] = module
+        spec.loader.exec_module(module)
+    return sys.modules[full_name]
+
+
+@pytest.fixture(scope="session")
+def tiny() -> ModuleType:
+    """The module tiny.py: names, shapes, `write_llama`, `save_weights`."""
+    return _neighbour("tiny")
+
+
+@pytest.fixture
+def tiny_llama(tiny: ModuleType, tmp_path: Path) -> Path:
+    """A fresh folder with a tiny Llama, which the test may damage."""
+    return tiny.write_llama(tmp_path / "model")
