@@ -15,19 +15,19 @@ import io
 import os
 import re
 import shlex
-import shutil
 import tempfile
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
 from sybil import Document, Example, Region, Sybil
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipParser
 
-ROOT = Path(__file__).parent
-TEXT = 30_000  # characters of each half of the text, so that blocks take seconds
+TINY = Path(__file__).parent / "tests" / "tiny.py"
+TEXT = 20_000  # characters of each half of the text, so that blocks take seconds
 
 collect_ignore = ["docs/example_plugin"]  # a project of its own; tests/test_third_party.py runs it
 
@@ -36,14 +36,12 @@ _EXIT_CODE = re.compile(r"#\s*exit code (\d+)\s*$")
 
 
 @cache
-def tiny_model() -> Path:
-    """Return a folder with a tiny Llama and its tokenizer; made once."""
-    path = ROOT / "tests" / "tiny.py"
-    spec = importlib.util.spec_from_file_location("tiny_for_documents", path)
+def tiny() -> ModuleType:
+    """Return tests/tiny.py, which writes the tiny model."""
+    spec = importlib.util.spec_from_file_location("qframe_documents_tiny", TINY)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    folder = Path(tempfile.mkdtemp(prefix="qframe-documents-"))
-    return module.save_llama(folder / "MODEL")
+    return module
 
 
 def set_up(namespace: dict[str, Any]) -> None:
@@ -53,7 +51,7 @@ def set_up(namespace: dict[str, Any]) -> None:
     halves = tuple(half[:TEXT] for half in embedded.topics_text())
     cleanup = namespace["_cleanup"] = contextlib.ExitStack()
     folder = cleanup.enter_context(tempfile.TemporaryDirectory(prefix="qframe-document-"))
-    shutil.copytree(tiny_model(), Path(folder, "MODEL"))
+    tiny().write_llama(Path(folder, "MODEL"))
     cleanup.enter_context(contextlib.chdir(folder))
     cleanup.enter_context(mock.patch.dict(os.environ))
     cleanup.enter_context(mock.patch.object(embedded, "topics_text", lambda: halves))

@@ -28,6 +28,8 @@ from qframe import parallel
 from qframe.calibration import read_text, tokenize
 from qframe.errors import CalibrationError, NonFiniteError
 
+TOKENS_AT_ONCE = 16  # whose distributions over a large vocabulary still fit the caches
+
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
@@ -150,8 +152,11 @@ def score_tokens(log_q: torch.Tensor, log_p: torch.Tensor, window: torch.Tensor)
     """
     log_q, log_p, following = log_q[:-1], log_p[:-1], window[0, 1:]
     nll = -log_q.gather(1, following[:, None])[:, 0].double()
-    kl = (log_p.exp() * (log_p - log_q)).sum(1, dtype=torch.float64)
-    return TokenScores(nll=nll, kl=kl, same_top1=log_q.argmax(1) == log_p.argmax(1))
+    kl, same = [], []
+    for q, p in zip(log_q.split(TOKENS_AT_ONCE), log_p.split(TOKENS_AT_ONCE), strict=True):
+        kl.append((p.exp() * (p - q)).sum(1, dtype=torch.float64))
+        same.append(q.argmax(1) == p.argmax(1))
+    return TokenScores(nll=nll, kl=torch.cat(kl), same_top1=torch.cat(same))
 
 
 def summarize(windows: Sequence[TokenScores]) -> Score:

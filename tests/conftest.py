@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
 
+import hypothesis
 import pytest
+
+# A first call may compile a kernel, so no deadline; and the same examples in every run, so that
+# a failure in CI is one that everybody sees. QFRAME_TEST_PROFILE=nightly searches further.
+hypothesis.settings.register_profile("dev", deadline=None, derandomize=True, max_examples=50)
+hypothesis.settings.register_profile("nightly", deadline=None, max_examples=2000)
+hypothesis.settings.load_profile(os.environ.get("QFRAME_TEST_PROFILE", "dev"))
 
 
 def _neighbour(name: str) -> ModuleType:
     """Import a file beside this one; pytest's importlib mode has no folder on the path for it."""
     full_name = f"qframe_tests_{name}"
     if full_name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(full_name, Path(__file__).parent / f"{name}.py")
+        spec = importlib.util.spec_from_file_location(
+            full_name, Path(__file__).parent / f"{name}.py"
+        )
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)

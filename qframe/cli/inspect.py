@@ -54,7 +54,7 @@ def inspect(
         else:
             print_result(stacked(titled(title, memory_table(formats)), _UNITS))
         return
-    from qframe.cli.plan import plan_record, plan_screen, predictions
+    from qframe.cli.plan import plan_record, plan_screen
 
     job = plan_of(str(model), flags)
     layers = [job.network.layers[name] for name in job.plan.schemes]
@@ -66,7 +66,6 @@ def inspect(
     print_result(
         stacked(
             plan_screen(job, all_layers=all_layers),
-            predictions(job) if job.network.folder is not None else None,
             titled(title, memory_table(formats)),
             _UNITS,
         )

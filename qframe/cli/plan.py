@@ -13,7 +13,7 @@ from qframe.memory import (
     peak_memory,
     readable_bytes,
 )
-from qframe.report.table import PlanRow, facts, plan_table, stacked
+from qframe.report.table import PlanRow, coverage_text, facts, plan_table, stacked
 
 if TYPE_CHECKING:
     from qframe.pipeline import Job
@@ -39,22 +39,23 @@ def plan_rows(job: Job) -> list[PlanRow]:
 
 
 def plan_screen(job: Job, *, all_layers: bool) -> RenderableType:
-    """Return the plan as a table, with the coverage line below."""
-    return stacked(plan_table(plan_rows(job), collapse=not all_layers), job.coverage.line())
+    """Return the plan as a table, and what it covers and takes."""
+    lines = {"coverage": coverage_text(job.coverage)}
+    if job.network.folder is not None:
+        lines |= _predictions(job)
+    return stacked(plan_table(plan_rows(job), collapse=not all_layers), facts(lines))
 
 
-def predictions(job: Job) -> RenderableType:
+def _predictions(job: Job) -> dict[str, str]:
     """Return what the output will take on disk, and the run in memory."""
     size, peak = folder_size(job), peak_memory(job)
     parts = ", ".join(f"{readable_bytes(count)} {what}" for what, count in peak.items())
-    return facts(
-        {
-            "output": f"{readable_bytes(size.total)}: {readable_bytes(size.quantized)} quantized "
-            f"({bits_per_weight(job):.3f} bits per weight), {readable_bytes(size.carried)} as "
-            f"stored, {readable_bytes(size.headers + size.others)} for the rest",
-            "memory": f"about {readable_bytes(sum(peak.values()))} at the peak: {parts}",
-        }
-    )
+    return {
+        "output": f"{readable_bytes(size.total)}: {readable_bytes(size.quantized)} quantized "
+        f"({bits_per_weight(job):.3f} bits per weight), {readable_bytes(size.carried)} as "
+        f"stored, {readable_bytes(size.headers + size.others)} for the rest",
+        "memory": f"about {readable_bytes(sum(peak.values()))} at the peak: {parts}",
+    }
 
 
 def plan_record(job: Job) -> dict[str, Any]:

@@ -103,10 +103,9 @@ def _dry_run(
     as_json: bool,
 ) -> None:
     from qframe.checkpoint import check_output
-    from qframe.cli.plan import plan_record, plan_screen, predictions
+    from qframe.cli.plan import plan_record, plan_screen
     from qframe.memory import calibrates
     from qframe.pipeline import plan_job
-    from qframe.report.table import stacked
 
     job = plan_job(model, recipe, host)
     if out is not None:
@@ -116,7 +115,7 @@ def _dry_run(
     if as_json:
         print_json(plan_record(job))
         return
-    print_result(stacked(plan_screen(job, all_layers=all_layers), predictions(job)))
+    print_result(plan_screen(job, all_layers=all_layers))
     note("dry run: nothing was written")
 
 
@@ -157,17 +156,19 @@ def _show(
     result: Result, out: Path, report: Path | None, seconds: float, *, all_layers: bool
 ) -> None:
     from qframe.memory import readable_bytes
-    from qframe.report.table import run_summary, stacked
+    from qframe.report.table import coverage_text, facts, run_summary, stacked
 
     total = sum(result.sizes.values())
     weights = sum(size for name, size in result.sizes.items() if name.endswith(".safetensors"))
-    lines = (
-        f"wrote {out}: {readable_bytes(total)}, of which weights {readable_bytes(weights)}; "
-        f"{_bits_per_weight(result):.3f} bits per quantized weight; {seconds:.1f} s"
-    )
+    lines = {
+        "coverage": coverage_text(result.report.coverage),
+        "output": f"{out}: {readable_bytes(total)}, of which weights {readable_bytes(weights)}; "
+        f"{_bits_per_weight(result):.3f} bits per quantized weight",
+        "time": f"{seconds:.1f} s",
+    }
     if report is not None:
-        lines += f"\nwrote {report / 'report.json'} and {report / 'report.csv'}"
-    print_result(stacked(run_summary(result.report, all_layers=all_layers), lines))
+        lines["report"] = f"{report / 'report.json'}, {report / 'report.csv'}"
+    print_result(stacked(run_summary(result.report, all_layers=all_layers), facts(lines)))
 
 
 # Progress ---------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qframe.memory import FormatMemory, readable_bytes
-from qframe.report.layers import LayerReport, RunReport
+from qframe.report.layers import Coverage, LayerReport, RunReport
 
 MANY_LAYERS = 20  # more than these are summed up by kind, and the worst are shown
 WORST = 10
@@ -118,7 +118,7 @@ def some(names: Sequence[str], shown: int = NAMES_SHOWN) -> str:
 
 
 def run_summary(report: RunReport, *, all_layers: bool = False) -> RenderableType:
-    """Return the layers, the marks explained, the events and the coverage of a run."""
+    """Return the layers, the marks explained, and the events of a run."""
     parts: list[RenderableType | None] = []
     if all_layers or len(report.layers) <= MANY_LAYERS:
         parts.append(layer_table(report.layers))
@@ -135,7 +135,7 @@ def run_summary(report: RunReport, *, all_layers: bool = False) -> RenderableTyp
         ]
     if _measured(report.layers):
         parts.append(Text(_legend(report.layers), style=FAINT))
-    parts += [harm(report.layers), event_table(report), coverage_text(report)]
+    parts += [harm(report.layers), event_table(report)]
     return stacked(*parts)
 
 
@@ -199,12 +199,10 @@ def event_table(report: RunReport) -> RenderableType | None:
     return titled("events", made)
 
 
-def coverage_text(report: RunReport) -> Text:
+def coverage_text(coverage: Coverage) -> str:
     """Return the coverage line, with the names of what was left when they are few."""
-    text = Text(report.coverage.line())
-    if 0 < len(report.coverage.left) <= NAMES_SHOWN:
-        text.append(f" ({', '.join(report.coverage.left)})", style=FAINT)
-    return text
+    names = f" ({', '.join(coverage.left)})" if 0 < len(coverage.left) <= NAMES_SHOWN else ""
+    return coverage.line() + names
 
 
 def _columns(layers: Sequence[LayerReport]) -> dict[str, Callable[[LayerReport], str | Text]]:

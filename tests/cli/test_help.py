@@ -40,7 +40,10 @@ def test_version(run):
     assert run("--version").out.startswith("qframe 0.")
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["plugins"], ["plugins", "--json"], ["quantize", "-h"]])
+LISTINGS = (["--help"], ["plugins"], ["plugins", "--json"], ["quantize", "-h"])
+
+
+@pytest.mark.parametrize("arguments", LISTINGS)
 def test_listing_imports_nothing_heavy(arguments):
     code = (
         "import sys\n"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-PLUGIN = '''
+PLUGIN = """
 from dataclasses import dataclass, field
 from qframe import Capabilities, hookimpl
 
@@ -20,7 +20,7 @@ class Nothing:
 @hookimpl
 def qframe_rounders():
     return [Nothing()]
-'''
+"""
 
 
 def test_the_default_plugins_are_listed(run):

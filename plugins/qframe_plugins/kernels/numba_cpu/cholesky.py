@@ -21,7 +21,8 @@ Error:  |H - V^T V| <= gamma_{n+1} |V|^T |V| elementwise (Higham, Accuracy and S
 
 from __future__ import annotations
 
-from typing import Literal
+import threading
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -52,12 +53,21 @@ class NotPositiveDefiniteError(ValueError):
         self.pivot = pivot
 
 
-def feedback(hessian: Float64, precision: Literal["float32", "float64"] = "float64") -> Feedback:
-    """Return the feedback of a damped Hessian, columns in processing order.
+def feedback(
+    hessian: Float64,
+    precision: Literal["float32", "float64"] = "float64",
+    *,
+    damp: float = 0.0,
+    order: npt.NDArray[np.integer[Any]] | None = None,
+) -> Feedback:
+    """Return the feedback of hessian + damp * identity, with columns taken in `order`.
 
-    hessian     [columns, columns] float64; only the lower triangle is read
+    hessian     [columns, columns] float64, symmetric; without `order` only its lower triangle is
+                read
     precision   of the factorization; float64 leaves the rounding of F as the only error that
                 matters, float32 takes half the time
+    order       [columns], a permutation: column order[i] is processed as the i-th, which
+                `NotPositiveDefiniteError.pivot` and the result refer to; None: as stored
 
     Raises NotPositiveDefiniteError when a pivot is not positive and finite.
     """
@@ -68,22 +78,41 @@ def feedback(hessian: Float64, precision: Literal["float32", "float64"] = "float
     if precision not in ("float32", "float64"):
         raise ValueError(f"precision={precision!r}; use 'float32' or 'float64'")
     columns = hessian.shape[0]
+    places = np.arange(columns) if order is None else np.array(order, np.int64)
+    if not np.array_equal(np.sort(places), np.arange(columns)):
+        raise ValueError(f"order is not a permutation of {columns} columns")
     rows = -(-columns // QUAD) * QUAD
     lanes = STRIPE_BYTES // np.dtype(precision).itemsize
     panels, blocks = -(-rows // lanes), -(-rows // BLOCK)
-    factor = np.empty((_place(panels * lanes, panels, rows, lanes), lanes), precision)
+    factor = _scratch(_place(panels * lanes, panels, rows, lanes), lanes, precision)
     packed = np.empty((feedback_row(blocks * BLOCK, 0), QUAD), np.float32)
     pivots = np.empty(rows, np.float64)
     hessian = np.require(hessian, requirements=("C", "W"))
+    damp = float(damp)
     for top in range((rows - 1) // _STEP * _STEP, -1, -_STEP):
         bottom = min(top + _STEP, rows)
         panels = -(-bottom // lanes)  # that reach this far down
-        share(_share_known, panels, hessian, factor, top, bottom, rows)
+        share(_share_known, panels, hessian, damp, places, factor, top, bottom, rows)
         failed = _factorize_diagonal(factor, pivots, top, bottom, rows)
         if failed >= 0:
             raise NotPositiveDefiniteError(failed)
         share(_share_solve, panels, factor, packed, top, bottom, rows)
     return Feedback(columns, packed, pivots[:columns])
+
+
+_kept = threading.local()
+
+
+def _scratch(stripes: int, lanes: int, dtype: str) -> npt.NDArray[Any]:
+    """Return uninitialized memory for V. A thread keeps its largest for the next layer.
+
+    Pages fresh from the system have to be zeroed, which can cost a third of the factorization.
+    """
+    size = stripes * STRIPE_BYTES
+    if getattr(_kept, "memory", np.empty(0, np.uint8)).nbytes < size:
+        _kept.memory = np.empty(size, np.uint8)
+    kept: npt.NDArray[np.uint8] = _kept.memory
+    return kept[:size].view(dtype).reshape(stripes, lanes)
 
 
 @kernel
@@ -96,7 +125,7 @@ def _place(row: int, panel: int, rows: int, lanes: int) -> int:
 
 
 @kernel
-def _subtract_known(hessian, factor, panel, top, bottom, rows):  # type: ignore[no-untyped-def]
+def _subtract_known(hessian, damp, order, factor, panel, top, bottom, rows):  # type: ignore[no-untyped-def]
     """Set V[i, panel] = H_ij - sum_{k>=bottom} V_ki V_kj for the rows top <= i < bottom."""
     columns, lanes = hessian.shape[0], factor.shape[1]
     first = panel * lanes
@@ -105,11 +134,11 @@ def _subtract_known(hessian, factor, panel, top, bottom, rows):  # type: ignore[
         place = _place(i, panel, rows, lanes)
         width = min(lanes, i + 1 - first) if i < columns else 0
         for lane in range(width):
-            factor[place, lane] = hessian[i, first + lane]
+            factor[place, lane] = hessian[order[i], order[first + lane]]
         for lane in range(width, lanes):
             factor[place, lane] = 0
-        if i >= columns and i < first + lanes:
-            factor[place, i - first] = 1  # padding: rows of the identity
+        if i < first + lanes:  # the diagonal; padding has rows of the identity
+            factor[place, i - first] = hessian[order[i], order[i]] + damp if i < columns else 1
     for k in range(bottom, rows, _DEPTH):
         depth = min(_DEPTH, rows - k)
         stripe = _place(k, panel, rows, lanes)
@@ -191,12 +220,12 @@ def _pack(factor, packed, panel, top, bottom, rows):  # type: ignore[no-untyped-
 
 
 @kernel
-def _share_known(counter, hessian, factor, top, bottom, rows):  # type: ignore[no-untyped-def]
+def _share_known(counter, hessian, damp, order, factor, top, bottom, rows):  # type: ignore[no-untyped-def]
     """Claim panels, and subtract from their rows top..bottom what the rows below contribute."""
     lanes = factor.shape[1]
     panel = claim(counter)
     while panel * lanes < bottom:
-        _subtract_known(hessian, factor, panel, top, bottom, rows)
+        _subtract_known(hessian, damp, order, factor, panel, top, bottom, rows)
         panel = claim(counter)
 
 
