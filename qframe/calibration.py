@@ -296,7 +296,8 @@ class Lockstep:
         finally:
             self._abandon()
             for thread in threads:
-                thread.join()
+                if thread.ident is not None:  # an interrupt may come before all have started
+                    thread.join()
             for handle in self._handles:
                 handle.remove()
         if self._failure is not None:
@@ -335,9 +336,12 @@ class Lockstep:
         go = threading.Event()
         self._permits.release()
         with self._changed:
-            self._waiting[self._here.chunk] = (stop, arrival, go)
-            self._running -= 1
-            self._changed.notify_all()
+            if self._abandoned:  # no one is left to say go
+                go.set()
+            else:
+                self._waiting[self._here.chunk] = (stop, arrival, go)
+                self._running -= 1
+                self._changed.notify_all()
         go.wait()
         self._permits.acquire()
         if self._abandoned:

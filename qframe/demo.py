@@ -21,7 +21,7 @@ from qframe.evaluate import Protocol, Score, evaluate, windows_of
 from qframe.host import Host
 from qframe.memory import folder_bytes, readable_bytes, stored_bits_per_weight
 from qframe.model import Network
-from qframe.pipeline import Result, quantize
+from qframe.pipeline import Progress, Result, quantize
 from qframe.recipe import Recipe
 from qframe.report.table import ScoreRow, figures
 from qframe.weights import ModelFolder
@@ -39,8 +39,6 @@ CAUTION = (
     "The weights of this model come from a 4-bit grid of groups of 32 (Q4_1): never judge 4-bit "
     "asymmetric quantization with groups of 32 by it, which would look lossless."
 )
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,16 +121,19 @@ def demonstrate(
     *,
     windows: int = EVALUATION_WINDOWS,
     threads: int | None = None,
-    say: Say = lambda line: None,
+    say: Callable[[str], None] = lambda line: None,
+    progress: Callable[[Progress], None] | None = None,
 ) -> Demonstration:
     """Quantize the embedded model in every way of METHODS, and evaluate all of them.
 
-    windows   of evaluation text
-    say       called with one line for each step
+    windows    of evaluation text
+    say        called with one line for each step
+    progress   called after each block of each network
 
     Raises QframeError when the model cannot be fetched or a run fails.
     """
     threads = threads or parallel.default_threads()
+    say("looking for the model")
     folder = model_folder(progress=say)
     say(f"model: {folder}")
     tokens, protocol = windows_of(folder, length=WINDOW, limit=windows)
@@ -142,10 +143,15 @@ def demonstrate(
     with tempfile.TemporaryDirectory(prefix="qframe-demo-") as temporary:
         for method, bits in METHODS:
             name = f"{method.upper()} W{bits}"
+            say(f"{name}: quantizing")
             started = time.perf_counter()
-            out = Path(temporary, f"{method}-{bits}")
             results[name] = quantize(
-                folder, recipe_of(method, bits), out=out, host=host, threads=threads
+                folder,
+                recipe_of(method, bits),
+                out=Path(temporary, f"{method}-{bits}"),
+                host=host,
+                threads=threads,
+                progress=progress,
             )
             seconds[name] = time.perf_counter() - started
             say(f"{name}: {len(results[name].report.layers)} layers in {seconds[name]:.1f} s")

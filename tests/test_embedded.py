@@ -1,15 +1,17 @@
 """The embedded model and text. The model is made once in the shared cache folder."""
 
 import hashlib
+import json
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from qframe import embedded
+from qframe import embedded, embedded_gguf
 from qframe.embedded import EmbeddedModelError, model_folder, topics_sha256, topics_text
 
 
@@ -137,6 +139,105 @@ def test_a_damaged_folder_gives_way(tmp_path, small):
     target = small(tmp_path / "target", "cut")
     embedded._install(small(tmp_path / "temporary" / "made", "complete"), target)
     assert (target / embedded.WEIGHTS_FILE).read_text() == "complete"
+
+
+# Converting
+
+HEADS, KV_HEADS, WIDTH = 4, 2, 32  # a head of q_proj and k_proj has 8 rows
+
+
+@pytest.fixture
+def gguf_file(tmp_path) -> Path:
+    """A GGUF file of one q_proj, one k_proj, one norm and the metadata that is read."""
+    import gguf
+
+    path = tmp_path / "model.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_vocab_size(3)
+    writer.add_embedding_length(WIDTH)
+    writer.add_feed_forward_length(WIDTH)
+    writer.add_block_count(1)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KV_HEADS)
+    writer.add_context_length(64)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(1e4)
+    writer.add_token_list(["<s>", "a", "b"])
+    writer.add_token_types([3, 1, 1])
+    writer.add_token_merges(["a b"])
+    writer.add_chat_template("{{ messages }}")
+    for add in ("bos", "eos", "unk", "pad"):
+        getattr(writer, f"add_{add}_token_id")(0)
+    for name, rows in (("blk.0.attn_q", 32), ("blk.0.attn_k", 16)):
+        weight = np.random.default_rng(rows).normal(size=(rows, WIDTH)).astype(np.float32)
+        kind = gguf.GGMLQuantizationType.Q4_1
+        writer.add_tensor(f"{name}.weight", gguf.quantize(weight, kind), raw_dtype=kind)
+    writer.add_tensor("output_norm.weight", np.arange(WIDTH, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_a_gguf_file_becomes_a_folder_with_the_rows_of_hugging_face(gguf_file, tmp_path):
+    from safetensors.numpy import load_file
+
+    embedded_gguf.write_folder(gguf_file, tmp_path)
+    _, stored = embedded_gguf._read(gguf_file)
+    made = load_file(tmp_path / embedded.WEIGHTS_FILE)
+    assert len(made) == len(stored) == 3
+    assert np.array_equal(made["model.norm.weight"], np.arange(WIDTH))
+    for part, heads in (("q", HEADS), ("k", KV_HEADS)):
+        weight = made[f"model.layers.0.self_attn.{part}_proj.weight"]
+        # convert_hf_to_gguf.py, LlamaModel.permute: from Hugging Face's order to GGUF's
+        there = weight.reshape(heads, 2, -1, WIDTH).swapaxes(1, 2).reshape(weight.shape)
+        assert np.array_equal(there, stored[f"blk.0.attn_{part}.weight"])
+        assert not np.array_equal(there, weight)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["rms_norm_eps"] == 1e-5
+    assert json.loads((tmp_path / "tokenizer.json").read_text())["model"]["merges"] == ["a b"]
+
+
+def test_who_may_read_the_config_may_read_the_weights(gguf_file, tmp_path):
+    embedded_gguf.write_folder(gguf_file, tmp_path)
+    weights, config = (tmp_path / name for name in (embedded.WEIGHTS_FILE, "config.json"))
+    assert weights.stat().st_mode == config.stat().st_mode
+
+
+def test_the_file_is_no_longer_mapped_after_reading(gguf_file, monkeypatch):
+    """Windows deletes no mapped file, and the folder around this one is temporary."""
+    import gguf
+
+    readers = []
+
+    class Watched(gguf.GGUFReader):
+        def __init__(self, path):
+            super().__init__(path)
+            readers.append(weakref.ref(self.data))
+
+    monkeypatch.setattr(gguf, "GGUFReader", Watched)
+    kept = embedded_gguf._read(gguf_file)
+    assert len(readers) == 1
+    assert readers[0]() is None
+    assert kept
+
+
+def test_a_conversion_that_gives_other_bytes_is_refused(gguf_file, tmp_path):
+    (tmp_path / "made").mkdir()
+    with pytest.raises(EmbeddedModelError, match=r"came out with sha256 .*please report"):
+        embedded._write_folder(gguf_file, tmp_path / "made")
+
+
+def test_a_full_disk_is_an_error_of_the_operating_system(gguf_file, tmp_path, monkeypatch):
+    import safetensors.numpy
+
+    def full(*args, **kwargs):
+        raise safetensors.SafetensorError("No space left on device")
+
+    monkeypatch.setattr(safetensors.numpy, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        embedded_gguf.write_folder(gguf_file, tmp_path)
 
 
 # The real model

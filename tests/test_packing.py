@@ -14,6 +14,7 @@ from qframe.errors import PluginError, WeightsError
 from qframe.packing import PackedWeight, pack_codes, unpack_codes
 from qframe.rounding import dequantize, group_index, round_up
 from qframe.scheme import Scheme
+from qframe_conformance.strategies import generators, schemes
 
 BITS = range(1, 9)
 
@@ -153,30 +154,18 @@ def test_the_layout_test_rejects(wrong, bits):
 
 # Layers ---------------------------------------------------------------------------------------
 
-DTYPES = {"float32": 23, "float16": 10, "bfloat16": 7}
-
 
 @st.composite
 def layers(draw, **fixed):
     """(QuantizedWeight, Scheme, Grid): any codes, scales and groups that a rounder may return."""
-    bits = draw(st.sampled_from(BITS[1:]))
-    strategy = draw(st.sampled_from(["tensor", "channel", "group"]))
-    settings = {
-        "num_bits": bits,
-        "strategy": strategy,
-        "group_size": draw(st.integers(1, 12)) if strategy == "group" else None,
-        "symmetric": draw(st.booleans()),
-        "scale_rule": draw(st.sampled_from(["full", "restricted"])),
-        "scale_dtype": draw(st.sampled_from(list(DTYPES))),
-    }
-    scheme = Scheme(**{**settings, **fixed})
+    rows, columns = draw(st.integers(0, 3)), draw(st.integers(0, 40))
+    scheme = draw(schemes(columns, **{"num_bits": st.sampled_from(BITS[1:]), **fixed}))
     half = 2 ** (scheme.num_bits - 1)
     first = draw(st.sampled_from([0, -half, 3]))  # another format may count from elsewhere
     grid = Grid(first, first + 2 * half - 1)
     if scheme.symmetric:
         grid = Grid(-half if scheme.scale_rule == "full" else 1 - half, half - 1)
-    rows, columns = draw(st.integers(0, 3)), draw(st.integers(0, 40))
-    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    rng = draw(generators())
     shape = scheme.scale_shape(rows, columns)
     scale = round_up(
         torch.from_numpy(np.float32(2.0 ** rng.uniform(-30, 12, shape))), scheme.scale_dtype

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from qframe import Scheme, bounds, reference
 from qframe.contracts import Grid
+from qframe_conformance.strategies import HESSIANS, normal, rounding_problems, sparse, zeros
 
 DOUBLE = bounds.UNIT["float64"]
 OPTIONS = [  # actorder, static_groups
@@ -27,40 +28,22 @@ def grid_of(scheme):
     return Grid(-half if scheme.scale_rule == "full" else 1 - half, half - 1)
 
 
-@st.composite
-def hessians(draw, columns):
-    """(2/n) X^T X: ordinary, strongly correlated, rank deficient, dead or repeated columns."""
-    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
-    kind = draw(st.sampled_from(["white", "correlated", "rank deficient", "dead", "repeated"]))
-    tokens = draw(st.integers(1, 2)) if kind == "rank deficient" else 3 * columns
-    x = rng.normal(size=(tokens, columns))
-    if kind == "correlated":
-        x += 3 * rng.normal(size=(tokens, 1))
-    if kind == "dead":
-        x[:, rng.random(columns) < 1 / 3] = 0
-    if kind == "repeated":
-        x = x[:, rng.integers(0, columns, columns)]
-    return 2 / tokens * x.T @ x
-
-
-@st.composite
-def problems(draw, max_rows=3, max_columns=10):
+def problems():
     """(weight, hessian, scheme, grid)."""
-    rows, columns = draw(st.integers(0, max_rows)), draw(st.integers(1, max_columns))
-    strategy = draw(st.sampled_from(["tensor", "channel", "group"]))
-    scheme = Scheme(
-        num_bits=draw(st.sampled_from([2, 3, 4, 8])),
-        symmetric=draw(st.booleans()),
-        scale_rule=draw(st.sampled_from(["full", "restricted"])),
-        scale_dtype=draw(st.sampled_from(["float32", "float16"])),
-        strategy=strategy,
-        group_size=draw(st.integers(1, columns + 2)) if strategy == "group" else None,
+    drawn = rounding_problems(
+        max_columns=10,
+        weight_kinds=(normal, sparse, zeros),
+        hessian_kinds=HESSIANS,
+        grid_of=grid_of,
     )
-    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
-    weight = rng.normal(size=(rows, columns)) * (
-        rng.random((rows, columns)) < draw(st.sampled_from([1, 3 / 4, 0]))
+    return drawn.map(
+        lambda each: (
+            each.weight.numpy(),
+            each.statistics["hessian"].numpy(),
+            each.scheme,
+            each.grid,
+        )
     )
-    return np.float32(weight), draw(hessians(columns)), scheme, grid_of(scheme)
 
 
 dampings = st.sampled_from([1 / 100, 1 / 10])

@@ -13,99 +13,24 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from qframe import QuantizedWeight, RoundingProblem, Scheme, bounds, reference, rounding
+from qframe import QuantizedWeight, Scheme, bounds, reference, rounding
 from qframe.errors import NonFiniteError
-from qframe_plugins.formats.integer import IntegerFormat
+from qframe_conformance.strategies import (
+    normal,
+    one_outlier,
+    one_sided,
+    subnormal,
+    ties,
+    zeros,
+)
+from qframe_conformance.strategies import rounding_problem as problem
+from qframe_conformance.strategies import rounding_problems as problems
 from qframe_plugins.rounders.rtn import RTN
 
 RNG = np.random.default_rng(0)  # RTN takes no random numbers
 
 
 # Problems -------------------------------------------------------------------------------------
-
-
-def problem(weight, scheme):
-    grid = IntegerFormat(scheme.num_bits).grid(
-        symmetric=scheme.symmetric, scale_rule=scheme.scale_rule
-    )
-    tensor = torch.from_numpy(np.array(weight, np.float32))
-    return RoundingProblem(name="block.up", weight=tensor, scheme=scheme, grid=grid)
-
-
-def zeros(rng, shape):
-    return np.zeros(shape)
-
-
-def constant(rng, shape):
-    return np.full(shape, rng.normal())
-
-
-def one_outlier(rng, shape):
-    weight = rng.normal(size=shape)
-    if weight.size:
-        weight.flat[rng.integers(weight.size)] = 2.0**13
-    return weight
-
-
-def subnormal(rng, shape):
-    return rng.integers(-300, 300, shape) * 2.0**-149
-
-
-def tiny_and_huge(rng, shape):
-    return rng.normal(size=shape) * 2.0 ** rng.integers(-140, 14, shape)
-
-
-def ties(rng, shape):
-    """Halves of a power-of-two grid, and the float32 numbers next to them."""
-    halves = np.float32(rng.integers(-8, 8, shape) + 0.5)
-    sides = rng.integers(-1, 2, shape).astype(np.float32)
-    return np.nextafter(halves, halves + sides, dtype=np.float32)
-
-
-def one_sided(rng, shape):
-    return rng.choice([-1, 1]) * (2 + rng.random(shape))
-
-
-def normal(rng, shape):
-    return rng.normal(size=shape)
-
-
-NASTY = (zeros, constant, one_outlier, subnormal, tiny_and_huge, ties, one_sided, normal)
-
-
-@st.composite
-def schemes(draw, columns, **fixed):
-    strategy = draw(st.sampled_from(["tensor", "channel", "group"]))
-    # 1, the whole row, more than it, dividing it or not
-    size = draw(st.integers(1, columns + 3)) if strategy == "group" else None
-    settings = {
-        "num_bits": draw(st.sampled_from([2, 3, 4, 8])),
-        "symmetric": draw(st.booleans()),
-        "strategy": strategy,
-        "group_size": size,
-        "scale_rule": draw(st.sampled_from(["full", "restricted"])),
-        "scale_dtype": draw(st.sampled_from(["float32", "float16", "bfloat16"])),
-    }
-    return Scheme(**{**settings, **fixed})
-
-
-@st.composite
-def problems(draw, max_rows=3, max_columns=12, weights=None, **fixed):
-    """Weights planted by name, or any float32 numbers of magnitude up to 2^15, in any scheme.
-
-    Up to 2^15 every scale fits float16; beyond is a test of its own.
-    """
-    rows = draw(st.integers(0, max_rows))
-    columns = draw(st.integers(1, max_columns))
-    scheme = draw(schemes(columns, **fixed))
-    if weights is not None:
-        return problem(draw(weights((rows, columns))), scheme)
-    kind = draw(st.sampled_from((None, *NASTY)))
-    if kind is None:
-        any_float = st.floats(-(2.0**15), 2.0**15, width=32)
-        return problem(draw(hnp.arrays(np.float32, (rows, columns), elements=any_float)), scheme)
-    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
-    return problem(kind(rng, (rows, columns)), scheme)
 
 
 def planted_problems():

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from qframe.cli.command import Debug, Json, Threads
+from qframe.cli.progress import progress_shown
 from qframe.cli.screen import finite, note, print_json, print_result
 
 
@@ -29,13 +30,16 @@ def demo(
     documentation. Nothing else is needed.
     """
     out.mkdir(parents=True, exist_ok=True)
-    note("loading libraries")
-    from qframe import demo as library
-    from qframe.report.table import facts, score_table, stacked
+    with progress_shown(every=10) as progress:
+        progress.step("loading libraries")
+        from qframe import demo as library
 
-    found = library.demonstrate(
-        windows=windows or library.EVALUATION_WINDOWS, threads=threads, say=note
-    )
+        found = library.demonstrate(
+            windows=windows or library.EVALUATION_WINDOWS,
+            threads=threads,
+            say=progress.step,
+            progress=progress.block,
+        )
     record = finite(found.record())
     (out / "results.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     (out / "results.md").write_text(found.markdown(), encoding="utf-8")
@@ -43,4 +47,6 @@ def demo(
     if as_json:
         print_json(record)
         return
+    from qframe.report.table import facts, score_table, stacked
+
     print_result(stacked(score_table(found.rows), facts(found.notes())))

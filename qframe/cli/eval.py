@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qframe.cli.command import Debug, Json, Threads
-from qframe.cli.screen import note, print_json, print_result
+from qframe.cli.progress import progress_shown
+from qframe.cli.screen import print_json, print_result
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -49,22 +50,24 @@ def evaluate(
 
     The protocol is always printed with the numbers, for a perplexity means nothing without it.
     """
-    note("loading libraries")
-    import dataclasses
+    with progress_shown() as progress:
+        progress.step("loading libraries")
+        import dataclasses
 
-    from qframe.checkpoint import load
-    from qframe.evaluate import evaluate as score
-    from qframe.evaluate import windows_of
-    from qframe.model import Network
-    from qframe.report.table import facts, score_table, stacked
-    from qframe.weights import ModelFolder
+        from qframe.checkpoint import load
+        from qframe.evaluate import evaluate as score
+        from qframe.evaluate import windows_of
+        from qframe.model import Network
+        from qframe.report.table import facts, score_table, stacked
+        from qframe.weights import ModelFolder
 
-    networks = {str(out): load(out, dequantize=True) for out in outs}
-    full = Network.from_folder(ModelFolder(reference))
-    full.load(full.module, recurse=True)
-    windows, protocol = windows_of(reference, dataset, length=window, limit=limit)
-    note(f"scoring {len(networks) + 1} networks on {len(windows)} windows of {window} tokens")
-    scores = score(networks, full.module, windows, threads=threads)
+        networks = {str(out): load(out, dequantize=True) for out in outs}
+        full = Network.from_folder(ModelFolder(reference))
+        full.load(full.module, recurse=True)
+        windows, protocol = windows_of(reference, dataset, length=window, limit=limit)
+        count = len(networks) + 1
+        progress.step(f"scoring {count} networks on {len(windows)} windows of {window} tokens")
+        scores = score(networks, full.module, windows, threads=threads)
     rows = _rows(scores, reference, full)
     if as_json:
         print_json(

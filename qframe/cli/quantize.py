@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,14 +10,13 @@ import typer
 
 from qframe.cli.command import Debug, Json, Threads
 from qframe.cli.flags import RecipeFlags, takes_recipe_flags
-from qframe.cli.screen import note, print_json, print_result, stderr
+from qframe.cli.progress import progress_shown
+from qframe.cli.screen import note, print_json, print_result
 from qframe.errors import OutputError, RecipeError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from qframe.host import Host
-    from qframe.pipeline import Progress, Result
+    from qframe.pipeline import Result
     from qframe.recipe import Recipe
 
 Model = Annotated[
@@ -69,11 +66,12 @@ def quantize(
         raise RecipeError("give the folder to write with -o OUT, or --dry-run for the plan alone")
     if report is not None:
         _prepare_report_folder(report)
-    note("loading libraries")
-    from qframe.pipeline import quantize as run
-
     started = time.perf_counter()
     with progress_shown() as progress:
+        progress.step("loading libraries")
+        from qframe.pipeline import quantize as run
+
+        progress.step("reading the model and the text")
         result = run(
             model,
             recipe,
@@ -81,7 +79,7 @@ def quantize(
             host=host,
             overwrite=overwrite,
             threads=threads,
-            progress=progress,
+            progress=progress.block,
         )
     if report is not None:
         (report / "report.json").write_text(result.report.to_json(), encoding="utf-8")
@@ -169,66 +167,3 @@ def _show(
     if report is not None:
         lines["report"] = f"{report / 'report.json'}, {report / 'report.csv'}"
     print_result(stacked(run_summary(result.report, all_layers=all_layers), facts(lines)))
-
-
-# Progress ---------------------------------------------------------------------------------------
-
-
-@contextmanager
-def progress_shown() -> Iterator[Callable[[Progress], None]]:
-    """Show progress on stderr: a bar on a terminal, a line for each block elsewhere."""
-    console = stderr()
-    if not console.is_terminal:
-        yield _Lines().show
-        return
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        SpinnerColumn,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-    from rich.progress import Progress as Bar
-
-    with Bar(
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=30),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left", style="dim"),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-    ) as bar:
-        task = bar.add_task("reading the model and the text", total=None)
-
-        def show(done: Progress) -> None:
-            bar.update(task, description=done.block, completed=done.done, total=done.blocks)
-
-        yield show
-
-
-class _Lines:
-    """Progress as lines of text."""
-
-    def __init__(self) -> None:
-        self._started = time.perf_counter()
-
-    def show(self, done: Progress) -> None:
-        """Print one line for a block."""
-        from qframe.report.table import percent
-
-        elapsed = time.perf_counter() - self._started
-        left = elapsed / done.done * (done.blocks - done.done)
-        count = len(done.layers)
-        line = f"[{done.done}/{done.blocks}] {done.block}: {count} layer{'s' if count > 1 else ''}"
-        line += f", {done.seconds:.1f} s"
-        errors = [m.held_out_error for m in done.layers if m.held_out_error is not None]
-        if errors:
-            line += f", held-out error up to {percent(max(errors))} %"
-        fallen = sum("fallback" in layer.method for layer in done.layers)
-        if fallen:
-            line += f", {fallen} fell back to RTN"
-        note(f"{line}; {left:.0f} s left")

@@ -4,6 +4,7 @@ Everything is checked from the outside: weight, Hessian, options and what `round
 """
 
 import dataclasses
+import functools
 
 import numba
 import numpy as np
@@ -12,10 +13,21 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from qframe import RoundingProblem, Scheme, bounds, reference, rounding
+from qframe import Scheme, bounds, reference, rounding
 from qframe.errors import HessianError, NonFiniteError, UncalibratedLayerError, UnsupportedError
 from qframe.host import objection
-from qframe_plugins.formats.integer import IntegerFormat
+from qframe_conformance.strategies import (
+    HESSIANS,
+    correlated,
+    halves,
+    normal,
+    one_outlier,
+    rounding_problem,
+    rounding_problems,
+    sparse,
+    subnormal,
+    white,
+)
 from qframe_plugins.rounders.gptq import GPTQ
 from qframe_plugins.rounders.rtn import RTN
 
@@ -36,70 +48,21 @@ OPTIONS = [
 
 
 def problem(weight, hessian, scheme, tokens=100):
-    grid = IntegerFormat(scheme.num_bits).grid(
-        symmetric=scheme.symmetric, scale_rule=scheme.scale_rule
-    )
-    return RoundingProblem(
-        name="block.up",
-        weight=torch.from_numpy(np.array(weight, np.float32)),
-        scheme=scheme,
-        grid=grid,
-        statistics={"hessian": torch.from_numpy(np.array(hessian, np.float64))},
-        tokens=tokens,
-    )
+    return rounding_problem(weight, scheme, hessian, tokens)
 
 
-KINDS = ("white", "correlated", "rank deficient", "dead", "all dead", "repeated", "outlier")
-
-
-def hessian_of(kind, columns, rng):
-    tokens = max(1, columns // 3) if kind == "rank deficient" else 3 * columns
-    x = rng.normal(size=(tokens, columns)) * 2.0 ** rng.integers(-3, 4, columns)
-    if kind == "correlated":
-        x += 8 * rng.normal(size=(tokens, 1))
-    if kind == "dead":
-        x[:, rng.random(columns) < 1 / 3] = 0
-    if kind == "all dead":
-        x[:] = 0
-    if kind == "repeated":
-        x = x[:, rng.integers(0, columns, columns)]
-    if kind == "outlier":
-        x[:, rng.integers(columns)] *= 2.0**6
-    return 2 / tokens * x.T @ x
-
-
-def weight_of(kind, shape, rng):
-    weight = rng.normal(size=shape)
-    if kind == "zeros":
-        weight[rng.random(shape) < 1 / 2] = 0
-    if kind == "outlier" and weight.size:
-        weight.flat[rng.integers(weight.size)] = 2.0**9
-    if kind == "subnormal":
-        weight = rng.integers(-99, 99, shape) * 2.0**-149
-    if kind == "ties":
-        weight = rng.integers(-16, 16, shape) / 2
-    return weight
-
-
-@st.composite
-def problems(draw, max_rows=3, max_columns=20, **fixed):
-    rows, columns = draw(st.integers(0, max_rows)), draw(st.integers(1, max_columns))
-    strategy = draw(st.sampled_from(["tensor", "channel", "group", "group"]))
-    settings = {
-        "num_bits": draw(st.sampled_from([2, 3, 4, 8])),
-        "symmetric": draw(st.booleans()),
-        "scale_rule": draw(st.sampled_from(["full", "restricted"])),
-        "scale_dtype": draw(st.sampled_from(["float32", "float16", "bfloat16"])),
-        "observer": draw(st.sampled_from(["minmax", "minmax", "mse"])),
-        "strategy": strategy,
-        "group_size": draw(st.integers(1, columns + 2)) if strategy == "group" else None,
+def problems(**settings):
+    """Columns of blocks and more; one outlier that fits float16 also when errors move to it."""
+    often = {
+        "strategy": st.sampled_from(["tensor", "channel", "group", "group"]),
+        "observer": st.sampled_from(["minmax", "minmax", "mse"]),
     }
-    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
-    weights = draw(st.sampled_from(["normal", "normal", "zeros", "outlier", "subnormal", "ties"]))
-    return problem(
-        weight_of(weights, (rows, columns), rng),
-        hessian_of(draw(st.sampled_from(KINDS)), columns, rng),
-        Scheme(**{**settings, **fixed}),
+    outlier = functools.partial(one_outlier, size=2.0**9)
+    return rounding_problems(
+        max_columns=20,
+        weight_kinds=(normal, normal, sparse, outlier, subnormal, halves),
+        hessian_kinds=HESSIANS,
+        **{**often, **settings},
     )
 
 
@@ -301,9 +264,7 @@ def ideal_scales(lo, hi, slack, grid, symmetric):
 )
 def test_layers_of_several_blocks_keep_the_certificate(options, settings):
     rng = np.random.default_rng(1)
-    drawn = problem(
-        rng.normal(size=(70, 200)), hessian_of("correlated", 200, rng), Scheme(**settings)
-    )
+    drawn = problem(rng.normal(size=(70, 200)), correlated(rng, 200), Scheme(**settings))
     assert certificate(drawn, run(drawn, **options)) <= 1
 
 
@@ -338,7 +299,7 @@ def test_columns_are_taken_by_falling_diagonal_or_left_to_right(drawn, damping):
 )
 def test_groups_are_dynamic_unless_told_otherwise_or_impossible(actorder, static):
     rng = np.random.default_rng(0)
-    hessian = hessian_of("correlated", 30, rng)
+    hessian = correlated(rng, 30)
     drawn = problem(rng.normal(size=(5, 30)), hessian, Scheme(group_size=8))
     made = run(drawn, actorder=actorder)
     assert same(made, run(drawn, actorder=actorder, static_groups=static))
@@ -375,7 +336,7 @@ def test_dead_columns_are_rounded_to_nearest(drawn, damping, options, data):
 
 def test_no_other_code_depends_on_a_dead_column():
     rng = np.random.default_rng(0)
-    hessian = hessian_of("correlated", 8, rng)
+    hessian = correlated(rng, 8)
     hessian[3] = hessian[:, 3] = 0
     weight = rng.uniform(-1, 1, (5, 8))
     weight[:, 6] = 7  # fixes the scales
@@ -415,7 +376,7 @@ def test_the_second_of_two_equal_columns_makes_up_for_the_first():
 )
 def test_small_shapes_are_no_exception(shape, options, settings):
     rng = np.random.default_rng(0)
-    drawn = problem(rng.normal(size=shape), hessian_of("white", shape[1], rng), Scheme(**settings))
+    drawn = problem(rng.normal(size=shape), white(rng, shape[1]), Scheme(**settings))
     made = run(drawn, **options)
     assert made.codes.shape == shape
     assert tuple(made.scale.shape) == drawn.scheme.scale_shape(*shape)
@@ -511,7 +472,7 @@ def test_bits_depend_neither_on_threads_nor_on_the_other_rows(options):
     rng = np.random.default_rng(2)
     drawn = problem(
         rng.normal(size=(200, 150)),
-        hessian_of("correlated", 150, rng),
+        correlated(rng, 150),
         Scheme(group_size=48, symmetric=False),
     )
     made = run(drawn, **options)
@@ -587,9 +548,7 @@ def last_column_forgotten(drawn, made):
 )
 def test_the_certificate_rejects(mistake):
     rng = np.random.default_rng(3)
-    drawn = problem(
-        rng.normal(size=(20, 40)), hessian_of("correlated", 40, rng), Scheme(group_size=16)
-    )
+    drawn = problem(rng.normal(size=(20, 40)), correlated(rng, 40), Scheme(group_size=16))
     made = run(drawn)
     assert certificate(drawn, made) <= 1
     assert certificate(drawn, mistake(drawn, made)) > 1
@@ -598,8 +557,6 @@ def test_the_certificate_rejects(mistake):
 def test_the_certificate_is_not_vacuous_at_this_size():
     """What float32 arithmetic is allowed stays far below the half step that it is added to."""
     rng = np.random.default_rng(3)
-    drawn = problem(
-        rng.normal(size=(20, 300)), hessian_of("correlated", 300, rng), Scheme(group_size=16)
-    )
+    drawn = problem(rng.normal(size=(20, 300)), correlated(rng, 300), Scheme(group_size=16))
     seen = judge(drawn, run(drawn), 1 / 100)
     assert (seen.allowance < seen.scale / 2 / 10).all()

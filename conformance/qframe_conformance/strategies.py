@@ -1,0 +1,292 @@
+"""Hypothesis strategies: what a plugin may be given, with the nasty cases by name.
+
+Draw a whole rounding problem, or the parts of one:
+
+    @given(rounding_problems(max_columns=8, symmetric=True))
+    @given(rounding_problems(hessian_kinds=HESSIANS))
+    @given(schemes(columns=12, num_bits=4, group_size=5))
+
+A kind of weights, such as `ties`, is a function of a random generator and a shape, so a test can
+also call it directly, or bring its own. Shapes without rows are drawn on purpose: a plugin must
+not mind them. Nothing here changes a Hypothesis profile or knows of any plugin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from numpy.typing import NDArray
+
+from qframe import Grid, Host, RoundingProblem, Scheme
+
+Float64 = NDArray[np.float64]
+Shape = tuple[int, int]
+Kind = Callable[[np.random.Generator, Shape], NDArray[Any]]
+HessianKind = Callable[[np.random.Generator, int], Float64]
+Setting = Any  # a value, or a strategy that draws one
+
+
+def generators() -> st.SearchStrategy[np.random.Generator]:
+    """Draw random generators, each from a seed that Hypothesis replays."""
+    return st.integers(0, 2**32).map(np.random.default_rng)
+
+
+# Schemes and their grids ----------------------------------------------------------------------
+
+
+@cache
+def _host() -> Host:
+    return Host.discover()
+
+
+def installed_grid(scheme: Scheme) -> Grid:
+    """Return the grid of `scheme`, from the number format that is installed for it."""
+    number_format = _host().get("number format", scheme.format_name)
+    grid: Grid = number_format.grid(symmetric=scheme.symmetric, scale_rule=scheme.scale_rule)
+    return grid
+
+
+@st.composite
+def schemes(draw: st.DrawFn, /, columns: int, **settings: Setting) -> Scheme:
+    """Draw schemes of integers for a layer with `columns` inputs.
+
+    settings  fields of `Scheme`, each a value or a strategy. What is not given is drawn; only
+              the observer is minmax unless given.
+
+    Groups are of one column, of the whole row, longer than it, dividing it or not (ragged).
+    A `group_size` that is given goes with strategy "group", also if no strategy is given.
+    """
+    if "group_size" in settings:
+        settings = {"strategy": "group", **settings}
+    choices = {
+        "num_bits": st.sampled_from([2, 3, 4, 8]),
+        "symmetric": st.booleans(),
+        "strategy": st.sampled_from(["tensor", "channel", "group"]),
+        "scale_rule": st.sampled_from(["full", "restricted"]),
+        "scale_dtype": st.sampled_from(["float32", "float16", "bfloat16"]),
+    } | settings
+    drawn = {
+        name: draw(choice) if isinstance(choice, st.SearchStrategy) else choice
+        for name, choice in choices.items()
+    }
+    if drawn["strategy"] == "group" and "group_size" not in drawn:
+        drawn["group_size"] = draw(st.integers(1, columns + 3))
+    return Scheme.model_validate(drawn)
+
+
+# Weights --------------------------------------------------------------------------------------
+
+
+def normal(rng: np.random.Generator, shape: Shape) -> Float64:
+    """Return ordinary weights."""
+    return rng.normal(size=shape)
+
+
+def zeros(rng: np.random.Generator, shape: Shape) -> Float64:
+    """Return zeros: every group is without a range."""
+    return np.zeros(shape)
+
+
+def sparse(rng: np.random.Generator, shape: Shape) -> Float64:
+    """Return ordinary weights, about half of them zero."""
+    return rng.normal(size=shape) * (rng.random(shape) < 1 / 2)
+
+
+def constant(rng: np.random.Generator, shape: Shape) -> Float64:
+    """Return one number everywhere."""
+    return np.full(shape, rng.normal(), np.float64)
+
+
+def one_outlier(rng: np.random.Generator, shape: Shape, size: float = 2.0**13) -> Float64:
+    """Return ordinary weights and among them a single one of `size`."""
+    weight: Float64 = rng.normal(size=shape)
+    if weight.size:
+        weight.flat[rng.integers(weight.size)] = size
+    return weight
+
+
+def subnormal(rng: np.random.Generator, shape: Shape) -> Float64:
+    """Return subnormal numbers of float32: their scales underflow."""
+    return rng.integers(-300, 300, shape).astype(np.float64) * 2.0**-149
+
+
+def tiny_and_huge(rng: np.random.Generator, shape: Shape) -> Float64:
+    """Return numbers from the subnormal range up to thousands side by side."""
+    return rng.normal(size=shape) * 2.0 ** rng.integers(-140, 14, shape)
+
+
+def halves(rng: np.random.Generator, shape: Shape) -> Float64:
+    """Return multiples of a half: exact ties wherever the scale is a power of two."""
+    return rng.integers(-16, 16, shape) / 2
+
+
+def ties(rng: np.random.Generator, shape: Shape) -> NDArray[np.float32]:
+    """Return odd multiples of a half, and the float32 numbers next to them."""
+    middle = np.float32(rng.integers(-8, 8, shape) + 0.5)
+    sides = rng.integers(-1, 2, shape).astype(np.float32)
+    return np.asarray(np.nextafter(middle, middle + sides), np.float32)
+
+
+def one_sided(rng: np.random.Generator, shape: Shape) -> Float64:
+    """Return weights of one sign, all far from zero: the range must still hold zero."""
+    sign = 1 - 2 * int(rng.integers(2))
+    return sign * (2 + rng.random(shape))
+
+
+NASTY: tuple[Kind, ...] = (
+    zeros,
+    sparse,
+    constant,
+    one_outlier,
+    subnormal,
+    tiny_and_huge,
+    halves,
+    ties,
+    one_sided,
+    normal,
+)
+
+
+@st.composite
+def weights(
+    draw: st.DrawFn, /, shape: Shape, kinds: Sequence[Kind | None] = (None, *NASTY)
+) -> NDArray[np.float32]:
+    """Draw weights of one of `kinds`, as float32; the kind None is any numbers up to 2^15.
+
+    Up to 2^15 every scale fits float16.
+    """
+    kind = draw(st.sampled_from(kinds))
+    if kind is None:
+        numbers = st.floats(-(2.0**15), 2.0**15, width=32)
+        return draw(hnp.arrays(np.float32, shape, elements=numbers))
+    return np.asarray(kind(draw(generators()), shape), np.float32)
+
+
+# Hessians -------------------------------------------------------------------------------------
+
+
+def _of_inputs(x: Float64) -> Float64:
+    return 2 / len(x) * x.T @ x
+
+
+def _inputs(rng: np.random.Generator, columns: int) -> Float64:
+    """Return three tokens per column, the columns of very different size."""
+    return rng.normal(size=(3 * columns, columns)) * 2.0 ** rng.integers(-3, 4, columns)
+
+
+def white(rng: np.random.Generator, columns: int) -> Float64:
+    """Return the Hessian of independent inputs."""
+    return _of_inputs(_inputs(rng, columns))
+
+
+def correlated(rng: np.random.Generator, columns: int) -> Float64:
+    """Return the Hessian of inputs that mostly move together."""
+    return _of_inputs(_inputs(rng, columns) + 8 * rng.normal(size=(3 * columns, 1)))
+
+
+def rank_deficient(rng: np.random.Generator, columns: int) -> Float64:
+    """Return the Hessian of fewer tokens than columns."""
+    return _of_inputs(_inputs(rng, columns)[: max(1, columns // 3)])
+
+
+def dead(rng: np.random.Generator, columns: int) -> Float64:
+    """Return a Hessian in which about a third of the inputs is always zero."""
+    return _of_inputs(_inputs(rng, columns) * (rng.random(columns) >= 1 / 3))
+
+
+def all_dead(rng: np.random.Generator, columns: int) -> Float64:
+    """Return the Hessian of a layer that only ever saw zeros."""
+    return np.zeros((columns, columns))
+
+
+def repeated(rng: np.random.Generator, columns: int) -> Float64:
+    """Return a Hessian in which some inputs are the same: singular without damping."""
+    return _of_inputs(_inputs(rng, columns)[:, rng.integers(0, columns, columns)])
+
+
+def outlier_channel(rng: np.random.Generator, columns: int) -> Float64:
+    """Return a Hessian in which one input is 64 times as large."""
+    x = _inputs(rng, columns)
+    x[:, rng.integers(columns)] *= 2.0**6
+    return _of_inputs(x)
+
+
+HESSIANS: tuple[HessianKind, ...] = (
+    white,
+    correlated,
+    rank_deficient,
+    dead,
+    all_dead,
+    repeated,
+    outlier_channel,
+)
+
+
+@st.composite
+def hessians(draw: st.DrawFn, /, columns: int, kinds: Sequence[HessianKind] = HESSIANS) -> Float64:
+    """Draw Hessians 2/n X^T X [columns, columns] of one of `kinds`."""
+    return draw(st.sampled_from(kinds))(draw(generators()), columns)
+
+
+# Rounding problems ----------------------------------------------------------------------------
+
+
+def rounding_problem(
+    weight: Any,
+    scheme: Scheme,
+    hessian: Any = None,
+    tokens: int = 100,
+    grid_of: Callable[[Scheme], Grid] = installed_grid,
+) -> RoundingProblem:
+    """Return the problem of a layer called "block.up", from arrays or nested lists.
+
+    Without a Hessian it is that of a data-free run: no statistics and no tokens.
+    """
+    statistics = {}
+    if hessian is not None:
+        statistics["hessian"] = torch.from_numpy(np.array(hessian, np.float64))
+    return RoundingProblem(
+        name="block.up",
+        weight=torch.from_numpy(np.array(weight, np.float32)),
+        scheme=scheme,
+        grid=grid_of(scheme),
+        statistics=statistics,
+        tokens=tokens if statistics else 0,
+    )
+
+
+@st.composite
+def rounding_problems(
+    draw: st.DrawFn,
+    /,
+    max_rows: int = 3,
+    max_columns: int = 12,
+    weight_kinds: Sequence[Kind | None] = (None, *NASTY),
+    hessian_kinds: Sequence[HessianKind] = (),
+    grid_of: Callable[[Scheme], Grid] = installed_grid,
+    **settings: Setting,
+) -> RoundingProblem:
+    """Draw layers to be rounded: of no row or some, of one column or more.
+
+    weight_kinds   the weights to draw from, as for `weights`
+    hessian_kinds  the Hessians to draw from; none by default, which is a data-free run
+    grid_of        gives a scheme its grid; by default the installed number formats do
+    settings       as for `schemes`
+
+    The default weights are for rounders that look at each weight alone. One that moves errors
+    from weight to weight, as GPTQ does, can make an outlier of 2^13 too large for a float16
+    scale: give it smaller ones, `partial(one_outlier, size=2.0**9)`.
+    """
+    rows, columns = draw(st.integers(0, max_rows)), draw(st.integers(1, max_columns))
+    return rounding_problem(
+        weight=draw(weights((rows, columns), weight_kinds)),
+        scheme=draw(schemes(columns, **settings)),
+        hessian=draw(hessians(columns, hessian_kinds)) if hessian_kinds else None,
+        grid_of=grid_of,
+    )
