@@ -163,8 +163,7 @@ def quality(
             tool: objective(reference, reference, w, calibration) for tool, w in weights.items()
         },
         "objective, inputs of the quantized network": {
-            tool: objective(models[tool], reference, w, calibration)
-            for tool, w in weights.items()
+            tool: objective(models[tool], reference, w, calibration) for tool, w in weights.items()
         },
     }
     scores = evaluate(models, reference, evaluation)

@@ -95,7 +95,7 @@ class Demonstration:
             gain = "" if row.gain is None else f"{row.gain:.2f}x"
             top1 = "" if row.top1 is None else f"{100 * row.top1:.1f} %"
             lines.append(
-                f"| {row.name} | {row.perplexity:.3f} ± {row.perplexity_stderr:.3f} "
+                f"| {row.name} | {figures(row.perplexity, 5)} ± {figures(row.perplexity_stderr)} "
                 f"| {figures(row.kl_mean)} | {figures(row.kl_p99)} | {top1} | {gain} "
                 f"| {row.bits_per_weight or 0:.2f} | {readable_bytes(row.weights_bytes or 0)} |"
             )

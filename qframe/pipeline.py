@@ -22,6 +22,7 @@ import qframe
 from qframe import parallel
 from qframe.calibration import CalibrationData, prepare
 from qframe.checkpoint import MANIFEST_VERSION, CheckpointWriter, check_output, quantized_config
+from qframe.contracts import Event
 from qframe.errors import CalibrationError, FallbackError, RecipeError
 from qframe.host import Host
 from qframe.model import Network, left_weights
@@ -123,6 +124,7 @@ def quantize(
 
     threads = threads or parallel.default_threads()
     solver = Solver(job.recipe, job.method, job.host, threads)
+    solver.events.extend(shortfall(calibration))
 
     def walk(writer: CheckpointWriter | None) -> RunReport:
         way = Walk(job.network, job.plan, solver, writer, progress)
@@ -175,6 +177,20 @@ def measure_coverage(network: Network, plan: Plan) -> Coverage:
         matrix_fraction=quantized / max(matrices + experts, 1),
         left={**plan.left, **others},
     )
+
+
+def shortfall(calibration: CalibrationData | None) -> list[Event]:
+    """Return an event when the text gave fewer windows than the recipe wanted."""
+    source = {} if calibration is None else calibration.source
+    wanted = source.get("windows_wanted", 0)
+    if source.get("windows", wanted) >= wanted:
+        return []
+    message = (
+        f"{wanted} windows of {source['max_seq_length']} tokens wanted, {source['windows']} found "
+        f"in {source['tokens_in_text']} tokens of {source['name']!r} "
+        f"({source['windows_held_out']} more are held out)"
+    )
+    return [Event(kind="less calibration text", layer="", message=message)]
 
 
 def check_fallbacks(report: RunReport, recipe: Recipe) -> None:

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from qframe.calibration import CalibrationData, Lockstep, Stop, read_text, tokenize
+from qframe.calibration import CalibrationData, Lockstep, Stop, prepare, read_text, tokenize
 from qframe.errors import CalibrationError, ModelError
+from qframe.pipeline import shortfall
+from qframe.recipe import CalibrationSettings
 
 
 def test_every_kind_of_file_gives_its_documents(tmp_path):
@@ -128,3 +130,36 @@ def test_an_error_at_a_stop_ends_all_chunks_and_is_raised_as_it_is():
     with pytest.raises(KeyboardInterrupt):
         steps.run([(torch.ones(1, 4),)] * 3, {}, on_stop)
     assert net(torch.ones(1, 4)).shape == (1, 4)  # no hook is left behind
+
+
+# Windows of a real tokenizer ------------------------------------------------------------------
+
+
+def test_windows_are_disjoint_spread_and_accounted_for(tiny, tiny_llama, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"word{i} of the text." for i in range(600)), encoding="utf-8")
+    tokens = tokenize(tiny_llama, [text.read_text()])
+    asked = CalibrationSettings(
+        dataset=str(text), num_calibration_samples=16, max_seq_length=8, held_out_fraction=0.25
+    )
+    data = prepare(tiny_llama, asked)
+    fitted, held = (
+        [w for (c,) in part for w in c.tolist()] for part in (data.inputs, data.held_out)
+    )
+    every = [tokens[i : i + 8].tolist() for i in range(0, len(tokens) - 7, 8)]
+    spread = [every[round(i * (len(every) - 1) / 19)] for i in range(20)]
+    assert (len(fitted), len(held)) == (16, 4)
+    assert sorted(fitted + held) == sorted(spread)
+    assert data.source["tokens_in_text"] == len(tokens)
+    assert shortfall(data) == []
+
+
+def test_too_little_text_is_told_and_almost_none_refused(tiny_llama, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("a few words, no more than that. " * 6, encoding="utf-8")
+    asked = CalibrationSettings(dataset=str(text), num_calibration_samples=500, max_seq_length=4)
+    [event] = shortfall(prepare(tiny_llama, asked))
+    assert event.kind == "less calibration text"
+    assert event.message.startswith("500 windows of 4 tokens wanted")
+    with pytest.raises(CalibrationError, match="fewer than two windows of max_seq_length=2000"):
+        prepare(tiny_llama, asked.model_copy(update={"max_seq_length": 2000}))

@@ -98,7 +98,7 @@ def _rows(scores: Mapping[str, Score], reference: Path, full: Network) -> list[S
         size = folder_bytes(folder.path)
         rows.append(
             ScoreRow(
-                name=name or f"{reference} (full precision)",
+                name=name or f"full precision ({reference.name})",
                 perplexity=score.perplexity,
                 perplexity_stderr=score.perplexity_stderr,
                 kl_mean=score.kl_mean if name else None,

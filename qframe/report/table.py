@@ -23,6 +23,7 @@ from qframe.report.layers import Coverage, LayerReport, RunReport
 MANY_LAYERS = 20  # more than these are summed up by kind, and the worst are shown
 WORST = 10
 NAMES_SHOWN = 5  # of layers, in a sentence
+NAME_WIDTH = 12  # of a first column, at least
 
 GOOD, BAD, FAINT = "green", "bold red", "dim"
 HARM = "!"  # marks a layer that is worse than round-to-nearest on held-out tokens
@@ -39,7 +40,7 @@ def table(*columns: str, names: int = 1) -> Table:
     )
     for number, column in enumerate(columns):
         if number < names:
-            made.add_column(column, overflow="fold")
+            made.add_column(column, overflow="fold", min_width=NAME_WIDTH if number == 0 else None)
         else:
             made.add_column(column, justify="right", no_wrap=True)
     return made
@@ -81,10 +82,10 @@ def percent(value: float | None) -> str:
 
 
 def figures(value: float | None, count: int = 3) -> str:
-    """Return a number with so many figures, in scientific notation where it is small.
+    """Return a number with so many figures, in scientific notation where it is small or huge.
 
-    >>> [figures(x) for x in (1234.5, 12.345, 0.0123, 0.000123, math.inf)]
-    ['1234', '12.3', '0.0123', '1.2e-04', 'inf']
+    >>> [figures(x) for x in (1234.5, 12.345, 0.0123, 0.000123, 7.5e13, math.inf)]
+    ['1234', '12.3', '0.0123', '1.2e-04', '7.5e+13', 'inf']
     """
     if value is None:
         return ""
@@ -93,7 +94,7 @@ def figures(value: float | None, count: int = 3) -> str:
     if value == 0:
         return "0"
     exponent = math.floor(math.log10(abs(value)))
-    if exponent < -2:
+    if exponent < -2 or exponent > 6:
         return f"{value:.1e}"
     return f"{value:.{max(0, count - 1 - exponent)}f}"
 
@@ -387,12 +388,12 @@ class ScoreRow:
 def score_table(rows: Sequence[ScoreRow]) -> Table:
     """Return a row for each network; columns that no row has a value for are left out."""
     columns: dict[str, Callable[[ScoreRow], str | Text]] = {
-        "perplexity": lambda r: f"{r.perplexity:.3f} ± {r.perplexity_stderr:.3f}",
+        "perplexity": lambda r: f"{figures(r.perplexity, 5)} ± {figures(r.perplexity_stderr)}",
         "KL mean": lambda r: figures(r.kl_mean),
         "KL p99": lambda r: figures(r.kl_p99),
         "top-1 %": lambda r: "" if r.top1 is None else f"{100 * r.top1:.1f}",
         "gain": lambda r: times(r.gain),
-        "bits/weight": lambda r: "" if r.bits_per_weight is None else f"{r.bits_per_weight:.2f}",
+        "bits": lambda r: "" if r.bits_per_weight is None else f"{r.bits_per_weight:.2f}",
         "weights": lambda r: "" if r.weights_bytes is None else readable_bytes(r.weights_bytes),
         "folder": lambda r: "" if r.folder_bytes is None else readable_bytes(r.folder_bytes),
     }

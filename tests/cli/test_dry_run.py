@@ -16,6 +16,7 @@ CASES = {
     "gptq": ["--method", "gptq", "--group-size", "32"],
     "gptq, groups by activation": ["-m", "gptq", "--group-size", "32", "--set", "actorder=group"],
 }
+MISS = 2 / 100  # of a size: what a prediction may be wrong by
 CALIBRATION = ["--num-calibration-samples", "4", "--max-seq-length", "32"]
 
 
@@ -46,9 +47,11 @@ def test_the_plan_is_what_a_real_run_does(run, tiny, tmp_path, arguments, tied):
 
     sizes = {file.name: file.stat().st_size for file in out.iterdir()}
     assert sizes == result["bytes"]
-    assert plan["output_bytes"]["total"] == pytest.approx(sum(sizes.values()), rel=0.02)
-    assert plan["output_bytes"]["weights"] == pytest.approx(sizes["model.safetensors"], rel=0.02)
-    assert plan["bits_per_weight"] == pytest.approx(result["bits_per_weight"])
+    weights = sizes["model.safetensors"]
+    assert abs(plan["output_bytes"]["total"] - sum(sizes.values())) <= MISS * sum(sizes.values())
+    assert abs(plan["output_bytes"]["weights"] - weights) <= MISS * weights
+    count = sum(layer["rows"] * layer["columns"] for layer in plan["layers"])
+    assert round(plan["bits_per_weight"] * count) == round(result["bits_per_weight"] * count)
 
 
 def test_it_prints_what_is_done_with_each_layer_and_why_not(run, tiny_llama):

@@ -16,7 +16,7 @@ from qframe.contracts import Grid
 from qframe_plugins.kernels.numba_cpu import hessian as moments
 from qframe_plugins.kernels.numba_cpu.cholesky import NotPositiveDefiniteError, feedback
 from qframe_plugins.kernels.numba_cpu.gptq import solve_dynamic, solve_static
-from qframe_plugins.kernels.numba_cpu.scales import SCALE_DTYPES, group_scale
+from qframe_plugins.kernels.numba_cpu.scales import SCALE_DTYPES, group_scale, round_up
 
 U32, U64 = 2.0**-24, 2.0**-53
 TINY = 2.0**-149  # the smallest float32: an operation that underflows is at most half of it off
@@ -29,7 +29,8 @@ def gamma(operations, unit):
 
 # Problems -------------------------------------------------------------------------------------
 
-sizes = st.one_of(st.integers(1, 40), st.sampled_from([63, 64, 65, 127, 128, 129, 200, 257]))
+sizes = st.one_of(st.integers(1, 40), st.sampled_from([63, 64, 65, 127, 128, 129, 257, 300]))
+group_sizes = st.one_of(st.integers(1, 300), st.sampled_from([32, 64, 128, 135, 150]))
 row_counts = st.one_of(st.integers(0, 5), st.sampled_from([63, 64, 65, 130]))
 seeds = st.integers(0, 2**32 - 1)
 
@@ -107,7 +108,7 @@ def test_a_pivot_that_is_not_positive_and_finite_is_named(bad, pivot):
     assert caught.value.pivot == pivot
 
 
-@given(row_counts, sizes, st.integers(1, 300), st.sampled_from(GRIDS), seeds)
+@given(row_counts, sizes, group_sizes, st.sampled_from(GRIDS), seeds)
 def test_every_code_is_nearest_to_its_target(rows, columns, group_size, grid, seed):
     rng = np.random.default_rng(seed)
     weight, found = weights(rng, rows, columns), feedback(damped_hessian(rng, columns))
@@ -127,7 +128,7 @@ def test_every_code_is_nearest_to_its_target(rows, columns, group_size, grid, se
             assert steps_off(weight, codes, s, z, scattered, found.dense(), *grid) <= 1
 
 
-@given(row_counts, sizes, st.integers(1, 300), seeds)
+@given(row_counts, sizes, group_sizes, seeds)
 def test_dynamic_scales_come_from_the_compensated_weights(rows, columns, group_size, seed):
     rng = np.random.default_rng(seed)
     weight = rng.normal(size=(rows, columns)).astype(np.float32)
@@ -161,7 +162,7 @@ def test_dynamic_scales_come_from_the_compensated_weights(rows, columns, group_s
         assert (np.abs(z - wanted) <= 1 / 2 + off / s + gamma(3, U32) * (wanted + 1)).all()
 
 
-@given(row_counts, sizes, st.integers(1, 300), st.sampled_from(["minmax", "mse"]), seeds)
+@given(row_counts, sizes, group_sizes, st.sampled_from(["minmax", "mse"]), seeds)
 def test_codes_do_not_depend_on_blocking_rows_or_threads(rows, columns, group_size, observer, seed):
     rng = np.random.default_rng(seed)
     weight, hessian = weights(rng, rows, columns), damped_hessian(rng, columns)
@@ -220,6 +221,28 @@ def test_group_scale_has_the_bits_of_the_oracle(one, other, grid, dtype):
         scheme = Scheme(strategy="channel", symmetric=symmetric, scale_dtype=dtype)
         expected = reference.scale_of_range(lo, hi, scheme, Grid(*grid))
         assert group_scale(lo, hi, *grid, symmetric, SCALE_DTYPES[dtype]) == expected
+
+
+@pytest.mark.parametrize("dtype", sorted(SCALE_DTYPES))
+def test_round_up_has_the_bits_of_the_oracle_at_every_float16(dtype):
+    stored = np.arange(0x7C00, dtype=np.int16).view(np.float16).astype(np.float32)
+    for scale in (stored, np.nextafter(stored, np.float32(np.inf))):
+        expected = [reference.round_up(float(s), dtype) for s in scale]
+        assert [round_up(s, SCALE_DTYPES[dtype]) for s in scale] == expected
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_every_candidate_of_the_mse_search_has_the_bits_of_fit_scales(grid):
+    weight = np.random.default_rng(0).normal(size=(4000, 16)).astype(np.float32) ** 3
+    scheme = Scheme(
+        strategy="channel", symmetric=grid[0] < 0, scale_dtype="float32", observer="mse"
+    )
+    scale, zero = rounding.fit_scales(torch.from_numpy(weight), scheme, Grid(*grid))
+    _, mine, my_zero = solve_dynamic(
+        weight, feedback(np.eye(16)), 16, *grid, symmetric=grid[0] < 0, observer="mse"
+    )
+    assert np.array_equal(mine, scale.numpy())
+    assert np.array_equal(my_zero, zero.numpy())
 
 
 @given(st.integers(1, 70), sizes, dtypes, st.sampled_from(["minmax", "mse"]), st.booleans(), seeds)
