@@ -4,7 +4,7 @@ Each document is one session in a temporary folder that holds a tiny model, MODE
 
 * ```python   is executed; names last until the end of the document.
 * ```bash     lines that start with qframe are run; "# exit code 2" says what to expect. Other
-              commands (git, pip, ...) are not run here, and the demo's options are only parsed.
+              commands (pip, ...) are not run here; of PARSED_ONLY the options are checked.
 * ```text     right after commands: what they print, line by line; "..." stands for any lines, or
               for the rest of a line.
 * <!-- file: NAME --> writes the block that follows to that file.
@@ -28,6 +28,7 @@ from sybil import Document, Example, Region, Sybil
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipParser
 
 TINY = Path(__file__).parent / "tests" / "tiny.py"
+PARSED_ONLY = {"demo", "doctor"}  # one takes minutes, the other judges the machine
 TEXT = 20_000  # characters of each half of the text, so that blocks take seconds
 
 collect_ignore = ["docs/example_plugin"]  # a project of its own; tests/test_third_party.py runs it
@@ -96,9 +97,8 @@ def run(args: list[str]) -> tuple[int, str]:
     from qframe.cli import main
     from qframe.cli.app import app
 
-    if args[0] == "demo":  # takes minutes, so only its options are parsed
-        command = get_command(app).get_command(None, "demo")
-        command.make_context("demo", args[1:])
+    if args[0] in PARSED_ONLY:
+        get_command(app).get_command(None, args[0]).make_context(args[0], args[1:])
         return 0, ""
     output = io.StringIO()
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):

@@ -121,7 +121,8 @@ def prepare(folder: Path, settings: CalibrationSettings) -> CalibrationData:
     length = settings.max_seq_length
     available = len(tokens) // length
     wanted = settings.num_calibration_samples
-    held = round(wanted * settings.held_out_fraction)
+    share = settings.held_out_fraction
+    held = max(1, round(wanted * share)) if share else 0
     if available < 2:
         raise CalibrationError(
             f"calibration text {settings.dataset!r} has {len(tokens)} tokens, fewer than two "

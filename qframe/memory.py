@@ -313,6 +313,8 @@ def stored_bits_per_weight(folder: ModelFolder, layers: Mapping[str, int]) -> fl
 PROGRAM_BYTES = 500_000_000  # Python with torch, transformers and numba; measured on Linux
 BLOCK_COPIES = 6  # of a block's weights: original, quantized, to nearest, codes, and in between
 WRITING_COPIES = 2  # of what is written: safetensors makes its own
+KEPT_SHARE = 0.25  # of all that: freed memory that the allocator keeps; measured with glibc
+STATISTICS_BYTES = 64  # for a pair of columns: sums and factors in float64, calibration, held out
 ACTIVATION_COPIES = 3  # of a layer's input at the peak: in the network, flattened, and in products
 
 
@@ -352,5 +354,5 @@ def peak_memory(job: Job) -> dict[str, int]:
         inputs = sum({network.layers[n].columns for n in job.plan.schemes})
         peak["embeddings"] = carried
         peak["activations"] = 4 * tokens * (inputs + (ACTIVATION_COPIES - 1) * widest)
-        peak["statistics"] = 64 * widest * widest
-    return peak
+        peak["statistics"] = STATISTICS_BYTES * widest * widest
+    return peak | {"kept by the allocator": round(KEPT_SHARE * sum(peak.values()))}

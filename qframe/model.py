@@ -59,6 +59,12 @@ class Network:
         Raises ModelError when the installed transformers does not know the architecture, or
         when names in the files and in the network differ.
         """
+        done = folder.config.get("quantization_config")
+        if done:
+            raise ModelError(
+                f"{folder.path} is already quantized (quant_method "
+                f"{done.get('quant_method')!r}); quantize the full-precision model instead"
+            )
         module = build(folder)
         network = cls(module, folder)
         missing = sorted(set(network._stored.values()) - folder.tensors.keys())

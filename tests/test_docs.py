@@ -4,6 +4,7 @@ Blocks of Python and of shell are run by the root conftest.py; here is what they
 """
 
 import ast
+import doctest
 import importlib
 import inspect
 import re
@@ -278,3 +279,25 @@ def test_modules_and_functions_that_are_named_are_there(document):
         module, _, last = name.rpartition(".")
         if last not in ("json", "yaml"):  # a file
             assert hasattr(importlib.import_module(module), last) or find_spec(name), name
+
+
+# Docstrings -----------------------------------------------------------------------------------
+
+
+def modules_with_examples():
+    roots = {"qframe": ROOT, "qframe_plugins": ROOT / "plugins"}
+    roots["qframe_conformance"] = ROOT / "conformance"
+    return [
+        ".".join(file.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
+        for package, root in roots.items()
+        for file in sorted((root / package).rglob("*.py"))
+        if ">>> " in file.read_text(encoding="utf-8")
+    ]
+
+
+@pytest.mark.parametrize("name", modules_with_examples())
+def test_examples_in_docstrings_are_right(name):
+    module = importlib.import_module(name)
+    result = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE)
+    assert result.attempted > 0
+    assert result.failed == 0

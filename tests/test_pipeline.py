@@ -28,6 +28,7 @@ from qframe import (
 )
 from qframe.errors import (
     FallbackError,
+    ModelError,
     NonFiniteError,
     OutputError,
     PluginError,
@@ -465,6 +466,12 @@ def test_an_existing_output_is_kept_unless_asked(tmp_path):
     qframe.quantize(sequential(), {"scheme": W4}, out=out, overwrite=True)
     assert (out / "qframe.json").is_file()
     assert list(tmp_path.iterdir()) == [out]
+
+
+def test_a_quantized_folder_is_not_quantized_again(llama, tmp_path):
+    qframe.quantize(llama, {"scheme": W4}, out=tmp_path / "once")
+    with pytest.raises(ModelError, match=r"already quantized \(quant_method 'qframe'\)"):
+        qframe.quantize(tmp_path / "once", {"scheme": W4}, out=tmp_path / "twice")
 
 
 def _codes_of_wrong_shape(problem):

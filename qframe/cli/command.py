@@ -90,6 +90,8 @@ def _unforeseen(error: Exception, debug: bool) -> tuple[str, str]:
             "fewer --num-calibration-samples or a smaller --max-seq-length need less; "
             "qframe quantize --dry-run estimates how much",
         )
+    if isinstance(error, ImportError):
+        return f"a library cannot be loaded: {text}", "qframe doctor says what is missing"
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}", ""
     hint = "please report it" if debug else "run it again with --debug to see where it happened"

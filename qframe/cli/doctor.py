@@ -299,7 +299,8 @@ def plugin_state(discover: Callable[[], Host] | None = None) -> list[Finding]:
                 )
             ]
     working = sum(record.status == "loaded" for record in host.records)
-    findings = [Finding(what="plugins", value=f"{working} loaded")]
+    missing = "" if working else "install qframe (anew): its own plugins are entry points too"
+    findings = [Finding(what="plugins", value=f"{working} loaded", next_step=missing)]
     for record in failed(host):
         findings.append(
             Finding(

@@ -41,14 +41,24 @@ def progress_shown(*, every: int = 1) -> Iterator[Display]:
         progress.SpinnerColumn(),
         progress.TextColumn("{task.description}"),
         progress.BarColumn(bar_width=24),
-        progress.TextColumn("{task.fields[state]}"),
         progress.TimeElapsedColumn(),
-        progress.TextColumn("left", style="dim"),
-        progress.TimeRemainingColumn(),
+        progress.TextColumn("{task.fields[state]}"),
         console=console,
         transient=True,
     ) as bar:
         yield Bar(bar)
+
+
+class _Clock:
+    """Estimates how long the blocks to come will take."""
+
+    def __init__(self) -> None:
+        self._started = time.perf_counter()
+
+    def left(self, done: Progress) -> str:
+        seconds = (time.perf_counter() - self._started) / done.done * (done.blocks - done.done)
+        minutes, rest = divmod(round(seconds), 60)
+        return f"{minutes} min {rest} s left" if minutes else f"{rest} s left"
 
 
 class Bar:
@@ -57,11 +67,13 @@ class Bar:
     def __init__(self, bar: Any) -> None:
         self._bar = bar
         self._task = bar.add_task("", total=None, state="")
+        self._clock = _Clock()
 
     def step(self, line: str) -> None:
         """Print the line, and let the bar wait for the first block."""
         note(line)
         self._bar.reset(self._task, total=None, description="", state="")
+        self._clock = _Clock()
 
     def block(self, done: Progress) -> None:
         """Move the bar."""
@@ -70,7 +82,7 @@ class Bar:
             total=done.blocks,
             completed=done.done,
             description=done.block,
-            state=f"{done.done}/{done.blocks}",
+            state=f"{done.done} of {done.blocks} blocks, {self._clock.left(done)}",
         )
 
 
@@ -79,12 +91,12 @@ class Lines:
 
     def __init__(self, every: int = 1) -> None:
         self._every = every
-        self._started = time.perf_counter()
+        self._clock = _Clock()
 
     def step(self, line: str) -> None:
         """Print the line."""
         note(line)
-        self._started = time.perf_counter()
+        self._clock = _Clock()
 
     def block(self, done: Progress) -> None:
         """Print one line for a block."""
@@ -92,7 +104,6 @@ class Lines:
 
         if done.done % self._every:
             return
-        left = (time.perf_counter() - self._started) / done.done * (done.blocks - done.done)
         count = len(done.layers)
         line = f"[{done.done}/{done.blocks}] {done.block}: {count} layer{'s' if count > 1 else ''}"
         line += f", {done.seconds:.1f} s"
@@ -102,4 +113,4 @@ class Lines:
         fallen = sum("fallback" in layer.method for layer in done.layers)
         if fallen:
             line += f", {fallen} fell back to RTN"
-        note(f"{line}; {left:.0f} s left")
+        note(f"{line}; {self._clock.left(done)}")

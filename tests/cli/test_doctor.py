@@ -113,6 +113,10 @@ def test_a_failed_plugin_gets_a_next_step():
     assert "QFRAME_DISABLE_PLUGINS=bad" in found["plugin bad"].next_step
 
 
+def test_no_plugins_at_all_is_a_problem():
+    assert plugin_state(Host)[0].next_step
+
+
 def test_this_machine_has_no_problem_and_every_finding_has_a_value():
     findings = examine()
     assert all(finding.value for finding in findings)

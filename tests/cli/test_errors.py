@@ -238,6 +238,28 @@ def test_debug_shows_the_traceback_of_an_error_of_ours(run, tmp_path):
     assert "Traceback" in failed.err
 
 
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (ModuleNotFoundError("No module named 'torch'"), ["'torch'", "qframe doctor"]),
+        (OSError(28, "No space left on device", "/there"), ["/there: No space left on device"]),
+    ],
+)
+def test_errors_of_the_machine_are_no_internal_errors(
+    run, tiny_llama, tmp_path, monkeypatch, error, words
+):
+    from qframe import pipeline
+
+    def fail(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(pipeline, "plan_job", fail)
+    failed = run("quantize", tiny_llama, "-o", tmp_path / "out")
+    assert failed.code == 1
+    assert "internal" not in failed.said
+    assert all(word in failed.said for word in words)
+
+
 def test_out_of_memory_says_what_lowers_it(run, tiny_llama, tmp_path, monkeypatch):
     from qframe import pipeline
 

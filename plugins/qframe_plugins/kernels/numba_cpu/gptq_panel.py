@@ -14,7 +14,7 @@ from __future__ import annotations
 import numpy as np
 
 from qframe_plugins.kernels.numba_cpu.feedback import BLOCK, DEPTH, feedback_row
-from qframe_plugins.kernels.numba_cpu.scales import panel_minmax, panel_mse
+from qframe_plugins.kernels.numba_cpu.scales import panel_scale
 from qframe_plugins.kernels.numba_cpu.simd import (
     LANES,
     QUAD,
@@ -63,13 +63,16 @@ def _bring_to(t, base, packed, d, quad, column, ready):  # type: ignore[no-untyp
 
 
 @kernel
-def _look_ahead(y, w, base, packed, d, first, last, ready):  # type: ignore[no-untyped-def]
-    """Turn targets y with sums up to `first` into the compensated weights of first..last.
+def _look_ahead(y, t, w, base, packed, d, first, last, ready):  # type: ignore[no-untyped-def]
+    """Set y to the compensated weights of first..last, from targets t with sums up to `first`.
 
-    The sums so far lack what GPTQ's update has: the later columns also follow the earlier
-    compensated ones. Hence the recursion is run on without rounding. ready and d are scratch.
+    The targets lack what GPTQ's update has: its later columns also follow the earlier ones as
+    compensated. Hence the recursion is run on without rounding. ready and d are scratch.
     """
-    start = first
+    for place in range(first - base, last - base):
+        for lane in range(LANES):
+            y[place, lane] = t[place, lane]
+    start = first if first > 0 else last  # nothing is compensated yet at column 0
     while start < last:
         stop = _block_end(start, last)
         _begin_block(y, base, packed, d, first, start, stop, ready)
@@ -161,28 +164,21 @@ def share_panels(  # type: ignore[no-untyped-def]
                 _begin_block(t, base, packed, d, first, start, stop, ready)
                 for column in range(start, stop):
                     group = groups[column]
-                    if column == 0 or group != groups[column - 1]:
-                        if group_size > 0:
-                            end = min(column + group_size, columns)
-                            if column > first:  # at `first` the sums are complete
-                                for quad in range(column - column % QUAD, end, QUAD):
-                                    _bring_to(t, base, packed, d, quad, column, ready)
-                            for place in range(column - base, end - base):
-                                for lane in range(LANES):
-                                    y[place, lane] = t[place, lane]
-                            if column > 0:
-                                _look_ahead(y, w, base, packed, d, column, end, ahead)
-                            if mse:
-                                panel_mse(y, column - base, end - column, grid, scale, zero)
-                            else:
-                                panel_minmax(y, column - base, end - column, grid, scale, zero)
-                            for lane in range(live):
-                                scales[row + lane, group] = scale[lane]
-                                zeros[row + lane, group] = np.int16(np.int32(zero[lane]))
-                        else:
-                            for lane in range(live):
-                                scale[lane] = scales[row + lane, group]
-                                zero[lane] = np.float32(zeros[row + lane, group])
+                    begins = column == 0 or group != groups[column - 1]
+                    if begins and group_size > 0:
+                        end = min(column + group_size, columns)
+                        if column > first:  # at `first` the sums are complete
+                            for quad in range(column - column % QUAD, end, QUAD):
+                                _bring_to(t, base, packed, d, quad, column, ready)
+                        _look_ahead(y, t, w, base, packed, d, column, end, ahead)
+                        panel_scale(y, column - base, end - column, grid, mse, scale, zero)
+                        for lane in range(live):
+                            scales[row + lane, group] = scale[lane]
+                            zeros[row + lane, group] = np.int16(np.int32(zero[lane]))
+                    elif begins:
+                        for lane in range(live):
+                            scale[lane] = scales[row + lane, group]
+                            zero[lane] = np.float32(zeros[row + lane, group])
                     _bring_to(t, base, packed, d, column - column % QUAD, column, ready)
                     _round(t, w, d, codes, column - base, column, scale, zero, qmin, qmax)
                 start = stop

@@ -82,46 +82,32 @@ def group_scale(lo, hi, qmin, qmax, symmetric, scale_dtype):  # type: ignore[no-
 
 
 @kernel
-def panel_minmax(w, first, count, grid, scale, zero):  # type: ignore[no-untyped-def]
-    """Set scale and zero [LANES] of the group w[first..first + count, LANES] by its range.
+def panel_scale(w, first, count, grid, mse, scale, zero):  # type: ignore[no-untyped-def]
+    """Set scale and zero [LANES] of the group w[first..first + count, LANES].
 
     grid   (qmin, qmax, symmetric, scale_dtype), as in `group_scale`
+    mse    False: from the range of the group. True: from the shrunk range whose rounding error
+           sum (w - value)^2 is least, float32 terms added in float64 in column order; of equal
+           candidates the widest wins
     """
-    lo, hi = w[first].copy(), w[first].copy()
-    for row in range(first + 1, first + count):
-        for lane in range(LANES):
-            lo[lane] = min(lo[lane], w[row, lane])
-            hi[lane] = max(hi[lane], w[row, lane])
-    for lane in range(LANES):
-        scale[lane], zero[lane] = group_scale(
-            lo[lane], hi[lane], grid[0], grid[1], grid[2], grid[3]
-        )
-
-
-@kernel
-def panel_mse(w, first, count, grid, scale, zero):  # type: ignore[no-untyped-def]
-    """Set scale and zero [LANES] like `panel_minmax`, from the shrunk range of least error.
-
-    The error is sum (w - value)^2: float32 terms, added in float64 in column order. Of equal
-    candidates the widest range wins.
-    """
-    lo, hi = w[first].copy(), w[first].copy()
-    for row in range(first + 1, first + count):
-        for lane in range(LANES):
-            lo[lane] = min(lo[lane], w[row, lane])
-            hi[lane] = max(hi[lane], w[row, lane])
     qmin, qmax = np.float32(grid[0]), np.float32(grid[1])
-    best = np.full(LANES, np.inf)
-    error = np.empty(LANES)
+    lo, hi = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
     trial, trial_zero = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
-    for k in range(CANDIDATES):
+    error, best = np.empty(LANES, np.float64), np.empty(LANES, np.float64)
+    for lane in range(LANES):
+        lo[lane] = hi[lane] = w[first, lane]
+    for row in range(first + 1, first + count):
+        for lane in range(LANES):
+            lo[lane] = min(lo[lane], w[row, lane])
+            hi[lane] = max(hi[lane], w[row, lane])
+    for k in range(CANDIDATES if mse else 1):
         shrink = np.float32(1 - k / 100)
         for lane in range(LANES):
             trial[lane], trial_zero[lane] = group_scale(
                 lo[lane] * shrink, hi[lane] * shrink, grid[0], grid[1], grid[2], grid[3]
             )
             error[lane] = 0
-        for row in range(first, first + count):
+        for row in range(first, first + count if mse else first):
             for lane in range(LANES):
                 code = np.rint(w[row, lane] / trial[lane]) + trial_zero[lane]
                 code = min(max(code, qmin), qmax)

@@ -25,7 +25,6 @@ from numba.extending import intrinsic
 
 STRIPE_BYTES = 256  # a stripe is one row of a panel: 64 float32 or 32 float64 lanes
 LANES = STRIPE_BYTES // 4  # lanes of a float32 stripe
-LANES64 = STRIPE_BYTES // 8  # lanes of a float64 stripe
 QUAD = 4  # stripes that a tile updates at once
 
 # numba keys its on-disk cache by the file of the function alone, so an edited tile, or an edited

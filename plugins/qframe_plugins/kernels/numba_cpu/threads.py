@@ -18,8 +18,9 @@ import numpy as np
 
 _pools: dict[int, ThreadPoolExecutor] = {}
 
-# A child of fork has the executors but not their threads.
-os.register_at_fork(after_in_child=_pools.clear)
+if hasattr(os, "register_at_fork"):  # not on Windows
+    # A child of fork has the executors but not their threads.
+    os.register_at_fork(after_in_child=_pools.clear)
 
 
 def share(kernel: Callable[..., Any], tasks: int, *operands: Any) -> None:
