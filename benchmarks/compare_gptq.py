@@ -138,7 +138,7 @@ def compare(
         for tool, (python, script) in tools.items():
             run([python, str(script), str(folder), str(tokens), str(outputs[tool]), *settings])
             record = json.loads(outputs[tool].with_suffix(".json").read_text())
-            seconds[tool].append(record["seconds"]["wall"])
+            seconds[tool].append(record["quantize_wall_s"])
             print(f"{bits} bits, {tool}: {seconds[tool][-1]:.1f} s", flush=True)
     return {
         "seconds": seconds,

@@ -54,12 +54,15 @@ def main() -> None:
         out = Path(folder) / "out"
         wall, cpu = time.perf_counter(), time.process_time()
         qframe.quantize(arguments.model, recipe, out=out, calibration=data)
-        seconds = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
+        seconds = {
+            "quantize_wall_s": time.perf_counter() - wall,
+            "quantize_cpu_s": time.process_time() - cpu,
+        }
         source = ModelFolder(out)
         layers = packed_layers(source, read_manifest(source))
         weights = {name: packed.dequantize() for name, packed, _ in layers}
     save_file(weights, str(arguments.output))
-    record = {"seconds": seconds, "qframe": qframe.__version__, "recipe": recipe}
+    record = {**seconds, "qframe": qframe.__version__, "recipe": recipe}
     arguments.output.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n")
     print(json.dumps(seconds))
 
