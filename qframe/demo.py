@@ -1,4 +1,4 @@
-"""The demonstration: a real language model, quantized six ways, in one table.
+"""The demonstration: a real language model, quantized five ways, in one table.
 
 Model and text come from `qframe.embedded`. Everything that decides the result stands at the top.
 """
