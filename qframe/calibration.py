@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -282,8 +283,10 @@ class Lockstep:
             threading.Thread(target=self._chunk, args=(i, x, kwargs), daemon=True)
             for i, x in enumerate(inputs)
         ]
+        begun: list[threading.Thread] = []
         try:
             for thread in threads:
+                begun.append(thread)
                 thread.start()
             while (meeting := self._gather()) is not None:
                 stop, arrived = meeting
@@ -296,9 +299,8 @@ class Lockstep:
                         go.set()
         finally:
             self._abandon()
-            for thread in threads:
-                if thread.ident is not None:  # an interrupt may come before all have started
-                    thread.join()
+            for thread in begun:
+                _join(thread)
             for handle in self._handles:
                 handle.remove()
         if self._failure is not None:
@@ -366,6 +368,19 @@ class Lockstep:
                 self._running += 1
                 go.set()
             self._waiting.clear()
+
+
+def _join(thread: threading.Thread) -> None:
+    """Wait for a thread to end, also when an interrupt came in the midst of its start.
+
+    Such a thread may not know its number yet. Left alone it would still be running when the
+    program ends, which aborts it inside torch.
+    """
+    for _ in range(200):
+        if thread.ident is not None:
+            thread.join()
+            return
+        time.sleep(0.005)
 
 
 def layer_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
