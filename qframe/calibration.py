@@ -43,7 +43,6 @@ class CalibrationData:
     inputs      each a tuple of positional arguments for the network's forward
     held_out    the same, disjoint
     source      what the report says of them: name, hash, counts
-    tokens      tokens in `inputs`
     """
 
     inputs: Sequence[tuple[Any, ...]]

@@ -95,7 +95,7 @@ class GPTQ:
         order = torch.arange(columns)
         if self.actorder is not None:
             order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-        feedback, damp = self._factorize(hessian[order][:, order], problem)
+        feedback, damp = self._factorize(hessian, order, problem)
         permuted = weight[:, order].contiguous().numpy()
         # A column's group goes by its place in the processing order, or by where it is stored.
         index = rounding.group_index(columns, scheme)
@@ -146,17 +146,18 @@ class GPTQ:
             events=events,
         )
 
-    def _factorize(self, hessian: torch.Tensor, problem: RoundingProblem) -> tuple[Feedback, float]:
-        """Return the feedback of the damped Hessian, and the damping that worked."""
+    def _factorize(
+        self, hessian: torch.Tensor, order: torch.Tensor, problem: RoundingProblem
+    ) -> tuple[Feedback, float]:
+        """Return the feedback of the damped Hessian in this order, and the damping that worked."""
         from qframe_plugins.kernels.numba_cpu import cholesky
 
         damp, mean = self.dampening_frac, float(hessian.diagonal().mean())
         tried: list[str] = []
         while True:
-            damped = hessian.clone()
-            damped.diagonal().add_(damp * mean)
             try:
-                return cholesky.feedback(damped.numpy()), damp
+                feedback = cholesky.feedback(hessian.numpy(), damp=damp * mean, order=order.numpy())
+                return feedback, damp
             except cholesky.NotPositiveDefiniteError:
                 tried.append(f"{damp:g}")
             if damp >= self.dampening_cap:
