@@ -41,7 +41,7 @@ class OutputErrors:
     def _energy(self, delta: torch.Tensor, moment: torch.Tensor) -> float:
         """Return tr(delta M delta^T), summed over fixed pieces of rows."""
         sums = parallel.spread(
-            lambda rows: float(((rows @ moment) * rows).sum(dtype=torch.float64)),
+            lambda rows: _total((rows @ moment) * rows),
             delta.split(ROWS_AT_ONCE),
             self.threads,
         )
@@ -68,5 +68,13 @@ def clipped_share(weight: torch.Tensor, quantized: QuantizedWeight, grid: Grid) 
 
 
 def _squares(x: torch.Tensor) -> float:
-    """Return the sum of squares, row by row first, as threads must not change the order."""
-    return float(x.square().sum(1, dtype=torch.float64).cumsum(0)[-1]) if x.numel() else 0.0
+    """Return the sum of squares."""
+    return _total(x.square())
+
+
+def _total(x: torch.Tensor) -> float:
+    """Return the sum in float64: of each row, then of these in turn.
+
+    torch splits the sum over a whole tensor by threads, which may change its last bit.
+    """
+    return float(x.sum(1, dtype=torch.float64).cumsum(0)[-1]) if x.numel() else 0.0
