@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM
 
 from qframe.calibration import read_text, tokenize
 from qframe.embedded import model_folder
-from qframe.evaluate import evaluate
+from qframe.evaluation import evaluate
 from qframe.model import find_layers
 
 PEERS = Path(__file__).parent / "peers"

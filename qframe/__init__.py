@@ -19,17 +19,22 @@ if TYPE_CHECKING:
         Event,
         Grid,
         InputGroup,
+        KVBlock,
         LayerInfo,
+        OpCall,
         QuantizedWeight,
         Rewrite,
         RoundingProblem,
+        Unsupported,
     )
-    from qframe.evaluate import evaluate
+    from qframe.evaluation import evaluate
     from qframe.hookspecs import hookimpl
     from qframe.host import Host
+    from qframe.kv_scheme import KVScheme
     from qframe.pipeline import Result, quantize
     from qframe.recipe import Recipe
     from qframe.scheme import Scheme
+    from qframe.verification import VerifyReport, verify
 
 _HOME = {
     "CalibrationData": "calibration",
@@ -38,17 +43,23 @@ _HOME = {
     "Grid": "contracts",
     "Host": "host",
     "InputGroup": "contracts",
+    "KVBlock": "contracts",
+    "KVScheme": "kv_scheme",
     "LayerInfo": "contracts",
+    "OpCall": "contracts",
     "QuantizedWeight": "contracts",
     "Recipe": "recipe",
     "Result": "pipeline",
     "Rewrite": "contracts",
     "RoundingProblem": "contracts",
     "Scheme": "scheme",
-    "evaluate": "evaluate",
+    "Unsupported": "contracts",
+    "VerifyReport": "verification",
+    "evaluate": "evaluation",
     "hookimpl": "hookspecs",
     "load": "checkpoint",
     "quantize": "pipeline",
+    "verify": "verification",
 }
 
 __all__ = [
@@ -58,18 +69,24 @@ __all__ = [
     "Grid",
     "Host",
     "InputGroup",
+    "KVBlock",
+    "KVScheme",
     "LayerInfo",
+    "OpCall",
     "QuantizedWeight",
     "Recipe",
     "Result",
     "Rewrite",
     "RoundingProblem",
     "Scheme",
+    "Unsupported",
+    "VerifyReport",
     "__version__",
     "evaluate",
     "hookimpl",
     "load",
     "quantize",
+    "verify",
 ]
 
 

@@ -3,7 +3,7 @@
 Layout: that of the Hugging Face Hub. A quantized layer NAME is stored as NAME.weight_packed,
 NAME.weight_scale and, where the scheme needs them, NAME.weight_zero_point, NAME.weight_g_idx and
 NAME.input_scale; every other tensor and file is carried over as it was. `qframe.json` says what
-was done: recipe, versions, one record per layer, and the sha256 of every file.
+was done (`qframe.manifest`). Statistics that were asked to be kept have files of their own.
 
 Everything is written to a temporary folder beside the output, which takes its name at the very
 end: a run that fails leaves nothing behind. Nothing in the folder depends on time, machine or
@@ -12,33 +12,99 @@ thread count.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Annotated, Any, Self
+from typing import Any, Self
 
 import torch
-from pydantic import Field
 from safetensors.torch import save_file
 from torch import nn
 
 import qframe
-from qframe.contracts import Grid
-from qframe.errors import OutputError, RecipeError, VerifyError
+from qframe.errors import OutputError, VerifyError
+from qframe.manifest import (
+    MANIFEST,
+    STATISTICS,
+    fingerprint,
+    own_hash,
+    packed_layers,
+    read_manifest,
+    sha256,
+)
 from qframe.model import QuantizedLinear, build, replace_module, set_weight, stored_names
-from qframe.packing import PackedWeight
 from qframe.scheme import Scheme
-from qframe.strict import Strict
-from qframe.weights import INDEX, ModelFolder, read_json
+from qframe.weights import DTYPE_NAMES, MODEL, ModelFolder, index_name
 
-MANIFEST = "qframe.json"
-MANIFEST_VERSION = 1
 MAX_SHARD_BYTES = 1 << 30  # what waits in memory to be written
+
+
+class Shards:
+    """Tensors on their way into one or several safetensors files of a folder.
+
+    stem      of the names: STEM.safetensors, or STEM-00001-of-0000N.safetensors and an index
+    records   tensor name -> dtype, shape and sha256 of what has come so far
+    """
+
+    def __init__(self, folder: Path, stem: str, limit: int) -> None:
+        self._folder, self._stem, self._limit = folder, stem, limit
+        self._pending: dict[str, torch.Tensor] = {}
+        self._shards: list[list[str]] = []
+        self._bytes = 0
+        self.records: dict[str, dict[str, Any]] = {}
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Take in a tensor; a file is written when enough have come."""
+        tensor = tensor.detach().contiguous()
+        if self._pending and self._pending_bytes() + tensor.nbytes > self._limit:
+            self._flush()
+        self._pending[name] = tensor
+        self.records[name] = {
+            "dtype": DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "sha256": fingerprint(tensor),
+        }
+
+    def finish(self) -> None:
+        """Write what is pending, and give the files their names; no file for no tensors."""
+        self._flush()
+        total = len(self._shards)
+        if total == 1:
+            self._shard(1).rename(self._folder / f"{self._stem}.safetensors")
+        if total <= 1:
+            return
+        weight_map = {}
+        for number, names in enumerate(self._shards, 1):
+            final = f"{self._stem}-{number:05d}-of-{total:05d}.safetensors"
+            self._shard(number).rename(self._folder / final)
+            weight_map.update(dict.fromkeys(names, final))
+        index = {
+            "metadata": {"total_size": self._bytes},
+            "weight_map": dict(sorted(weight_map.items())),
+        }
+        write_json(self._folder / index_name(self._stem), index)
+
+    def _shard(self, number: int) -> Path:
+        return self._folder / f"{self._stem}-shard-{number}"
+
+    def _pending_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self._pending.values())
+
+    def _flush(self) -> None:
+        if not self._pending:
+            return
+        file = self._shard(len(self._shards) + 1)
+        self._bytes += self._pending_bytes()
+        try:
+            save_file(self._pending, str(file), metadata={"format": "pt"})
+        except OSError as error:
+            raise OutputError(f"cannot write {file}: {error}") from None
+        self._shards.append(sorted(self._pending))
+        self._pending = {}
 
 
 class CheckpointWriter:
@@ -55,9 +121,6 @@ class CheckpointWriter:
         self._overwrite = overwrite
         self._limit = max_shard_bytes
         check_output(out, overwrite=overwrite)
-        self._pending: dict[str, torch.Tensor] = {}
-        self._shards: list[list[str]] = []
-        self._sizes = 0
         self._done = False
 
     def __enter__(self) -> Self:
@@ -68,6 +131,8 @@ class CheckpointWriter:
             )
         except OSError as error:
             raise OutputError(f"cannot write to {self.out.parent}: {error.strerror}") from None
+        self._model = Shards(self._folder, MODEL, self._limit)
+        self._statistics = Shards(self._folder, STATISTICS, self._limit)
         return self
 
     def __exit__(
@@ -80,23 +145,21 @@ class CheckpointWriter:
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def add(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Take in tensors by name; a shard is written when enough have come."""
+        """Take in tensors of the model by name."""
         for name, tensor in tensors.items():
-            size = tensor.numel() * tensor.element_size()
-            if self._pending and self._pending_bytes() + size > self._limit:
-                self._flush()
-            self._pending[name] = tensor.detach().contiguous()
+            self._model.add(name, tensor)
+
+    def add_statistics(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Take in tensors that only `qframe verify` needs."""
+        for name, tensor in tensors.items():
+            self._statistics.add(name, tensor)
 
     def copy_side_files(self, folder: ModelFolder, config: Mapping[str, Any]) -> None:
         """Carry over everything that is not a weight; `config` replaces config.json."""
         for file in folder.side_files():
             if file.name not in {"config.json", MANIFEST}:
                 shutil.copyfile(file, self._folder / file.name)
-        self.write_json("config.json", config)
-
-    def write_json(self, name: str, content: Mapping[str, Any]) -> None:
-        """Write a JSON file into the folder."""
-        self.write_text(name, json.dumps(content, indent=2) + "\n")
+        write_json(self._folder / "config.json", config)
 
     def write_text(self, name: str, content: str) -> None:
         """Write a text file into the folder."""
@@ -105,13 +168,19 @@ class CheckpointWriter:
     def finish(self, manifest: Mapping[str, Any]) -> dict[str, int]:
         """Write what is pending and the manifest, and give the folder its name.
 
+        manifest   without the hashes of tensors and files, which are added
+
         Returns file name -> size in bytes.
         """
-        self._flush()
-        self._name_shards()
-        files = sorted(self._folder.iterdir())
-        hashes = {file.name: sha256(file) for file in files}
-        self.write_json(MANIFEST, {**manifest, "files": hashes})
+        self._model.finish()
+        self._statistics.finish()
+        content = {
+            **manifest,
+            "tensors": self._model.records,
+            "statistics": self._statistics.records,
+            "files": {file.name: sha256(file) for file in sorted(self._folder.iterdir())},
+        }
+        write_json(self._folder / MANIFEST, {**content, "sha256": own_hash(content)})
         sizes = {file.name: file.stat().st_size for file in sorted(self._folder.iterdir())}
         for file in self._folder.iterdir():
             file.chmod(0o644)
@@ -128,38 +197,10 @@ class CheckpointWriter:
         self._done = True
         return sizes
 
-    def _pending_bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in self._pending.values())
 
-    def _flush(self) -> None:
-        if not self._pending:
-            return
-        file = self._folder / f"shard-{len(self._shards) + 1}"
-        self._sizes += self._pending_bytes()
-        try:
-            save_file(self._pending, str(file), metadata={"format": "pt"})
-        except OSError as error:
-            raise OutputError(f"cannot write {file}: {error}") from None
-        self._shards.append(sorted(self._pending))
-        self._pending = {}
-
-    def _name_shards(self) -> None:
-        total = len(self._shards)
-        if total == 1:
-            (self._folder / "shard-1").rename(self._folder / "model.safetensors")
-            return
-        weight_map = {}
-        for number, names in enumerate(self._shards, 1):
-            final = f"model-{number:05d}-of-{total:05d}.safetensors"
-            (self._folder / f"shard-{number}").rename(self._folder / final)
-            weight_map.update(dict.fromkeys(names, final))
-        self.write_json(
-            INDEX,
-            {
-                "metadata": {"total_size": self._sizes},
-                "weight_map": dict(sorted(weight_map.items())),
-            },
-        )
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file."""
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def check_output(out: Path, *, overwrite: bool) -> None:
@@ -239,73 +280,3 @@ def _load_rest(module: nn.Module, source: ModelFolder) -> None:
             name = f"{path}.{key}".lstrip(".")
             if name in source.tensors and not isinstance(child, QuantizedLinear):
                 child._buffers[key] = source.read(name)
-
-
-class GridRecord(Strict):
-    """A grid as the manifest stores it."""
-
-    qmin: int
-    qmax: int
-    values: tuple[float, ...] | None = None
-
-
-class LayerRecord(Strict):
-    """One quantized layer as the manifest stores it."""
-
-    rows: Annotated[int, Field(ge=0)]
-    columns: Annotated[int, Field(ge=0)]
-    method: str
-    scheme: Scheme
-    grid: GridRecord
-
-
-def read_manifest(source: ModelFolder) -> dict[str, Any]:
-    """Return qframe.json of a folder. Raises VerifyError when it is not a qframe folder."""
-    file = source.path / MANIFEST
-    if not file.is_file():
-        raise VerifyError(f"{source.path}: no {MANIFEST}; it was not written by qframe quantize")
-    manifest = read_json(file)
-    version = manifest.get("manifest_version")
-    if version != MANIFEST_VERSION:
-        raise VerifyError(
-            f"{file}: manifest_version {version!r}, this qframe reads {MANIFEST_VERSION}"
-        )
-    return manifest
-
-
-def packed_layers(
-    source: ModelFolder, manifest: Mapping[str, Any]
-) -> Iterator[tuple[str, PackedWeight, torch.Tensor | None]]:
-    """Yield (layer name, packed weight, input_scale) for every quantized layer."""
-    where = source.path / MANIFEST
-    layers = manifest.get("layers")
-    if not isinstance(layers, dict):
-        raise VerifyError(f"{where}: 'layers' must map layer names to records")
-    for name, raw in layers.items():
-        try:
-            record = LayerRecord.parse(raw, f"{where}: layer {name!r}")
-        except RecipeError as error:
-            raise VerifyError(str(error)) from None
-        prefix = f"{name}." if name else ""
-        tensors = {
-            key.removeprefix(prefix): source.read(key)
-            for key in source.tensors
-            if key.startswith(f"{prefix}weight_")
-        }
-        packed = PackedWeight.from_tensors(
-            tensors,
-            name=name,
-            rows=record.rows,
-            columns=record.columns,
-            scheme=record.scheme,
-            grid=Grid(record.grid.qmin, record.grid.qmax, record.grid.values),
-        )
-        scale_name = f"{prefix}input_scale"
-        scale = source.read(scale_name) if scale_name in source.tensors else None
-        yield name, packed, scale
-
-
-def sha256(file: Path) -> str:
-    """Return the sha256 of a file."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

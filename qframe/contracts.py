@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from qframe.kv_scheme import KVScheme
     from qframe.scheme import Scheme
 
 
@@ -78,7 +79,7 @@ class Capabilities:
     deterministic: bool = True
     row_independent: bool = True
 
-    def objection(self, scheme: Scheme) -> str | None:
+    def objection(self, scheme: Scheme | KVScheme) -> str | None:
         """Return why `scheme` is not supported, or None when it is."""
         wanted: tuple[tuple[str, object, frozenset[Any] | None], ...] = (
             ("num_bits", scheme.num_bits, self.num_bits),
@@ -279,12 +280,19 @@ class Rounder(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class OpCall:
-    """A call that a kernel may or may not be able to serve."""
+    """A call that a kernel may or may not be able to serve.
+
+    op       one of `qframe.kernels.OPS`
+    device   where the operands are: "cpu", "cuda", "cuda:1", ...
+    dtype    of activations, "float32"
+    scheme   of the weight; (keys', values') for attention_kv; None where neither plays a part
+    shape    sizes, in the order of the operation's `Op.call`
+    """
 
     op: str
     device: str
     dtype: str
-    scheme: Scheme
+    scheme: Scheme | tuple[KVScheme, KVScheme] | None
     shape: tuple[int, ...]
 
 
@@ -296,7 +304,20 @@ class Unsupported:
 
 
 class Kernel(Protocol):
-    """Computes one operation on one backend, e.g. op "linear_weight_only" on "numba"."""
+    """Computes one operation on one backend, e.g. op "linear_weight_only" on "numba".
+
+    `qframe.kernels.OPS` says which operands each operation has and what it returns. A kernel may
+    have more attributes, each a declaration that the conformance suite holds it to:
+
+    prepare             a method that lays out the constant operands once; what it returns takes
+                        their place in the call
+    device              where its operands must be; "cpu" unless it says otherwise
+    accumulator         how it adds up, a word of `qframe.kernels.ARITHMETICS`; "float32"
+    deterministic       whether it gives the same bits every time; True
+    token_independent   whether a token alone gets the bits that it gets among others; False
+    dense               of hadamard: whether it multiplies with the matrix as it is, without
+                        butterflies; False
+    """
 
     op: str
     backend: str
@@ -306,21 +327,122 @@ class Kernel(Protocol):
         ...
 
     def __call__(self, *operands: Any) -> Any:
-        """Compute."""
+        """Compute. Operands may have any strides, and must not be changed unless the op says so.
+
+        Raises UnsupportedError for operands that `supports` could not know of, such as groups that
+        are not neighbouring columns.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KVBlock:
+    """Neighbouring tokens of a KV cache that are stored as codes: x = scale * code + offset.
+
+    start    the first of the tokens; how many there are is in the shape of the codes
+    codes    [batch, heads, tokens, head_dim] int16, each in [qmin, qmax] of the scheme's grid
+    scale    float32, > 0, already rounded to the scheme's scale_dtype. Axis "token": [batch, heads,
+             tokens, groups], channel c has group c // group_size. Axis "channel": [batch, heads,
+             groups, head_dim], the block's token t has group t // group_size
+    offset   like scale; what code 0 stands for. All zero for symmetric schemes
+    """
+
+    start: int
+    codes: torch.Tensor
+    scale: torch.Tensor
+    offset: torch.Tensor
+
+    @property
+    def stop(self) -> int:
+        """The token after the last one."""
+        return self.start + int(self.codes.shape[2])
+
+
+class KVStore(Protocol):
+    """The keys, or the values, of one layer: tokens go in and come out as what is stored of them.
+
+    Its first append says batch, heads, head_dim and dtype; all later ones must have the same. A
+    lane is one head of one sequence. Nothing it returns may change later, nor be changed through.
+
+    length   tokens in it
+    nbytes   bytes of all memory it holds; a buffer that is larger than its use counts in full
+    """
+
+    length: int
+    nbytes: int
+
+    def append(self, x: torch.Tensor) -> None:
+        """Take in x [batch, heads, tokens, head_dim], of float32, float16 or bfloat16.
+
+        Raises NonFiniteError for a NaN or an infinity, ValueError for another shape or dtype than
+        before; then nothing is changed. Must neither change x nor keep hold of its memory.
+        """
+        ...
+
+    def read(self) -> torch.Tensor:
+        """Return all tokens [batch, heads, length, head_dim], in the dtype that was appended.
+
+        A token that is in no block comes back with the bits with which it came.
+        """
+        ...
+
+    def blocks(self) -> Sequence[KVBlock]:
+        """Return what is stored as codes, from left to right."""
+        ...
+
+    def crop(self, length: int) -> None:
+        """Forget all but the first `length` tokens; the others read as before.
+
+        Raises ValueError for a length outside [0, self.length].
+        """
+        ...
+
+    def select(self, indices: torch.Tensor) -> None:
+        """Make the batch that of `indices` [new batch] int64: in any order, left out or repeated.
+
+        This serves beam search (reorder), and to keep or to repeat sequences. Raises ValueError
+        for an index outside [0, batch).
+        """
         ...
 
 
 class KVCacheQuantizer(Protocol):
-    """Stores keys and values of a generating model in few bits."""
+    """Stores keys and values of a generating model in few bits.
+
+    A quantizer that is a frozen dataclass has options for free, as a `Rounder` has.
+
+    capabilities   which schemes it can do: `strategies` are axes, "token" and "channel"; a "row" in
+                   `row_independent` is a lane, one head of one sequence
+    """
 
     name: str
+    capabilities: Capabilities
 
-    def quantize(self, x: torch.Tensor, kind: str) -> Any:
-        """Return the stored form of x [batch, heads, tokens, head_dim]; kind is "key"/"value"."""
+    def start(self, kind: str, scheme: KVScheme, rng: np.random.Generator) -> KVStore:
+        """Return an empty store for one layer's keys (kind "key") or values ("value").
+
+        Use `rng` for any randomness, never a global one.
+        """
         ...
 
-    def dequantize(self, stored: Any) -> torch.Tensor:
-        """Return the tensor that `stored` stands for."""
+    def nbytes(self, scheme: KVScheme, shape: tuple[int, int, int, int], itemsize: int) -> int:
+        """Return what `KVStore.nbytes` is after tokens were appended to an empty store.
+
+        shape      [batch, heads, tokens, head_dim] of all of them, in whatever pieces they came
+        itemsize   bytes of one of their numbers: 4 or 2
+        """
+        ...
+
+
+class KVAttention(Protocol):
+    """What a KV-cache quantizer may have besides: attention on the codes, without `read`."""
+
+    def attend(self, query: torch.Tensor, keys: KVStore, values: KVStore) -> torch.Tensor:
+        """Return softmax(q K^T / sqrt(head_dim)) V for one query token, float32.
+
+        query   [batch, query heads, head_dim] float32. Query head h reads head h // (query heads /
+                heads); query heads are a multiple of heads. Stores hold at least one token.
+        """
         ...
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from qframe import parallel
 from qframe.checkpoint import load
 from qframe.embedded import model_folder
-from qframe.evaluate import Protocol, Score, evaluate, windows_of
+from qframe.evaluation import Protocol, Score, evaluate, windows_of
 from qframe.host import Host
 from qframe.memory import folder_bytes, readable_bytes, stored_bits_per_weight
 from qframe.model import Network

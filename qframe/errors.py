@@ -78,6 +78,12 @@ class FallbackError(QframeError):
     exit_code = 3
 
 
+class CertificateError(QframeError):
+    """A layer breaks a bound that its method claims to keep."""
+
+    exit_code = 3
+
+
 class VerifyError(QframeError):
     """A checkpoint is not what its manifest says."""
 

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qframe.contracts import LayerInfo
+from qframe.contracts import Grid, LayerInfo
 from qframe.report.layers import LayerReport, RunReport
 from qframe.scheme import Scheme
 
 if TYPE_CHECKING:
+    from qframe.certificates import Certificate
     from qframe.pipeline import Job
     from qframe.weights import ModelFolder
 
@@ -169,7 +170,8 @@ def folder_size(job: Job) -> FolderSize:
         quantized=sum(t.bytes for t in quantized),
         carried=sum(t.bytes for t in carried),
         headers=_header_bytes([*quantized, *carried]),
-        others=sum(f.stat().st_size for f in folder.side_files()) + _record_bytes(job),
+        others=sum(f.stat().st_size for f in folder.side_files())
+        + _record_bytes(job, [*quantized, *carried]),
     )
 
 
@@ -230,8 +232,10 @@ def calibrates(job: Job) -> bool:
     return bool(job.method.needs) or "calibration" in job.recipe.model_fields_set
 
 
-def _record_bytes(job: Job) -> int:
+def _record_bytes(job: Job, tensors: Sequence[_Tensor]) -> int:
     """Return about how long manifest, report and configuration will be: they are written once."""
+    from qframe.manifest import layer_record
+
     settings = job.recipe.calibration
     error, rtn_error = (1 / 3, 1 / 7) if calibrates(job) else (None, None)  # of the usual length
     held_out = calibrates(job) and round(
@@ -252,6 +256,10 @@ def _record_bytes(job: Job) -> int:
             sqnr_db=100 / 7,
             tokens=settings.num_calibration_samples * settings.max_seq_length if error else 0,
             info={"damp": 0.01, "dead_columns": 0} if job.method.needs else {},
+            certificates=_certificates(job, scheme),
+            source="0" * 64,
+            rewritten="0" * 64 if job.method.handlers else None,
+            input_group=name,
         )
         for name, scheme in job.plan.schemes.items()
     ]
@@ -268,14 +276,12 @@ def _record_bytes(job: Job) -> int:
         "plugins": [dict.fromkeys(("kind", "name", "plugin", "source", "version"), "0" * 7)] * 3,
         "calibration": report.calibration,
         "layers": {
-            layer.name: {
-                "rows": layer.rows,
-                "columns": layer.columns,
-                "method": layer.method,
-                "scheme": job.plan.schemes[layer.name].model_dump(),
-                "grid": {"qmin": -8, "qmax": 7, "values": None},
-            }
+            layer.name: layer_record(layer, job.plan.schemes[layer.name], Grid(-8, 7))
             for layer in layers
+        },
+        "tensors": {
+            tensor.name: {"dtype": tensor.dtype, "shape": tensor.shape, "sha256": "0" * 64}
+            for tensor in tensors
         },
         "files": dict.fromkeys([*files, "model.safetensors", "qframe_report.json"], "0" * 64),
         "quantization_config": "0" * 300,  # in config.json
@@ -288,11 +294,51 @@ def _record_bytes(job: Job) -> int:
     return sum(len(text.encode()) for text in texts)
 
 
+def _certificates(job: Job, scheme: Scheme) -> list[Certificate]:
+    """Return a certificate of the usual length for each claim about layers of this scheme."""
+    from qframe.certificates import Certificate, applicable
+    from qframe.claims import claims_of
+
+    rounder = applicable(claims_of(job.method.rounder), scheme)
+    claimed = [(claim.name, claim.theorem) for claim in rounder]
+    if job.method.handlers:
+        claimed.append(("function preserved", "B4.a"))
+    return [
+        Certificate(
+            claim=claim,
+            theorem=theorem,
+            ratio=0.999999,
+            place=(10, 10),
+            error=0.00123456,
+            allowed=0.00123456,
+        )
+        for claim, theorem in claimed
+    ]
+
+
 def folder_bytes(folder: Path) -> dict[str, int]:
     """Return {"weights": ..., "total": ...}, the bytes of a folder's files on disk."""
     sizes = {f.name: f.stat().st_size for f in folder.iterdir() if f.is_file()}
-    weights = sum(size for name, size in sizes.items() if name.endswith(".safetensors"))
-    return {"weights": weights, "total": sum(sizes.values())}
+    return {"weights": weight_bytes(sizes), "total": sum(sizes.values())}
+
+
+def weight_bytes(sizes: Mapping[str, int]) -> int:
+    """Return the bytes of a folder's weights, without statistics that were kept.
+
+    sizes   file name -> bytes
+    """
+    return sum(
+        size
+        for name, size in sizes.items()
+        if name.endswith(".safetensors") and not name.startswith("qframe_")
+    )
+
+
+def most_statistics_bytes(job: Job) -> int:
+    """Return what kept statistics take at most: as if no two layers read the same input."""
+    if not job.recipe.keep_statistics:
+        return 0
+    return sum(8 * job.network.layers[name].columns ** 2 for name in job.plan.schemes)
 
 
 def stored_bits_per_weight(folder: ModelFolder, layers: Mapping[str, int]) -> float:
@@ -346,7 +392,8 @@ def peak_memory(job: Job) -> dict[str, int]:
     peak = {
         "program": PROGRAM_BYTES,
         "largest block": BLOCK_COPIES * largest,
-        "being written": WRITING_COPIES * min(size + carried, MAX_SHARD_BYTES),
+        "being written": WRITING_COPIES
+        * (min(size + carried, MAX_SHARD_BYTES) + min(most_statistics_bytes(job), MAX_SHARD_BYTES)),
     }
     if calibrates(job):
         samples = settings.num_calibration_samples * (1 + settings.held_out_fraction)

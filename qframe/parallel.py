@@ -8,6 +8,7 @@ piece run in torch with one thread.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -41,9 +42,27 @@ def one_torch_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+_pools: dict[int, ThreadPoolExecutor] = {}  # threads -> a pool of so many, kept for the next call
+_pools_lock = threading.Lock()
+_worker = threading.local()
+if hasattr(os, "register_at_fork"):  # a child has none of its parent's threads
+    os.register_at_fork(after_in_child=_pools.clear)
+
+
 def spread(work: Callable[[T], R], pieces: Sequence[T], threads: int) -> list[R]:
-    """Return [work(p) for p in pieces], on several threads, each with single-threaded torch."""
-    if threads == 1 or len(pieces) <= 1:
+    """Return [work(p) for p in pieces], on several threads, each with single-threaded torch.
+
+    Work that itself spreads does so in its own thread.
+    """
+    if threads == 1 or len(pieces) <= 1 or getattr(_worker, "busy", False):
         return [work(piece) for piece in pieces]
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        return list(pool.map(work, pieces))
+    with _pools_lock:
+        if threads not in _pools:
+            _pools[threads] = ThreadPoolExecutor(threads, "qframe", initializer=_start_worker)
+        pool = _pools[threads]
+    return list(pool.map(work, pieces))
+
+
+def _start_worker() -> None:
+    _worker.busy = True
+    torch.set_num_threads(1)

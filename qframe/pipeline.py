@@ -21,10 +21,11 @@ from torch import nn
 import qframe
 from qframe import parallel
 from qframe.calibration import CalibrationData, prepare
-from qframe.checkpoint import MANIFEST_VERSION, CheckpointWriter, check_output, quantized_config
+from qframe.checkpoint import CheckpointWriter, check_output, quantized_config
 from qframe.contracts import Event
 from qframe.errors import CalibrationError, FallbackError, RecipeError
 from qframe.host import Host
+from qframe.manifest import MANIFEST_VERSION, layer_record
 from qframe.model import Network, left_weights
 from qframe.recipe import Method, Plan, Recipe, check_supported, parse_method, resolve
 from qframe.report.layers import Coverage, RunReport
@@ -76,6 +77,11 @@ def plan_job(
     network = _as_network(model)
     plan = resolve(recipe, network.layers)
     check_supported(method, plan, host)
+    if recipe.keep_statistics and not method.rounder.needs:
+        raise RecipeError(
+            f"keep_statistics: method {recipe.method!r} rounds without statistics, so there is "
+            f"nothing to keep; its certificates can be recomputed from the weights alone"
+        )
     coverage = measure_coverage(network, plan)
     if coverage.matrix_fraction < recipe.min_coverage:
         raise RecipeError(
@@ -108,8 +114,8 @@ def quantize(
     progress      called after each block
 
     Raises RecipeError, UnsupportedError, PluginError, WeightsError, ModelError, CalibrationError
-    or OutputError before any work is done; NonFiniteError or FallbackError when numbers go
-    wrong. No output is left behind then.
+    or OutputError before any work is done; NonFiniteError, FallbackError or CertificateError when
+    numbers go wrong. No output is left behind then.
     """
     started = time.perf_counter()
     job = plan_job(model, recipe, host)
@@ -128,7 +134,7 @@ def quantize(
 
     def walk(writer: CheckpointWriter | None) -> RunReport:
         way = Walk(job.network, job.plan, solver, writer, progress)
-        with parallel.one_torch_thread():
+        with parallel.one_torch_thread(), solver:
             if calibration is None:
                 way.without_data()
             else:
@@ -224,13 +230,7 @@ def _write_records(writer: CheckpointWriter, job: Job, report: RunReport) -> dic
             "calibration": report.calibration,
             "events": [dataclasses.asdict(event) for event in report.events],
             "layers": {
-                layer.name: {
-                    "rows": layer.rows,
-                    "columns": layer.columns,
-                    "method": layer.method,
-                    "scheme": job.plan.schemes[layer.name].model_dump(),
-                    "grid": dataclasses.asdict(grids[layer.name]),
-                }
+                layer.name: layer_record(layer, job.plan.schemes[layer.name], grids[layer.name])
                 for layer in report.layers
             },
         }

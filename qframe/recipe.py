@@ -31,9 +31,9 @@ class CalibrationSettings(Strict):
     """Which text, how much of it, and in which precision.
 
     held_out_fraction   windows kept aside, as a share of the samples; nothing is fitted on them
-    compute_dtype       of matrix products in the calibration pass; statistics are always summed
-                        from float32 inputs in at least float32. auto: bfloat16 where the
-                        processor multiplies it natively, else float32
+    compute_dtype       of matrix products in the calibration pass; statistics are those of the
+                        inputs as these products take them, summed in at least float32. auto:
+                        bfloat16 where the processor multiplies it natively, else float32
     """
 
     dataset: str = "topics"
@@ -61,6 +61,10 @@ class Recipe(Strict):
     on_fallback        what to do when a layer cannot be done as asked: warn or error
     max_fallback_frac  more fallbacks than this share of layers is an error (exit code 3)
     min_coverage       less than this share of matrix weights quantized is an error
+    on_violated_certificate   what to do when a layer breaks a bound that its method claims to
+                              keep: error (exit code 3) or warn
+    keep_statistics    store what the rounder was calibrated with, once for each input, so that
+                       `qframe verify` can recompute every certificate
     """
 
     version: Literal[1] = 1
@@ -75,6 +79,8 @@ class Recipe(Strict):
     on_fallback: Literal["warn", "error"] = "warn"
     max_fallback_frac: Annotated[float, Field(ge=0, le=1)] = 0.05
     min_coverage: Annotated[float, Field(ge=0, le=1)] = 0.5
+    on_violated_certificate: Literal["warn", "error"] = "error"
+    keep_statistics: bool = False
 
     aliases: ClassVar[Mapping[str, str]] = {"modules_to_not_convert": "ignore"}
 

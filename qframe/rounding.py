@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import torch
 
-from qframe.contracts import Grid, QuantizedWeight
+from qframe.contracts import Grid, QuantizedWeight, RoundingProblem
 from qframe.errors import NonFiniteError
 from qframe.scheme import ScaleDtype, Scheme
 
@@ -48,7 +48,7 @@ def round_up(scale: torch.Tensor, dtype: ScaleDtype) -> torch.Tensor:
     up = ((bits + mask) & ~mask).view(torch.float32)
     subnormal = torch.ceil(scale * (1 / tiny)) * tiny if dtype == "float16" else up
     up = torch.where(scale < normal, subnormal, up)
-    return torch.where(up > largest, torch.inf, up)
+    return torch.where(scale <= largest, up, torch.inf)  # inf for NaN too, whatever its bits
 
 
 def smallest_positive(dtype: ScaleDtype) -> float:
@@ -118,6 +118,13 @@ def check_scales(scale: torch.Tensor, scheme: Scheme, name: str) -> None:
 
 def expand(per_group: torch.Tensor, index: torch.Tensor, rows: int) -> torch.Tensor:
     """Return per-group values [rows or 1, groups] as per-weight values [rows, columns]."""
+    groups, columns = per_group.shape[1], len(index)
+    width = columns // max(groups, 1)
+    if columns and width * groups == columns:
+        even = torch.arange(groups, dtype=index.dtype).repeat_interleave(width)
+        if torch.equal(index, even):  # copying runs is many times faster than looking each up
+            runs = per_group[:, :, None].expand(-1, -1, width).reshape(-1, columns)
+            return runs.expand(rows, -1)
     return per_group[:, index.long()].expand(rows, -1)
 
 
@@ -136,6 +143,14 @@ def encode(
     steps = torch.round(weight / expand(scale, index, rows))
     codes = steps + expand(zero_point, index, rows)
     return codes.clamp(grid.qmin, grid.qmax).to(torch.int16)
+
+
+def to_nearest(problem: RoundingProblem) -> QuantizedWeight:
+    """Round to nearest: the baseline of every report, and what a layer falls back to."""
+    scale, zero_point = fit_scales(problem.weight, problem.scheme, problem.grid, name=problem.name)
+    index = group_index(problem.weight.shape[1], problem.scheme)
+    codes = encode(problem.weight, scale, zero_point, index, problem.grid)
+    return QuantizedWeight(codes=codes, scale=scale, zero_point=zero_point, group_index=index)
 
 
 def dequantize(quantized: QuantizedWeight) -> torch.Tensor:

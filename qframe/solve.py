@@ -1,4 +1,4 @@
-"""Steps 2 to 5 for one input group: observe, rewrite, round, pack, and measure.
+"""Steps 2 to 5 for one input group: observe, rewrite, round, pack, certify, and measure.
 
 An input group is the unit of the work: its layers read one input tensor, so they share their
 statistics and their rewrite.
@@ -12,22 +12,28 @@ import time
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Self
 
 import numpy as np
 import torch
 
-from qframe import rounding
+from qframe import claims, parallel, rounding
+from qframe.certificates import Certificate, Evidence, check_certificates, function_preserved
 from qframe.contracts import (
     Event,
     Grid,
     InputGroup,
     QuantizedWeight,
+    Rounder,
     RoundingProblem,
     Statistic,
 )
 from qframe.errors import HessianError, PluginError, UncalibratedLayerError
+from qframe.hessian import SECOND_MOMENTS
 from qframe.host import Host
+from qframe.judging import Court
+from qframe.manifest import ORDER, fingerprint
 from qframe.packing import PackedWeight
 from qframe.recipe import Method, Recipe
 from qframe.report.layers import LayerReport
@@ -37,7 +43,10 @@ from qframe.weights import check_finite
 
 log = logging.getLogger("qframe")
 
-SECOND_MOMENTS = "hessian"  # the observer that output errors are measured with
+FALLBACK = "round to nearest (fallback)"  # the method of a layer that could not be done as asked
+NEAREST_CLAIMS = (claims.HalfStep(), claims.SchemeScale(), claims.Covers())  # of that
+HOST_EVENTS = frozenset({"fallback", "untied", "runs again", "certificate violated"})
+"""Kinds of events that are not a rounder's own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,13 +58,23 @@ class GroupInputs:
 
     @classmethod
     def collect(
-        cls, group: InputGroup, inputs: Mapping[int, torch.Tensor], fitted: int
+        cls,
+        group: InputGroup,
+        inputs: Mapping[int, torch.Tensor],
+        fitted: int,
+        dtype: torch.dtype = torch.float32,
+        threads: int = 1,
     ) -> GroupInputs:
         """Flatten and check activations by input number; from `fitted` on they are held out.
 
+        dtype   in which the layers' products take them: what a layer is fitted on is its input
+                as it really multiplies it
+
         Raises NonFiniteError naming the layer.
         """
-        flat = {i: _tokens(x, group) for i, x in sorted(inputs.items())}
+        numbers = sorted(inputs)
+        checked = parallel.spread(lambda i: _tokens(inputs[i], group, dtype), numbers, threads)
+        flat = dict(zip(numbers, checked, strict=True))
         return cls(
             tuple(x for i, x in flat.items() if i < fitted),
             tuple(x for i, x in flat.items() if i >= fitted),
@@ -79,12 +98,39 @@ class Solved:
     report: LayerReport
 
 
+@dataclass(frozen=True, slots=True)
+class _Judged:
+    """What is needed to complete a layer's report."""
+
+    evidence: Evidence
+    original: torch.Tensor
+    effective: torch.Tensor
+    input_scale: torch.Tensor | None
+    errors: OutputErrors
+    report: LayerReport
+
+
+@dataclass(frozen=True, slots=True)
+class SolvedGroup:
+    """The layers of an input group by name, and what is kept of their statistics by name."""
+
+    layers: Mapping[str, Solved]
+    statistics: Mapping[str, torch.Tensor]
+
+
 class Solver:
-    """Quantizes input groups by the recipe, and keeps the events."""
+    """Quantizes input groups by the recipe, and keeps the events; use as a context manager."""
 
     def __init__(self, recipe: Recipe, method: Method, host: Host, threads: int) -> None:
-        self._recipe, self._method, self._host, self._threads = recipe, method, host, threads
+        self._recipe, self._method, self._host, self.threads = recipe, method, host, threads
+        self._court = Court(threads)
         self.events: list[Event] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._court.__exit__(*error)
 
     def solve(
         self,
@@ -92,8 +138,8 @@ class Solver:
         weights: Mapping[str, torch.Tensor],
         schemes: Mapping[str, Scheme],
         inputs: GroupInputs,
-    ) -> dict[str, Solved]:
-        """Quantize the layers of a group.
+    ) -> SolvedGroup:
+        """Quantize the layers of a group; their reports are complete after `settle`.
 
         weights   layer name -> [rows, columns] float32
         inputs    empty for a data-free run
@@ -104,12 +150,20 @@ class Solver:
         if input_scale is not None:
             inputs = inputs.scaled(input_scale)
         statistics = self._statistics(self._method.rounder.needs, group, inputs, moments)
-        errors = OutputErrors([m.value().to(torch.float32) for m in moments], threads=self._threads)
+        errors = OutputErrors([m.value().to(torch.float32) for m in moments], threads=self.threads)
         shared_seconds = (time.perf_counter() - clock) / len(group.layers)
 
-        solved = {}
+        solved: dict[str, Solved] = {}
+        shared: dict[Any, Any] = {}  # what certificates of the group have in common
+        kept: dict[str, torch.Tensor] = {}
+        if self._recipe.keep_statistics:
+            kept = {
+                f"{group.name}.{name}": value
+                for name, value in statistics.items()
+                if isinstance(value, torch.Tensor)
+            }
         for layer in group.layers:
-            scheme = schemes[layer.name]
+            scheme, original = schemes[layer.name], weights[layer.name]
             problem = RoundingProblem(
                 name=layer.name,
                 weight=rewritten[layer.name],
@@ -121,13 +175,19 @@ class Solver:
             clock = time.perf_counter()
             quantized, used = self._round(problem)
             round_seconds = time.perf_counter() - clock
+
             clock = time.perf_counter()
             packed = PackedWeight.pack(quantized, scheme, problem.grid, name=layer.name)
-            effective = rounding.dequantize(quantized)
+            stored = dataclasses.replace(
+                packed.unpack(),
+                order=quantized.order,
+                info=quantized.info,
+                events=quantized.events,
+            )
+            effective = rounding.dequantize(stored)
             if input_scale is not None:
                 effective = effective / input_scale
             check_finite(effective, f"layer {layer.name!r}: the quantized weight")
-            original = weights[layer.name]
             report = LayerReport(
                 name=layer.name,
                 method=used,
@@ -135,26 +195,86 @@ class Solver:
                 rows=layer.rows,
                 columns=layer.columns,
                 bits_per_weight=packed.bits / max(layer.size, 1),
-                sqnr_db=sqnr_db(original, effective),
-                clipped=clipped_share(problem.weight, quantized, problem.grid),
                 tokens=problem.tokens,
                 tokens_held_out=_count(inputs.held_out),
                 info=dict(quantized.info),
+                input_group=group.name,
+                seconds={
+                    "calibrate": shared_seconds,
+                    "round": round_seconds,
+                    "pack": time.perf_counter() - clock,
+                },
             )
-            if moments:
-                nearest = to_nearest(dataclasses.replace(problem, weight=original))
-                found = errors.relative(original, (effective, rounding.dequantize(nearest)))
-                report.error, report.rtn_error = found[0]
-                if len(found) > 1:
-                    report.held_out_error, report.rtn_held_out_error = found[1]
-            report.seconds = {
-                "calibrate": shared_seconds,
-                "round": round_seconds,
-                "pack_and_measure": time.perf_counter() - clock,
-            }
+            evidence = Evidence(problem, stored, shared, self.threads)
+            judged = _Judged(evidence, original, effective, input_scale, errors, report)
+            self._court.hear(partial(self._judge, judged))
+            if kept and quantized.order is not None:
+                kept[f"{layer.name}.{ORDER}"] = quantized.order.to(torch.int32)
             self.events.extend(quantized.events)
             solved[layer.name] = Solved(packed, input_scale, effective, report)
-        return solved
+        return SolvedGroup(solved, kept)
+
+    def settle(self, still_waiting: int = 0) -> None:
+        """Wait until the reports of all layers but the last few are complete.
+
+        Raises CertificateError when a layer breaks a bound that its method claims to keep.
+        """
+        self.events += self._court.settle(still_waiting)
+
+    def _judge(self, judged: _Judged) -> list[Event]:
+        """Complete the report of a layer: what it lost, and whether it keeps its claims."""
+        clock = time.perf_counter()
+        report, problem = judged.report, judged.evidence.problem
+        original, effective = judged.original, judged.effective
+        report.source = fingerprint(original)
+        if judged.input_scale is not None:
+            report.rewritten = fingerprint(problem.weight)
+        report.sqnr_db = sqnr_db(original, effective, self.threads)
+        report.clipped = clipped_share(
+            problem.weight, judged.evidence.quantized, problem.grid, self.threads
+        )
+        if judged.errors.moments:
+            nearest = rounding.to_nearest(dataclasses.replace(problem, weight=original))
+            found = judged.errors.relative(original, (effective, rounding.dequantize(nearest)))
+            report.error, report.rtn_error = found[0]
+            if len(found) > 1:
+                report.held_out_error, report.rtn_held_out_error = found[1]
+        report.seconds["measure"] = time.perf_counter() - clock
+
+        clock = time.perf_counter()
+        report.certificates, events = self._certify(
+            judged.evidence, report.method, original, judged.input_scale
+        )
+        report.seconds["certify"] = time.perf_counter() - clock
+        return events
+
+    def _certify(
+        self,
+        evidence: Evidence,
+        method: str,
+        original: torch.Tensor,
+        input_scale: torch.Tensor | None,
+    ) -> tuple[tuple[Certificate, ...], list[Event]]:
+        """Hold a layer, as it is stored, against what its method claims."""
+        problem = evidence.problem
+        certificates: tuple[Certificate, ...] = ()
+        if input_scale is not None:
+            certificates = (
+                function_preserved(
+                    original, problem.weight, input_scale, handlers=len(self._method.handlers)
+                ),
+            )
+        certificates += evidence.certificates(claims_about(self._method.rounder, method))
+        violated = [certificate for certificate in certificates if not certificate.holds]
+        if self._recipe.on_violated_certificate == "error":
+            check_certificates(problem.name, violated)
+        events = [
+            Event(kind="certificate violated", layer=problem.name, message=str(certificate))
+            for certificate in violated
+        ]
+        for event in events:
+            log.warning("%s: %s", event.layer, event.message)
+        return certificates, events
 
     def _second_moments(self, group: InputGroup, inputs: GroupInputs) -> list[Statistic]:
         """Return second moments of the fitted, and of the held-out inputs, where there are any."""
@@ -225,7 +345,7 @@ class Solver:
             )
             self.events.append(event)
             log.warning("%s: %s", event.layer, event.message)
-            return to_nearest(problem), "round to nearest (fallback)"
+            return rounding.to_nearest(problem), FALLBACK
         if not isinstance(quantized, QuantizedWeight):
             raise PluginError(
                 f"rounder {rounder.name!r} returned {type(quantized).__name__} for layer "
@@ -243,6 +363,14 @@ class Solver:
         return np.random.default_rng([self._recipe.seed, zlib.crc32(layer.encode())])
 
 
+def claims_about(rounder: Rounder | None, method: str) -> tuple[Any, ...]:
+    """Return what is claimed of a layer that was done by `method`: the rounder's, or nearest's.
+
+    rounder   None where it is not known; then it claims nothing
+    """
+    return NEAREST_CLAIMS if method == FALLBACK else claims.claims_of(rounder)
+
+
 def grid_of(host: Host, scheme: Scheme) -> Grid:
     """Return the codes that a scheme's number format has."""
     number_format = host.get("number format", scheme.format_name)
@@ -250,20 +378,11 @@ def grid_of(host: Host, scheme: Scheme) -> Grid:
     return grid
 
 
-def to_nearest(problem: RoundingProblem) -> QuantizedWeight:
-    """Round to nearest: the baseline of every report, and what a layer falls back to."""
-    scale, zero_point = rounding.fit_scales(
-        problem.weight, problem.scheme, problem.grid, name=problem.name
-    )
-    index = rounding.group_index(problem.weight.shape[1], problem.scheme)
-    codes = rounding.encode(problem.weight, scale, zero_point, index, problem.grid)
-    return QuantizedWeight(codes=codes, scale=scale, zero_point=zero_point, group_index=index)
-
-
-def _tokens(x: torch.Tensor, group: InputGroup) -> torch.Tensor:
-    flat = x.detach().reshape(-1, group.columns).to(torch.float32).contiguous()
+def _tokens(x: torch.Tensor, group: InputGroup, dtype: torch.dtype) -> torch.Tensor:
+    """Return activations as [tokens, columns] float32, rounded to the dtype of the products."""
+    flat = x.detach().reshape(-1, group.columns)
     check_finite(flat, f"layer {group.name!r}: its input during calibration")
-    return flat
+    return flat.to(dtype).to(torch.float32).contiguous()
 
 
 def _count(chunks: tuple[torch.Tensor, ...]) -> int:

@@ -37,6 +37,15 @@ class Progress:
     seconds: float
 
 
+@dataclass(frozen=True, slots=True)
+class _Left:
+    """A block whose layers are quantized, and not yet written."""
+
+    block: str
+    layers: Mapping[str, Solved]
+    seconds: float
+
+
 class Walk:
     """Takes every layer of the plan through the solver, and hands the results to the writer."""
 
@@ -53,8 +62,11 @@ class Walk:
         self.reports: dict[str, LayerReport] = {}
         self._pending: dict[str, Solved] = {}
         self._written: set[str] = set()
-        self._blocks_done: set[str] = set()
+        self._blocks_left: set[str] = set()
+        self._blocks_written: set[str] = set()
         self._block: str | None = None
+        self._left: _Left | None = None
+        self._dtype = torch.float32
         self._clock = time.perf_counter()
         self._groups: dict[str, InputGroup] = {}
         self._makes: dict[tuple[Any, ...], list[tuple[str, ...]]] = {}
@@ -69,6 +81,7 @@ class Walk:
     def with_data(self, data: CalibrationData, *, threads: int, dtype: torch.dtype) -> None:
         """Quantize every layer on the inputs that it gets in the quantized network."""
         module, blocks = self._network.module, self._network.blocks
+        self._dtype = dtype
         steps = Lockstep(module, threads=threads, dtype=dtype)
         by_block: dict[str, list[str]] = {name: [] for name in blocks}
         for layer in self._plan.schemes:
@@ -117,7 +130,10 @@ class Walk:
         group = self._groups.get(layer) or InputGroup(layers=(self._network.layers[layer],))
         inputs = {i: layer_input(a.args, a.kwargs) for i, a in arrivals.items()}
         self._expected = {other.name: inputs for other in group.layers if other.name != layer}
-        self._solve(group, GroupInputs.collect(group, inputs, fitted))
+        self._solve(
+            group,
+            GroupInputs.collect(group, inputs, fitted, self._dtype, self._solver.threads),
+        )
         for member in group.layers:
             module = self._network.module.get_submodule(member.name)
             set_weight(module, self._pending[member.name].effective)
@@ -135,8 +151,10 @@ class Walk:
                 )
             weights[layer.name] = self._network.weight(layer.name)
         solved = self._solver.solve(group, weights, self._plan.schemes, inputs)
-        self._pending.update(solved)
-        self.reports.update({name: result.report for name, result in solved.items()})
+        self._pending.update(solved.layers)
+        self.reports.update({name: result.report for name, result in solved.layers.items()})
+        if self._writer is not None:
+            self._writer.add_statistics(solved.statistics)
 
     def _find_groups(self, name: str, steps: Lockstep, arrivals: Mapping[int, Arrival]) -> None:
         """Learn which layers of a block share an input, by watching the block run once.
@@ -194,7 +212,7 @@ class Walk:
         if block == self._block:
             return
         self._leave()
-        if block and block in self._blocks_done and self._network.folder is not None:
+        if block and block in self._blocks_left and self._network.folder is not None:
             raise ModelError(
                 f"block {block!r} runs more than once in a forward pass, which streaming from a "
                 f"folder cannot do; load the model and give qframe.quantize the module"
@@ -204,25 +222,36 @@ class Walk:
             self._network.load(self._network.blocks[block], recurse=True)
 
     def _leave(self) -> None:
-        """Write what is done, and free the block."""
+        """Free the block, and write the one before it, whose reports are complete by now."""
         if self._block is None:
             return
-        for name, solved in self._pending.items():
-            self._write_layer(name, solved)
+        left = _Left(self._block, self._pending, time.perf_counter() - self._clock)
         if self._block:
             self._network.release(self._network.blocks[self._block])
-        self._blocks_done.add(self._block)
-        if self._progress is not None and self._pending:
+        self._blocks_left.add(self._block)
+        self._pending, self._expected = {}, {}
+        self._write_left(still_waiting=len(left.layers))
+        self._left = left
+
+    def _write_left(self, still_waiting: int = 0) -> None:
+        """Write the layers of the block that was left last; those of later ones are waiting."""
+        self._solver.settle(still_waiting)
+        left, self._left = self._left, None
+        if left is None:
+            return
+        for name, solved in left.layers.items():
+            self._write_layer(name, solved)
+        self._blocks_written.add(left.block)
+        if self._progress is not None and left.layers:
             self._progress(
                 Progress(
-                    self._block or "outside all blocks",
-                    len(self._blocks_done),
+                    left.block or "outside all blocks",
+                    len(self._blocks_written),
                     len({self._network.block_of(name) for name in self._plan.schemes}),
-                    [self.reports[name] for name in self._pending],
-                    time.perf_counter() - self._clock,
+                    [self.reports[name] for name in left.layers],
+                    left.seconds,
                 )
             )
-        self._pending, self._expected = {}, {}
 
     def _write_layer(self, name: str, solved: Solved) -> None:
         prefix = f"{name}." if name else ""
@@ -244,6 +273,7 @@ class Walk:
     def _finish(self) -> None:
         """Leave the last block, and carry over every tensor no quantized layer stands for."""
         self._leave()
+        self._write_left()
         if self._writer is None:
             return
         if self._network.folder is not None:

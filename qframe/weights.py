@@ -18,8 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from qframe.errors import NonFiniteError, WeightsError
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
+MODEL = "model"  # the stem of the files with weights
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _WEIGHT_SUFFIXES = {
     ".safetensors",
@@ -47,6 +46,21 @@ _SIZES = {
     "F8_E4M3": 1,
     "F8_E5M2": 1,
 }
+DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.float32: "F32",
+    torch.int32: "I32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+}
+"""torch's dtype -> the name that safetensors has for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,14 +80,21 @@ class StoredTensor:
         return size
 
 
+def index_name(stem: str) -> str:
+    """Return the name of the file that says in which of several files a tensor is."""
+    return f"{stem}.safetensors.index.json"
+
+
 class ModelFolder:
     """A model folder in the layout of the Hugging Face Hub.
+
+    stem   of the names of the files: STEM.safetensors, or those that an index lists
 
     Raises WeightsError, naming file and remedy, when the folder is not what it should be.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | Path, stem: str = MODEL) -> None:
+        self.path, self._stem = Path(path), stem
         if not self.path.is_dir():
             raise WeightsError(
                 f"{self.path}: no such folder; a model is a folder with config.json and "
@@ -98,7 +119,7 @@ class ModelFolder:
                             f"tensor {name!r} is both in {found[name].file.name} and {file.name}"
                         )
                     found[name] = StoredTensor(file, view.get_dtype(), tuple(view.get_shape()))
-        index = self.path / INDEX
+        index = self.path / index_name(self._stem)
         if index.is_file():
             promised = set(read_json(index)["weight_map"])
             missing = sorted(promised - found.keys())
@@ -109,13 +130,18 @@ class ModelFolder:
                 )
         return found
 
-    def read(self, name: str) -> torch.Tensor:
-        """Return a tensor as stored. Raises NonFiniteError for NaN or infinity in it."""
+    def raw(self, name: str) -> torch.Tensor:
+        """Return a tensor as stored, whatever is in it."""
         with _open(self.tensors[name].file) as handle:
             try:
                 tensor: torch.Tensor = handle.get_tensor(name)
             except SafetensorError as error:
                 raise WeightsError(f"{self.tensors[name].file}: tensor {name!r}: {error}") from None
+        return tensor
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return a tensor as stored. Raises NonFiniteError for NaN or infinity in it."""
+        tensor = self.raw(name)
         if tensor.is_floating_point() and tensor.element_size() > 1:
             check_finite(tensor, f"{self.tensors[name].file}: tensor {name!r}")
         return tensor
@@ -125,11 +151,14 @@ class ModelFolder:
         return sorted(
             file
             for file in self.path.iterdir()
-            if file.is_file() and file.suffix not in _WEIGHT_SUFFIXES and file.name != INDEX
+            if file.is_file()
+            and file.suffix not in _WEIGHT_SUFFIXES
+            and not file.name.endswith(index_name(""))
         )
 
     def _files(self) -> list[Path]:
-        index = self.path / INDEX
+        index = self.path / index_name(self._stem)
+        single = f"{self._stem}.safetensors"
         if index.is_file():
             weight_map = read_json(index).get("weight_map")
             if not isinstance(weight_map, dict) or not all(
@@ -145,13 +174,13 @@ class ModelFolder:
                     )
                 if not (self.path / name).is_file():
                     raise WeightsError(
-                        f"{self.path / name}: shard is missing, though {INDEX} lists it; "
+                        f"{self.path / name}: shard is missing, though {index.name} lists it; "
                         f"download the folder again"
                     )
                 files.append(self.path / name)
             return files
-        if (self.path / SINGLE).is_file():
-            return [self.path / SINGLE]
+        if (self.path / single).is_file():
+            return [self.path / single]
         pickles = sorted(file.name for pattern in _PICKLES for file in self.path.glob(pattern))
         if pickles:
             raise WeightsError(
@@ -159,7 +188,7 @@ class ModelFolder:
                 f"opened, so qframe does not; convert them to safetensors, e.g. with "
                 f"transformers' save_pretrained on a machine where you trust the file"
             )
-        raise WeightsError(f"{self.path}: neither {SINGLE} nor {INDEX} in the folder")
+        raise WeightsError(f"{self.path}: neither {single} nor {index.name} in the folder")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -179,7 +208,7 @@ def check_finite(tensor: torch.Tensor, what: str) -> None:
     """Raise NonFiniteError naming `what` and the first index that is NaN or infinite."""
     # A sum is NaN or inf where any term is; only then is it worth looking at each one (a sum of
     # finite terms may overflow too).
-    if bool(torch.isfinite(tensor.sum(dtype=torch.float64))):
+    if bool(torch.isfinite(tensor.sum())):
         return
     bad = (~torch.isfinite(tensor)).nonzero()
     if len(bad):

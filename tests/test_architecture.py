@@ -2,6 +2,7 @@
 
 import ast
 import importlib.metadata
+import inspect
 import re
 import subprocess
 import sys
@@ -217,6 +218,11 @@ def test_every_public_name_is_there():
     assert sorted(qframe.__all__) == sorted(set(qframe.__all__))
     for name in qframe.__all__:
         assert getattr(qframe, name) is not None
+    modules = {file.stem for file in PACKAGES["qframe"].glob("*.py")}
+    same = {name for name in qframe.__all__ if name in modules}
+    assert {name for name in same if not inspect.ismodule(getattr(qframe, name))} == set(), (
+        "once imported, the module would hide the public name"
+    )
     with pytest.raises(AttributeError, match="no attribute 'quantise'"):
         qframe.quantise  # noqa: B018
 

@@ -10,7 +10,7 @@ import pytest
 from qframe import bounds
 
 DOCUMENT = (Path(__file__).parents[1] / "docs" / "bounds.md").read_text(encoding="utf-8")
-HELPERS = {"gamma", "ratio"}  # explained under the notation, not theorems
+HELPERS = {"gamma", "ratio", "worst"}  # explained under the notation, not theorems
 FUNCTIONS = {
     name: function
     for name, function in vars(bounds).items()
@@ -47,3 +47,81 @@ def test_no_number_that_is_not_one_passes():
     assert bounds.ratio([1.0], [np.nan]) == np.inf
     assert bounds.ratio([0.0], [0.0]) == 0
     assert bounds.ratio([1.0], [-1.0]) == np.inf
+
+
+# B3.g: factors of nearly the same matrix --------------------------------------------------------
+
+
+def upper_factor(matrix):
+    """Return R, upper triangular, matrix = R R^T."""
+    return np.linalg.cholesky(matrix[::-1, ::-1])[::-1, ::-1]
+
+
+def positive_definite(rng, n):
+    x = rng.normal(size=(3 * n, n)) + 2 * rng.normal(size=(3 * n, 1))
+    return x.T @ x + np.eye(n)
+
+
+def apart(one, other, delta):
+    """Return how far the residuals of two factors are apart, times sqrt(D_j / loss)."""
+    units = (each / each.diagonal() for each in (one, other))
+    mine, its = (delta @ unit for unit in units)
+    return np.abs(mine - its) * one.diagonal() / np.linalg.norm(delta @ one, axis=1)[:, None]
+
+
+def test_residuals_of_two_factors_are_apart_by_at_most_what_b3_g_says():
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        n = int(rng.integers(1, 9))
+        factor = upper_factor(positive_definite(rng, n))
+        moved = rng.normal(size=(n, n))
+        if seed % 2:  # of rank one, which is the worst
+            moved = np.outer(moved[0], moved[0])
+        moved = moved + moved.T
+        moved *= 1 / 4 / np.linalg.norm(moved)
+        other = factor @ upper_factor(np.eye(n) + moved)
+        assert apart(factor, other, rng.normal(size=(20, n))).max() <= 2 * 1 / 4
+
+
+def test_a_float32_factor_is_as_near_as_b3_g_says():
+    for seed in range(50):
+        rng = np.random.default_rng(seed)
+        n = int(rng.integers(1, 9))
+        matrix = positive_definite(rng, n)
+        factor, other = upper_factor(matrix), upper_factor(np.float32(matrix))
+        reach = np.abs(np.linalg.inv(factor)) @ np.linalg.norm(factor, axis=1)
+        allowed = bounds.gptq_moved(float(reach @ reach), n, "float32")
+        found = apart(factor, np.float64(other), rng.normal(size=(20, n))).max()
+        assert found <= allowed
+        above = np.triu(factor / factor.diagonal(), 1)
+        norms = bounds.gptq_norms(np.linalg.norm(above, axis=0), factor.diagonal() ** 2, allowed)
+        its = np.triu(np.float64(other) / other.diagonal(), 1)
+        assert bounds.ratio(np.linalg.norm(its, axis=0), norms) <= 1
+
+
+def test_of_a_matrix_that_is_singular_to_working_precision_nothing_is_known():
+    assert bounds.gptq_moved(2.0**60, 8) == np.inf
+    assert bounds.gptq_moved(2.0**30, 8) < 1 / 2
+
+
+def test_the_certificate_is_round_to_nearest_of_compensated_weights():
+    from qframe import Grid
+
+    grid = Grid(-2, 1)
+    residual, codes = np.array([0.5, 0.75, 0.75, -9, 9, -9]), np.array([0, 0, -2, -2, 1, 1])
+    error, allowed = bounds.gptq_certificate(residual, codes, 1.0, grid)
+    assert (error <= allowed).tolist() == [True, False, True, False, False, True]
+    nearest, half = bounds.nearest(residual, codes, 1.0, grid)
+    assert np.array_equal(nearest, error)
+    assert np.array_equal(half, allowed)
+
+
+def test_a_worst_case_of_half_steps_attains_b10_b():
+    """All errors of half a step, and inputs that all move together."""
+    step = np.ones(8)
+    error, hessian = step / 2, np.ones((8, 8))
+    reach = (step / 2 * np.sqrt(hessian.diagonal())).sum()
+    found = np.sqrt(error @ hessian @ error)
+    assert found == reach
+    assert bounds.ratio(found, bounds.output_bound(reach, 1.0, 0.0, 8)) <= 1
+    assert bounds.ratio(found, bounds.output_bound(reach, 1 / 2, 0.0, 8)) > 1

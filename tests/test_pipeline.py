@@ -207,6 +207,32 @@ def test_layers_that_read_one_input_are_observed_together(llama, tmp_path):
     assert started == block * 3
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_statistics_are_those_of_the_inputs_as_the_products_take_them(dtype):
+    seen = []
+
+    class Maxima:
+        name = "maxima"
+        needs = frozenset({"absmax"})
+        capabilities = Capabilities()
+
+        def round(self, problem, rng):
+            seen.append(problem.statistics["absmax"])
+            return rounding.to_nearest(problem)
+
+    class Plugin:
+        @hookimpl
+        def qframe_rounders(self):
+            return [Maxima()]
+
+    host = Host.discover()
+    host.add(Plugin(), "maxima")
+    recipe = {"method": "maxima", "calibration": {"compute_dtype": dtype}}
+    qframe.quantize(sequential(), recipe, calibration=data(), host=host)
+    x = torch.cat(batches(1, 3, (20, 32))).to(getattr(torch, dtype)).float()
+    assert torch.equal(seen[0], x.abs().amax(0))
+
+
 def test_a_rewrite_keeps_the_function_and_reaches_the_rounder(tmp_path):
     seen = {}
 
@@ -233,7 +259,11 @@ def test_a_rewrite_keeps_the_function_and_reaches_the_rounder(tmp_path):
     out = tmp_path / "out"
     result = qframe.quantize(
         net,
-        {"method": "doubling+gptq", "scheme": {"num_bits": 8}},
+        {
+            "method": "doubling+gptq",
+            "scheme": {"num_bits": 8},
+            "calibration": {"compute_dtype": "float32"},
+        },
         out=out,
         calibration=data(),
         host=host,

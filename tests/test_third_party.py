@@ -1,8 +1,9 @@
 """Plugins of others, really installed: a good one works while three bad ones are named.
 
 The good one is docs/example_plugin. The bad ones lie in tests/third_party: one that cannot be
-imported, one that claims a name that is taken, one whose hook is misspelt. pip installs all four
-into a folder of their own, without an index and without build isolation.
+imported, one that claims a name that is taken, one whose hook is misspelt. A fifth is what
+`qframe new-plugin` writes. pip installs all of them into a folder of their own, without an index
+and without build isolation.
 """
 
 import json
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from qframe.cli.new_plugin import write
+
 HERE = Path(__file__).parent
 EXAMPLE = HERE.parent / "docs" / "example_plugin"
 BAD = {kind: HERE / "third_party" / kind for kind in ("broken", "duplicate", "misspelt")}
@@ -21,13 +24,23 @@ SHORT = ["--num-calibration-samples", "8", "--max-seq-length", "64", "--group-si
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory):
-    """A folder with all four packages installed."""
+def written(tmp_path_factory):
+    """The folder of a package that `qframe new-plugin` wrote."""
+    folder = tmp_path_factory.mktemp("written") / "my-rounder"
+    write("my-rounder", "rounder", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory, written):
+    """A folder with all packages installed."""
     folder = tmp_path_factory.mktemp("site")
     options = ["--quiet", "--no-index", "--no-deps", "--no-build-isolation", "--no-compile"]
     command = [sys.executable, "-m", "pip", "install", *options, "--target", str(folder)]
     done = subprocess.run(
-        [*command, str(EXAMPLE), *map(str, BAD.values())], capture_output=True, text=True
+        [*command, str(EXAMPLE), str(written), *map(str, BAD.values())],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     return folder
@@ -35,7 +48,7 @@ def site(tmp_path_factory):
 
 @pytest.fixture
 def qframe_with(site, tmp_path):
-    """Run a qframe command beside the four plugins, from a folder that is not the repository."""
+    """Run a qframe command beside these plugins, from a folder that is not the repository."""
 
     def run(*arguments, **variables):
         environment = {**os.environ, "PYTHONPATH": str(site), "COLUMNS": "200", **variables}
@@ -87,7 +100,8 @@ def test_the_good_one_is_on_the_screen_beside_rounding_to_nearest(
 ):
     done = qframe_with("quantize", str(tiny_llama), "-m", "descent", "-o", "out", *SHORT)
     assert done.returncode == 0, done.stderr
-    rows = [line.split() for line in done.stdout.splitlines() if "self_attn.q_proj" in line]
+    lines = [line.split() for line in done.stdout.splitlines() if "self_attn.q_proj" in line]
+    rows = [words for words in lines if words[0].endswith("self_attn.q_proj")]
     header = next(line for line in done.stdout.splitlines() if line.startswith("layer"))
     assert "RTN" in header
     assert "held out" in header
@@ -136,11 +150,14 @@ def test_without_the_impostor_gptq_is_back(qframe_with, tiny_llama, site, tmp_pa
     assert done.returncode == 0, done.stderr
 
 
-def test_the_example_keeps_the_promises_that_its_own_test_states(site, tmp_path):
+@pytest.mark.parametrize("package", ["example", "written"])
+def test_its_own_tests_run_the_suite_on_it(site, tmp_path, package, written):
+    folder = EXAMPLE if package == "example" else written
     done = subprocess.run(
         [
             sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", os.devnull,
-            "--rootdir", str(EXAMPLE), "--import-mode=importlib", str(EXAMPLE),
+            "--rootdir", str(folder), "--import-mode=importlib", str(folder),
+            "--qframe-profile", "fast",
         ],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(site), "QFRAME_DISABLE_PLUGINS": ""},
@@ -148,3 +165,17 @@ def test_the_example_keeps_the_promises_that_its_own_test_states(site, tmp_path)
         text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
+
+
+def test_the_suite_finds_it_by_its_name_beside_plugins_that_are_broken(qframe_with):
+    done = qframe_with("check", "my-rounder", "--profile", "fast", "--only", "half_step")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith(
+        "rounder 'my-rounder': 42 ran, 42 held, 0 failed"
+    )
+
+
+def test_a_plugin_that_failed_to_load_says_so_to_the_suite(qframe_with):
+    done = qframe_with("check", "unwell")
+    assert done.returncode == 2
+    assert "unwell (qframe-test-broken) failed to load" in done.stderr

@@ -8,7 +8,9 @@ import torch
 from safetensors.torch import save_file
 
 from qframe.errors import NonFiniteError, WeightsError
-from qframe.weights import INDEX, ModelFolder, check_finite
+from qframe.weights import MODEL, ModelFolder, check_finite, index_name
+
+INDEX = index_name(MODEL)
 
 
 def write(folder, tensors, name="model.safetensors"):

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 import qframe
 from qframe import CalibrationData
-from qframe.checkpoint import packed_layers, read_manifest
+from qframe.manifest import packed_layers, read_manifest
 from qframe.weights import ModelFolder
 
 

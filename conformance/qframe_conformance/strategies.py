@@ -6,9 +6,9 @@ Draw a whole rounding problem, or the parts of one:
     @given(rounding_problems(hessian_kinds=HESSIANS))
     @given(schemes(columns=12, num_bits=4, group_size=5))
 
-A kind of weights, such as `ties`, is a function of a random generator and a shape, so a test can
-also call it directly, or bring its own. Shapes without rows are drawn on purpose: a plugin must
-not mind them. Nothing here changes a Hypothesis profile or knows of any plugin.
+A kind of weights, such as `ties`, is a function of a random generator and a shape (`kinds`), so a
+test can also call it directly, or bring its own. Shapes without rows are drawn on purpose: a
+plugin must not mind them. Nothing here changes a Hypothesis profile or knows of any plugin.
 """
 
 from __future__ import annotations
@@ -24,10 +24,66 @@ from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
 from qframe import Grid, Host, RoundingProblem, Scheme
+from qframe.contracts import Observer
+from qframe_conformance.kinds import (
+    NASTY,
+    Float64,
+    InputKind,
+    Kind,
+    Shape,
+    all_dead_inputs,
+    constant,
+    correlated_inputs,
+    dead_inputs,
+    few_inputs,
+    halves,
+    hessian_of,
+    normal,
+    one_outlier,
+    one_sided,
+    outlier_inputs,
+    repeated_inputs,
+    sparse,
+    subnormal,
+    ties,
+    tiny_and_huge,
+    white_inputs,
+    zeros,
+)
 
-Float64 = NDArray[np.float64]
-Shape = tuple[int, int]
-Kind = Callable[[np.random.Generator, Shape], NDArray[Any]]
+__all__ = [
+    "HESSIANS",
+    "NASTY",
+    "HessianKind",
+    "Kind",
+    "all_dead",
+    "constant",
+    "correlated",
+    "dead",
+    "generators",
+    "halves",
+    "hessians",
+    "installed_grid",
+    "installed_host",
+    "installed_observer",
+    "normal",
+    "one_outlier",
+    "one_sided",
+    "outlier_channel",
+    "rank_deficient",
+    "repeated",
+    "rounding_problem",
+    "rounding_problems",
+    "schemes",
+    "sparse",
+    "subnormal",
+    "ties",
+    "tiny_and_huge",
+    "weights",
+    "white",
+    "zeros",
+]
+
 HessianKind = Callable[[np.random.Generator, int], Float64]
 Setting = Any  # a value, or a strategy that draws one
 
@@ -41,15 +97,22 @@ def generators() -> st.SearchStrategy[np.random.Generator]:
 
 
 @cache
-def _host() -> Host:
+def installed_host() -> Host:
+    """Return the host of all installed plugins."""
     return Host.discover()
 
 
 def installed_grid(scheme: Scheme) -> Grid:
     """Return the grid of `scheme`, from the number format that is installed for it."""
-    number_format = _host().get("number format", scheme.format_name)
+    number_format = installed_host().get("number format", scheme.format_name)
     grid: Grid = number_format.grid(symmetric=scheme.symmetric, scale_rule=scheme.scale_rule)
     return grid
+
+
+def installed_observer(name: str) -> Observer:
+    """Return the observer that is installed under a name. Raises UnknownNameError for none."""
+    observer: Observer = installed_host().get("observer", name)
+    return observer
 
 
 @st.composite
@@ -83,76 +146,6 @@ def schemes(draw: st.DrawFn, /, columns: int, **settings: Setting) -> Scheme:
 # Weights --------------------------------------------------------------------------------------
 
 
-def normal(rng: np.random.Generator, shape: Shape) -> Float64:
-    """Return ordinary weights."""
-    return rng.normal(size=shape)
-
-
-def zeros(rng: np.random.Generator, shape: Shape) -> Float64:
-    """Return zeros: every group is without a range."""
-    return np.zeros(shape)
-
-
-def sparse(rng: np.random.Generator, shape: Shape) -> Float64:
-    """Return ordinary weights, about half of them zero."""
-    return rng.normal(size=shape) * (rng.random(shape) < 1 / 2)
-
-
-def constant(rng: np.random.Generator, shape: Shape) -> Float64:
-    """Return one number everywhere."""
-    return np.full(shape, rng.normal(), np.float64)
-
-
-def one_outlier(rng: np.random.Generator, shape: Shape, size: float = 2.0**13) -> Float64:
-    """Return ordinary weights and among them a single one of `size`."""
-    weight: Float64 = rng.normal(size=shape)
-    if weight.size:
-        weight.flat[rng.integers(weight.size)] = size
-    return weight
-
-
-def subnormal(rng: np.random.Generator, shape: Shape) -> Float64:
-    """Return subnormal numbers of float32: their scales underflow."""
-    return rng.integers(-300, 300, shape).astype(np.float64) * 2.0**-149
-
-
-def tiny_and_huge(rng: np.random.Generator, shape: Shape) -> Float64:
-    """Return numbers from the subnormal range up to thousands side by side."""
-    return rng.normal(size=shape) * 2.0 ** rng.integers(-140, 14, shape)
-
-
-def halves(rng: np.random.Generator, shape: Shape) -> Float64:
-    """Return multiples of a half: exact ties wherever the scale is a power of two."""
-    return rng.integers(-16, 16, shape) / 2
-
-
-def ties(rng: np.random.Generator, shape: Shape) -> NDArray[np.float32]:
-    """Return odd multiples of a half, and the float32 numbers next to them."""
-    middle = np.float32(rng.integers(-8, 8, shape) + 0.5)
-    sides = rng.integers(-1, 2, shape).astype(np.float32)
-    return np.asarray(np.nextafter(middle, middle + sides), np.float32)
-
-
-def one_sided(rng: np.random.Generator, shape: Shape) -> Float64:
-    """Return weights of one sign, all far from zero: the range must still hold zero."""
-    sign = 1 - 2 * int(rng.integers(2))
-    return sign * (2 + rng.random(shape))
-
-
-NASTY: tuple[Kind, ...] = (
-    zeros,
-    sparse,
-    constant,
-    one_outlier,
-    subnormal,
-    tiny_and_huge,
-    halves,
-    ties,
-    one_sided,
-    normal,
-)
-
-
 @st.composite
 def weights(
     draw: st.DrawFn, /, shape: Shape, kinds: Sequence[Kind | None] = (None, *NASTY)
@@ -171,51 +164,22 @@ def weights(
 # Hessians -------------------------------------------------------------------------------------
 
 
-def _of_inputs(x: Float64) -> Float64:
-    return 2 / len(x) * x.T @ x
+def _hessian(kind: InputKind) -> HessianKind:
+    """Return the kind of Hessians that belongs to a kind of inputs."""
+
+    def hessian(rng: np.random.Generator, columns: int) -> Float64:
+        return hessian_of(kind(rng, columns))
+
+    return hessian
 
 
-def _inputs(rng: np.random.Generator, columns: int) -> Float64:
-    """Return three tokens per column, the columns of very different size."""
-    return rng.normal(size=(3 * columns, columns)) * 2.0 ** rng.integers(-3, 4, columns)
-
-
-def white(rng: np.random.Generator, columns: int) -> Float64:
-    """Return the Hessian of independent inputs."""
-    return _of_inputs(_inputs(rng, columns))
-
-
-def correlated(rng: np.random.Generator, columns: int) -> Float64:
-    """Return the Hessian of inputs that mostly move together."""
-    return _of_inputs(_inputs(rng, columns) + 8 * rng.normal(size=(3 * columns, 1)))
-
-
-def rank_deficient(rng: np.random.Generator, columns: int) -> Float64:
-    """Return the Hessian of fewer tokens than columns."""
-    return _of_inputs(_inputs(rng, columns)[: max(1, columns // 3)])
-
-
-def dead(rng: np.random.Generator, columns: int) -> Float64:
-    """Return a Hessian in which about a third of the inputs is always zero."""
-    return _of_inputs(_inputs(rng, columns) * (rng.random(columns) >= 1 / 3))
-
-
-def all_dead(rng: np.random.Generator, columns: int) -> Float64:
-    """Return the Hessian of a layer that only ever saw zeros."""
-    return np.zeros((columns, columns))
-
-
-def repeated(rng: np.random.Generator, columns: int) -> Float64:
-    """Return a Hessian in which some inputs are the same: singular without damping."""
-    return _of_inputs(_inputs(rng, columns)[:, rng.integers(0, columns, columns)])
-
-
-def outlier_channel(rng: np.random.Generator, columns: int) -> Float64:
-    """Return a Hessian in which one input is 64 times as large."""
-    x = _inputs(rng, columns)
-    x[:, rng.integers(columns)] *= 2.0**6
-    return _of_inputs(x)
-
+white = _hessian(white_inputs)
+correlated = _hessian(correlated_inputs)
+rank_deficient = _hessian(few_inputs)
+dead = _hessian(dead_inputs)
+all_dead = _hessian(all_dead_inputs)
+repeated = _hessian(repeated_inputs)
+outlier_channel = _hessian(outlier_inputs)
 
 HESSIANS: tuple[HessianKind, ...] = (
     white,

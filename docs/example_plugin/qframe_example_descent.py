@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
-from qframe import Capabilities, QuantizedWeight, RoundingProblem, hookimpl
+from qframe import Capabilities, QuantizedWeight, RoundingProblem, claims, hookimpl
 from qframe.errors import UncalibratedLayerError
 
 if TYPE_CHECKING:
@@ -34,6 +34,9 @@ class Descent:
     name: str = field(init=False, default="descent")
     needs: frozenset[str] = field(init=False, default=frozenset({"hessian"}))
     capabilities: Capabilities = field(init=False, default=Capabilities())
+    claims: tuple[Any, ...] = field(
+        init=False, default=(claims.NoWorseThan("output", sums="float64"), claims.SchemeScale())
+    )
 
     def round(self, problem: RoundingProblem, rng: np.random.Generator) -> QuantizedWeight:
         """Return the codes. Needs statistics["hessian"], [columns, columns] float64."""

@@ -11,12 +11,16 @@ from qframe.cli.command import Command
 from qframe.cli.demo import demo
 from qframe.cli.doctor import doctor
 from qframe.cli.eval import evaluate
+from qframe.cli.extensions import CommandGroup
 from qframe.cli.inspect import inspect
+from qframe.cli.new_plugin import new_plugin
 from qframe.cli.plugins import plugins
 from qframe.cli.quantize import quantize
 from qframe.cli.screen import print_plain
+from qframe.cli.verify import verify
 
 app = typer.Typer(
+    cls=CommandGroup,
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -48,9 +52,11 @@ def _qframe(
 for _function, _name in (
     (quantize, "quantize"),
     (evaluate, "eval"),
+    (verify, "verify"),
     (demo, "demo"),
     (inspect, "inspect"),
     (plugins, "plugins"),
     (doctor, "doctor"),
+    (new_plugin, "new-plugin"),
 ):
     app.command(_name, cls=Command)(_function)

@@ -14,7 +14,7 @@ from qframe.cli.screen import print_json, print_result
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from qframe.evaluate import Score
+    from qframe.evaluation import Score
     from qframe.model import Network
     from qframe.report.table import ScoreRow
 
@@ -55,8 +55,8 @@ def evaluate(
         import dataclasses
 
         from qframe.checkpoint import load
-        from qframe.evaluate import evaluate as score
-        from qframe.evaluate import windows_of
+        from qframe.evaluation import evaluate as score
+        from qframe.evaluation import windows_of
         from qframe.model import Network
         from qframe.report.table import facts, score_table, stacked
         from qframe.weights import ModelFolder
@@ -82,7 +82,7 @@ def evaluate(
 
 def _rows(scores: Mapping[str, Score], reference: Path, full: Network) -> list[ScoreRow]:
     """Return the rows of the table, full precision first; bits per weight are of linear layers."""
-    from qframe.checkpoint import read_manifest
+    from qframe.manifest import read_manifest
     from qframe.memory import folder_bytes, stored_bits_per_weight
     from qframe.report.table import ScoreRow
     from qframe.weights import ModelFolder

@@ -199,6 +199,25 @@ class RecipeFlags:
         ),
     ] = None
 
+    on_violated_certificate: Annotated[
+        str | None,
+        typer.Option(
+            "--on-violated-certificate",
+            metavar="error|warn",
+            help="When a layer breaks a bound that its method claims to keep. Default: error.",
+            rich_help_panel=_LIMITS,
+        ),
+    ] = None
+    keep_statistics: Annotated[
+        bool | None,
+        typer.Option(
+            "--keep-statistics",
+            help="Store what the layers were calibrated with, 8 bytes for each pair of inputs, so "
+            "that qframe verify can recompute every certificate.",
+            rich_help_panel=_LIMITS,
+        ),
+    ] = None
+
     def to_recipe(self) -> Recipe:
         """Return the recipe: the file's, if one was given, with the options on top."""
         base = Recipe.from_file(self.recipe) if self.recipe is not None else Recipe()
@@ -210,6 +229,8 @@ class RecipeFlags:
             on_fallback=self.on_fallback,
             max_fallback_frac=self.max_fallback_frac,
             min_coverage=self.min_coverage,
+            on_violated_certificate=self.on_violated_certificate,
+            keep_statistics=self.keep_statistics,
         )
         scheme = self._scheme(base)
         if scheme is not None:

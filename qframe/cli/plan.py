@@ -10,6 +10,7 @@ from qframe.memory import (
     bits_per_weight,
     folder_size,
     layer_bits_per_weight,
+    most_statistics_bytes,
     peak_memory,
     readable_bytes,
 )
@@ -50,10 +51,12 @@ def _predictions(job: Job) -> dict[str, str]:
     """Return what the output will take on disk, and the run in memory."""
     size, peak = folder_size(job), peak_memory(job)
     parts = ", ".join(f"{readable_bytes(count)} {what}" for what, count in peak.items())
+    kept = most_statistics_bytes(job)
     return {
         "output": f"{readable_bytes(size.total)}: {readable_bytes(size.quantized)} quantized "
         f"({bits_per_weight(job):.3f} bits per weight), {readable_bytes(size.carried)} as "
-        f"stored, {readable_bytes(size.headers + size.others)} for the rest",
+        f"stored, {readable_bytes(size.headers + size.others)} for the rest"
+        + (f"; statistics take up to {readable_bytes(kept)} more" if kept else ""),
         "memory": f"about {readable_bytes(sum(peak.values()))} at the peak: {parts}",
     }
 

@@ -153,17 +153,25 @@ def _bits_per_weight(result: Result) -> float:
 def _show(
     result: Result, out: Path, report: Path | None, seconds: float, *, all_layers: bool
 ) -> None:
-    from qframe.memory import readable_bytes
+    from qframe.memory import readable_bytes, weight_bytes
+    from qframe.report.certificates import certificate_table, certificate_text
     from qframe.report.table import coverage_text, facts, run_summary, stacked
 
-    total = sum(result.sizes.values())
-    weights = sum(size for name, size in result.sizes.items() if name.endswith(".safetensors"))
+    total, weights = sum(result.sizes.values()), weight_bytes(result.sizes)
     lines = {
         "coverage": coverage_text(result.report.coverage),
+        "certificates": certificate_text(result.report.layers),
         "output": f"{out}: {readable_bytes(total)}, of which weights {readable_bytes(weights)}; "
         f"{_bits_per_weight(result):.3f} bits per quantized weight",
         "time": f"{seconds:.1f} s",
     }
     if report is not None:
         lines["report"] = f"{report / 'report.json'}, {report / 'report.csv'}"
-    print_result(stacked(run_summary(result.report, all_layers=all_layers), facts(lines)))
+    layers = result.report.layers
+    print_result(
+        stacked(
+            run_summary(result.report, all_layers=all_layers),
+            certificate_table({layer.name: layer.certificates for layer in layers}),
+            facts(lines),
+        )
+    )

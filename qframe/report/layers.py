@@ -11,9 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from qframe.certificates import Certificate
 from qframe.contracts import Event
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(kw_only=True)
@@ -28,6 +29,10 @@ class LayerReport:
     sqnr_db        10 log10(||W||^2 / ||W - Q||^2), of the weights
     clipped        share of weights more than half a step outside the range of the codes
     tokens         calibration tokens that reached the layer
+    certificates   what became of each claim of the method, on the layer as it is stored
+    source         sha256 of the weight that it was made of, float32; `rewritten` of what the
+                   outlier handlers made of that, None without any
+    input_group    the first of the layers that read the same input
     seconds        by stage; not part of the checkpoint, which must not depend on time
     """
 
@@ -46,6 +51,10 @@ class LayerReport:
     tokens: int = 0
     tokens_held_out: int = 0
     info: Mapping[str, float | int | str] = field(default_factory=dict)
+    certificates: Sequence[Certificate] = ()
+    source: str = ""
+    rewritten: str | None = None
+    input_group: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -61,10 +70,14 @@ class LayerReport:
     def record(self, *, timings: bool) -> dict[str, Any]:
         """Return the report as plain values; without timings it is the same for every run."""
         values = dataclasses.asdict(self)
+        for key in ("source", "rewritten", "input_group"):  # for `qframe verify`: the manifest's
+            del values[key]
+        values["certificates"] = [certificate.record() for certificate in self.certificates]
         values["gain"], values["held_out_gain"] = self.gain, self.held_out_gain
         if not timings:
             del values["seconds"]
-        return {key: _finite(value) for key, value in values.items()}
+        finite: dict[str, Any] = words_for_infinities(values)
+        return finite
 
 
 @dataclass(kw_only=True)
@@ -130,11 +143,14 @@ class RunReport:
             record = layer.record(timings=timings)
             info = record.pop("info")
             stages = record.pop("seconds", {})
+            del record["certificates"]
             fallback = next((e.message for e in self.fallbacks() if e.layer == layer.name), "")
             rows.append(
                 {
                     **record,
                     "damp": info.get("damp", ""),
+                    "certificates": len(layer.certificates),
+                    "certificates_violated": sum(not c.holds for c in layer.certificates),
                     "fallback": fallback,
                     **({"seconds": sum(stages.values())} if timings else {}),
                 }
@@ -156,8 +172,12 @@ def _ratio(above: float | None, below: float | None) -> float | None:
     return above / below
 
 
-def _finite(value: Any) -> Any:
-    """JSON knows neither NaN nor infinity: say them in words."""
+def words_for_infinities(value: Any) -> Any:
+    """Return plain values with NaN and infinities as words: JSON has no numbers for them."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
+    if isinstance(value, Mapping):
+        return {key: words_for_infinities(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [words_for_infinities(item) for item in value]
     return value

@@ -11,6 +11,7 @@ import torch
 from qframe import parallel, rounding
 from qframe.contracts import Grid, QuantizedWeight
 
+COLUMNS_AT_ONCE = 192  # of a matrix of second moments
 ROWS_AT_ONCE = 256  # of a weight, in products whose bits must not depend on the thread count
 
 
@@ -39,37 +40,68 @@ class OutputErrors:
         return found
 
     def _energy(self, delta: torch.Tensor, moment: torch.Tensor) -> float:
-        """Return tr(delta M delta^T), summed over fixed pieces of rows."""
+        """Return tr(delta M delta^T), summed over fixed pieces of rows.
+
+        M is symmetric, so its upper triangle will do, which is half of the work.
+        """
         sums = parallel.spread(
-            lambda rows: _total((rows @ moment) * rows),
+            lambda rows: _total(_upper_products(rows, moment).mul_(rows)),
             delta.split(ROWS_AT_ONCE),
             self.threads,
         )
         return max(sum(sums), 0.0)
 
 
-def sqnr_db(original: torch.Tensor, quantized: torch.Tensor) -> float:
+def _upper_products(rows: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
+    """Return what, times rows and summed, is rows M rows^T, for a symmetric M.
+
+    That is the product with the square blocks on M's diagonal and twice what is above them.
+    """
+    found = torch.empty_like(rows)
+    for first in range(0, len(moment), COLUMNS_AT_ONCE):
+        last = first + COLUMNS_AT_ONCE
+        corner = moment[first:last, first:last]
+        part = found[:, first:last]
+        torch.mm(rows[:, first:last], corner, out=part)
+        if first:
+            part.addmm_(rows[:, :first], moment[:first, first:last], alpha=2)
+    return found
+
+
+def sqnr_db(original: torch.Tensor, effective: torch.Tensor, threads: int = 1) -> float:
     """Return 10 log10(||W||^2 / ||W - Q||^2), inf for an exact copy."""
-    signal = _squares(original)
-    noise = _squares(original - quantized)
+
+    def squares(rows: slice) -> tuple[float, float]:
+        weight = original[rows]
+        return _total(weight.square()), _total((weight - effective[rows]).square())
+
+    sums = parallel.spread(squares, _row_pieces(len(original)), threads)
+    signal, noise = (sum(part) for part in zip((0.0, 0.0), *sums, strict=True))
     if noise == 0:
         return math.inf
     return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
 
 
-def clipped_share(weight: torch.Tensor, quantized: QuantizedWeight, grid: Grid) -> float:
+def clipped_share(
+    weight: torch.Tensor, quantized: QuantizedWeight, grid: Grid, threads: int = 1
+) -> float:
     """Return the share of weights more than half a step outside the range of the codes."""
-    rows = weight.shape[0]
-    scale = rounding.expand(quantized.scale, quantized.group_index, rows)
-    zero = rounding.expand(quantized.zero_point, quantized.group_index, rows)
-    place = weight / scale + zero
-    outside = (place > grid.qmax + 0.5) | (place < grid.qmin - 0.5)
-    return int(outside.sum()) / outside.numel() if outside.numel() else 0.0
+    index = quantized.group_index
+
+    def clipped(rows: slice) -> int:
+        part = weight[rows]
+        own = slice(None) if len(quantized.scale) == 1 else rows
+        scale = rounding.expand(quantized.scale[own], index, len(part))
+        zero = rounding.expand(quantized.zero_point[own], index, len(part))
+        place = part / scale + zero
+        return int(((place > grid.qmax + 0.5) | (place < grid.qmin - 0.5)).sum())
+
+    counts = parallel.spread(clipped, _row_pieces(len(weight)), threads)
+    return sum(counts) / weight.numel() if weight.numel() else 0.0
 
 
-def _squares(x: torch.Tensor) -> float:
-    """Return the sum of squares."""
-    return _total(x.square())
+def _row_pieces(rows: int) -> list[slice]:
+    return [slice(first, first + ROWS_AT_ONCE) for first in range(0, rows, ROWS_AT_ONCE)]
 
 
 def _total(x: torch.Tensor) -> float:

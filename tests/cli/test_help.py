@@ -8,8 +8,18 @@ import sys
 
 import pytest
 
-COMMANDS = ("quantize", "eval", "demo", "inspect", "plugins", "doctor")
-HEAVY = ("torch", "numba", "transformers", "numpy", "safetensors")
+COMMANDS = (
+    "quantize",
+    "eval",
+    "verify",
+    "demo",
+    "inspect",
+    "plugins",
+    "doctor",
+    "check",
+    "new-plugin",
+)
+HEAVY = ("torch", "numba", "transformers", "safetensors", "hypothesis")
 
 
 def python(code: str, **environ: str) -> subprocess.CompletedProcess[str]:

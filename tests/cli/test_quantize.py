@@ -190,7 +190,7 @@ def test_a_plugin_in_a_file_runs_and_shows_in_the_report(run, tiny_llama, tmp_pa
     plugin.write_text(
         PLUGIN.replace('"fails"', '"mine"').replace(
             'raise HessianError(f"layer {problem.name!r}: made to fail")',
-            "from qframe.solve import to_nearest\n        return to_nearest(problem)",
+            "from qframe import rounding\n        return rounding.to_nearest(problem)",
         )
     )
     arguments = [tiny_llama, "-o", tmp_path / "out", "-m", "mine", "--plugin", plugin, "--json"]

@@ -8,7 +8,7 @@ the most negative code is left out, so that the grid is its own mirror image. As
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from qframe import Grid, hookimpl
+from qframe import Grid, claims, hookimpl
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,7 @@ class IntegerFormat:
     num_bits: int
     name: str = field(init=False)
     type: str = field(init=False, default="int")
+    claims = (claims.UniformGrid(),)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", f"int{self.num_bits}")

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from qframe import InputGroup, hookimpl
+from qframe import InputGroup, claims, hookimpl
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +39,12 @@ class Absmax:
     """Observe the largest magnitude of each input channel."""
 
     name: str = field(init=False, default="absmax")
+    claims = (
+        claims.ChannelAbsmax(),
+        claims.Mergeable(exact=True),
+        claims.SignBlind(),
+        claims.Reproducible(),
+    )
 
     def start(self, group: InputGroup) -> AbsmaxStatistic:
         """Return an empty statistic."""

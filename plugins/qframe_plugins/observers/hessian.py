@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from qframe import InputGroup, hookimpl
+from qframe import InputGroup, claims, hookimpl
 
 if TYPE_CHECKING:
     import torch
@@ -54,6 +54,12 @@ class HessianObserver:
     """Observe the second moments of the inputs."""
 
     name: str = field(init=False, default="hessian")
+    claims = (
+        claims.SecondMoments(run=256),
+        claims.Mergeable(),
+        claims.SignBlind(),
+        claims.Reproducible(),
+    )
 
     def start(self, group: InputGroup) -> HessianStatistic:
         """Return an empty statistic."""

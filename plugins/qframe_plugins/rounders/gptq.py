@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from qframe import Capabilities, Event, QuantizedWeight, RoundingProblem, hookimpl
+from qframe import Capabilities, Event, QuantizedWeight, RoundingProblem, claims, hookimpl
 from qframe.errors import HessianError, UncalibratedLayerError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -73,15 +73,38 @@ class GPTQ:
                 "None, or leave static_groups out"
             )
 
+    @property
+    def claims(self) -> tuple[object, ...]:
+        """Codes are nearest to the compensated weights; scales are the scheme's, when they began.
+
+        Not scale equivariance: a group of zeros has scale 1, whatever errors it makes up for.
+        """
+        babai = claims.Babai(
+            dampening_frac=self.dampening_frac,
+            dampening_cap=self.dampening_cap,
+            order="natural" if self.actorder is None else "falling",
+        )
+        if self.actorder == "static" or self.static_groups:
+            return babai, claims.SchemeScale(), claims.Covers(), claims.SignSymmetric()
+        whole = frozenset({"tensor", "channel"})
+        return (
+            babai,
+            claims.CompensatedScale(babai),
+            claims.SchemeScale(whole),
+            claims.Covers(whole),
+            claims.SignSymmetric(),
+        )
+
     def round(self, problem: RoundingProblem, rng: np.random.Generator) -> QuantizedWeight:
         """Return the compensated codes. Needs statistics["hessian"], [columns, columns].
 
-        Raises UncalibratedLayerError without tokens, HessianError when no damping up to the
-        cap makes the Hessian positive definite.
+        Raises UncalibratedLayerError without tokens, NonFiniteError for a weight that is not
+        finite, HessianError when no damping up to the cap makes the Hessian positive definite.
         """
         import torch
 
         from qframe import rounding
+        from qframe.weights import check_finite
         from qframe_plugins.kernels.numba_cpu import gptq as solver
 
         weight, scheme, grid = problem.weight, problem.scheme, problem.grid
@@ -90,6 +113,7 @@ class GPTQ:
                 f"layer {problem.name!r} saw no calibration tokens, which gptq needs; give it "
                 f"another method with an override, or text that reaches it"
             )
+        check_finite(weight, f"layer {problem.name!r}: its weight")
         hessian, dead = revive(problem.statistics["hessian"])
         rows, columns = weight.shape
         order = torch.arange(columns)

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from qframe import Capabilities, QuantizedWeight, RoundingProblem, hookimpl
+from qframe import Capabilities, QuantizedWeight, RoundingProblem, claims, hookimpl
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,17 +25,20 @@ class RTN:
     name: str = field(init=False, default="rtn")
     needs: frozenset[str] = field(init=False, default=frozenset())
     capabilities: Capabilities = field(init=False, default=Capabilities())
+    claims = (
+        claims.HalfStep(),
+        claims.SchemeScale(),
+        claims.Covers(),
+        claims.ScaleEquivariant(),
+        claims.SignSymmetric(),
+        claims.Idempotent(),
+    )
 
     def round(self, problem: RoundingProblem, rng: np.random.Generator) -> QuantizedWeight:
         """Return the nearest codes."""
         from qframe import rounding
 
-        scale, zero_point = rounding.fit_scales(
-            problem.weight, problem.scheme, problem.grid, name=problem.name
-        )
-        index = rounding.group_index(problem.weight.shape[1], problem.scheme)
-        codes = rounding.encode(problem.weight, scale, zero_point, index, problem.grid)
-        return QuantizedWeight(codes=codes, scale=scale, zero_point=zero_point, group_index=index)
+        return rounding.to_nearest(problem)
 
 
 @hookimpl

@@ -21,13 +21,13 @@ Error:  |H - V^T V| <= gamma_{n+1} |V|^T |V| elementwise (Higham, Accuracy and S
 
 from __future__ import annotations
 
-import threading
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from qframe_plugins.kernels.numba_cpu.feedback import BLOCK, Feedback, feedback_row
+from qframe_plugins.kernels.numba_cpu.scratch import scratch
 from qframe_plugins.kernels.numba_cpu.simd import (
     QUAD,
     STRIPE_BYTES,
@@ -84,7 +84,7 @@ def feedback(
     rows = -(-columns // QUAD) * QUAD
     lanes = STRIPE_BYTES // np.dtype(precision).itemsize
     panels, blocks = -(-rows // lanes), -(-rows // BLOCK)
-    factor = _scratch(_place(panels * lanes, panels, rows, lanes), lanes, precision)
+    factor = scratch((_place(panels * lanes, panels, rows, lanes), lanes), precision)
     packed = np.empty((feedback_row(blocks * BLOCK, 0), QUAD), np.float32)
     pivots = np.empty(rows, np.float64)
     hessian = np.require(hessian, requirements=("C", "W"))
@@ -98,21 +98,6 @@ def feedback(
             raise NotPositiveDefiniteError(failed)
         share(_share_solve, panels, factor, packed, top, bottom, rows)
     return Feedback(columns, packed, pivots[:columns])
-
-
-_kept = threading.local()
-
-
-def _scratch(stripes: int, lanes: int, dtype: str) -> npt.NDArray[Any]:
-    """Return uninitialized memory for V. A thread keeps its largest for the next layer.
-
-    Pages fresh from the system have to be zeroed, which can cost a third of the factorization.
-    """
-    size = stripes * STRIPE_BYTES
-    if getattr(_kept, "memory", np.empty(0, np.uint8)).nbytes < size:
-        _kept.memory = np.empty(size, np.uint8)
-    kept: npt.NDArray[np.uint8] = _kept.memory
-    return kept[:size].view(dtype).reshape(stripes, lanes)
 
 
 @kernel

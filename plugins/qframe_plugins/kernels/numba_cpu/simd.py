@@ -56,8 +56,59 @@ def _vector_bytes(context: Any) -> tuple[int, int]:
     return (16, 2) if "x86" in triple else (16, 4)
 
 
-def _make_tile(sign: int) -> Function:
-    """Return the intrinsic that adds (sign = 1) or subtracts (sign = -1) a product."""
+class _BFloat16(ir.Type):  # type: ignore[misc]
+    """llvmlite has no bfloat16, but its IR is text: a type is what it prints."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BFloat16)
+
+    def __hash__(self) -> int:
+        return hash(_BFloat16)
+
+
+def _multiplies_bfloat16(context: Any) -> bool:
+    """Return whether the processor compiled for has an instruction for pairs of bfloat16."""
+    _, _, features = context.codegen().magic_tuple()
+    return "+avx512bf16" in features
+
+
+def _pair_product(context: Any, builder: Any, width: int) -> Function:
+    """Return emit(a, b, sum) = sum + a0 b0 + a1 b1 for vectors of pairs of bfloat16 in int32.
+
+    The products are exact. The two sums are rounded one after the other, in either order.
+    """
+    floats, ints = ir.VectorType(ir.FloatType(), width), ir.VectorType(ir.IntType(32), width)
+    if _multiplies_bfloat16(context):
+        pairs = ir.VectorType(_BFloat16(), 2 * width)
+        product = cgutils.get_or_insert_function(
+            builder.module,
+            ir.FunctionType(floats, [floats, pairs, pairs]),
+            f"llvm.x86.avx512bf16.dpbf16ps.{32 * width}",
+        )
+        return lambda a, b, total: builder.call(
+            product, [total, builder.bitcast(a, pairs), builder.bitcast(b, pairs)]
+        )
+    muladd = cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(floats, [floats] * 3), f"llvm.fmuladd.v{width}f32"
+    )
+    sixteen, upper = (ir.Constant(ints, [value] * width) for value in (16, -(1 << 16)))
+
+    def emit(a: Any, b: Any, total: Any) -> Any:
+        low = [builder.bitcast(builder.shl(x, sixteen), floats) for x in (a, b)]
+        high = [builder.bitcast(builder.and_(x, upper), floats) for x in (a, b)]
+        return builder.call(muladd, [*high, builder.call(muladd, [*low, total])])
+
+    return emit
+
+
+def _make_tile(sign: int, *, pairs: bool = False) -> Function:
+    """Return the intrinsic that adds (sign = 1) or subtracts (sign = -1) a product.
+
+    pairs   a and b hold pairs of bfloat16 as int32, c holds float32
+    """
 
     @intrinsic
     def tile(
@@ -83,13 +134,21 @@ def _make_tile(sign: int) -> Function:
             register, columns = _vector_bytes(context)
             width = register // item
             vector = ir.VectorType(element, width)
-            unknown = ir.Constant(vector, ir.Undefined)
+            factors = ir.IntType(32) if pairs else element
+            factor_vector = ir.VectorType(factors, width)
+            unknown = ir.Constant(factor_vector, ir.Undefined)
             first = ir.Constant(ir.VectorType(int32, width), [0] * width)
-            muladd = cgutils.get_or_insert_function(
-                builder.module,
-                ir.FunctionType(vector, [vector] * 3),
-                f"llvm.fmuladd.v{width}f{8 * item}",
-            )
+            if pairs:
+                muladd = _pair_product(context, builder, width)
+            else:
+                function = cgutils.get_or_insert_function(
+                    builder.module,
+                    ir.FunctionType(vector, [vector] * 3),
+                    f"llvm.fmuladd.v{width}f{8 * item}",
+                )
+
+                def muladd(a: Any, b: Any, total: Any) -> Any:
+                    return builder.call(function, [a, b, total])
 
             def array(position: int, value: Any) -> Any:
                 return context.make_array(signature.args[position])(context, builder, value)
@@ -99,9 +158,9 @@ def _make_tile(sign: int) -> Function:
                     offset = int64(offset)
                 return builder.gep(pointer, [offset], source_etype=element)
 
-            def load(pointer: Any) -> Any:
+            def load(pointer: Any, kind: Any = vector) -> Any:
                 return builder.load(
-                    builder.bitcast(pointer, vector.as_pointer()), align=item, typ=vector
+                    builder.bitcast(pointer, kind.as_pointer()), align=item, typ=kind
                 )
 
             def splat(scalar: Any) -> Any:
@@ -129,15 +188,18 @@ def _make_tile(sign: int) -> Function:
                     k.add_incoming(int64(0), before)
                     sums = [builder.phi(vector) for _ in start]
                     b_k = at(b_at, builder.mul(k, int64(lanes)))
-                    stripe = [load(at(b_k, left + v * width)) for v in range(columns)]
+                    stripe = [
+                        load(at(b_k, left + v * width), factor_vector) for v in range(columns)
+                    ]
                     a_k = at(a_at, builder.mul(k, a_width))
                     news = []
                     for m in range(QUAD):
-                        scalar = builder.load(at(a_k, m), align=item, typ=element)
+                        a_m = builder.bitcast(at(a_k, m), factors.as_pointer())
+                        scalar = builder.load(a_m, align=item, typ=factors)
                         factor = splat(builder.fneg(scalar) if sign < 0 else scalar)
                         for v in range(columns):
                             old = sums[m * columns + v]
-                            news.append(builder.call(muladd, [factor, stripe[v], old]))
+                            news.append(muladd(factor, stripe[v], old))
                     k_next = builder.add(k, int64(1))
                     k.add_incoming(k_next, body)
                     for old, initial, new in zip(sums, start, news, strict=True):
@@ -158,6 +220,9 @@ def _make_tile(sign: int) -> Function:
 # c and b [any, stripe], a [any, >= QUAD], all C-contiguous and of one dtype; c overlaps neither.
 tile_add = _make_tile(+1)
 tile_sub = _make_tile(-1)
+
+# The same with a and b of int32, each a pair of bfloat16: c += a0 b0 + a1 b1. c is float32.
+tile_add_pairs = _make_tile(+1, pairs=True)
 
 
 @intrinsic

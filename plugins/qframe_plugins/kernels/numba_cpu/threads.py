@@ -9,6 +9,8 @@ fork, never spins at a barrier, and a busy core delays one task and not half of 
 from __future__ import annotations
 
 import os
+import sys
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -23,6 +25,24 @@ if hasattr(os, "register_at_fork"):  # not on Windows
     os.register_at_fork(after_in_child=_pools.clear)
 
 
+def _allowed() -> int:
+    """Return how many threads numba may use, and leave torch's own number as it is.
+
+    The first time it is asked numba starts its threading layer, which resets that of OpenMP.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None or _started.is_set():
+        return int(numba.get_num_threads())
+    before = torch.get_num_threads()
+    allowed = int(numba.get_num_threads())
+    torch.set_num_threads(before)
+    _started.set()
+    return allowed
+
+
+_started = threading.Event()
+
+
 def share(kernel: Callable[..., Any], tasks: int, *operands: Any) -> None:
     """Call kernel(counter, *operands) on as many threads as numba may use, and wait for all.
 
@@ -30,7 +50,7 @@ def share(kernel: Callable[..., Any], tasks: int, *operands: Any) -> None:
     counter   [1] int64, zero: what the kernel claims its tasks from
     """
     counter = np.zeros(1, np.int64)
-    helpers = min(numba.get_num_threads(), tasks) - 1
+    helpers = min(_allowed(), tasks) - 1
     if helpers < 1:
         kernel(counter, *operands)
         return

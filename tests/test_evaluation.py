@@ -10,7 +10,7 @@ from torch import nn
 
 from qframe import bounds
 from qframe.errors import NonFiniteError
-from qframe.evaluate import evaluate, score_tokens
+from qframe.evaluation import evaluate, score_tokens
 
 VOCABULARY = 50
 

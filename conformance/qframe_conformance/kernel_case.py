@@ -1,0 +1,164 @@
+"""One call of a kernel: operands drawn from a seed, what came of them, and how it is judged."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from qframe.contracts import OpCall
+from qframe.errors import QframeError
+from qframe.kernel_comparisons import Judged
+from qframe.kernel_judges import judge
+from qframe.kernels import Op, arithmetic_of, op_of, run
+from qframe_conformance.engine import Refused
+from qframe_conformance.kernel_frames import LAYOUTS, Frame, frame
+from qframe_conformance.report import Counterexample
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(eq=False)
+class KernelCase:
+    """A kernel and the operands of one call.
+
+    operands   name -> NumPy array or number
+    seed       chooses how operands lie in memory
+    call       what `supports` was asked; None for a call that was not asked about
+    optional   the kernel may refuse with UnsupportedError: operands are of a kind that no `OpCall`
+               tells, such as groups that are not neighbouring columns
+    """
+
+    kernel: Any
+    operands: dict[str, Any]
+    seed: int = 0
+    optional: bool = False
+    call: OpCall | None = None
+
+    @property
+    def op(self) -> Op:
+        """What the kernel computes."""
+        return op_of(self.kernel.op)
+
+    @cached_property
+    def frames(self) -> dict[str, Frame]:
+        """The tensors that the kernel is given, each in its frame."""
+        rng = np.random.default_rng(self.seed)
+        device = getattr(self.kernel, "device", "cpu")
+        found = {}
+        for operand in self.op.operands:
+            layout = LAYOUTS[int(rng.integers(len(LAYOUTS)))]
+            if operand.is_tensor:
+                layout = "packed" if operand.in_place else layout
+                found[operand.name] = frame(self.operands[operand.name], layout, device)
+        return found
+
+    @cached_property
+    def answer(self) -> tuple[Array, ...]:
+        """What came out, as arrays of the promised shapes and dtypes.
+
+        Raises Refused for a typed error and for anything that is no answer to this call.
+        """
+        return self._call(self.frames)
+
+    def again(self) -> tuple[Array, ...]:
+        """Call once more with the same tensors in the same places."""
+        frames = dict(self.frames)
+        for name in self.op.in_place:
+            frames[name] = frame(self.operands[name], "packed", str(frames[name].tensor.device))
+        return self._call(frames)
+
+    def _call(self, frames: dict[str, Frame]) -> tuple[Array, ...]:
+        given = [
+            frames[o.name].tensor if o.is_tensor else self.operands[o.name]
+            for o in self.op.operands
+        ]
+        try:
+            made = run(self.kernel, given)
+        except QframeError as error:
+            raise Refused(f"refused: {type(error).__name__}: {error}") from error
+        if self.op.in_place:
+            return tuple(_array(frames[name].tensor) for name in self.op.in_place)
+        parts = made if isinstance(made, tuple) else (made,)
+        self._check(parts)
+        return tuple(_array(part) for part in parts)
+
+    def _check(self, parts: tuple[Any, ...]) -> None:
+        """Raise Refused unless the parts are what the op promises."""
+        if len(parts) != len(self.op.answer):
+            raise Refused(f"returned {len(parts)} things, expected {len(self.op.answer)}")
+        sizes = self.sizes()
+        for part, promised in zip(parts, self.op.answer, strict=True):
+            if not isinstance(part, torch.Tensor):
+                raise Refused(f"{promised.name} is a {type(part).__name__}, expected a tensor")
+            got = f"{str(part.dtype).removeprefix('torch.')} {list(part.shape)}"
+            expected = f"{promised.dtype} {[sizes[word] for word in promised.shape]}"
+            if got != expected:
+                raise Refused(f"{promised.name} is {got}, expected {expected}")
+
+    def sizes(self) -> dict[str, int]:
+        """Return word -> size of every dimension that the op names."""
+        found: dict[str, int] = {}
+        for operand in self.op.operands:
+            if operand.is_tensor:
+                found.update(zip(operand.shape, self.operands[operand.name].shape, strict=True))
+        return found
+
+    @cached_property
+    def judged(self) -> Judged:
+        """Theorem -> comparison."""
+        return judge(
+            self.kernel.op,
+            self.operands,
+            self.answer,
+            arithmetic_of(self.kernel),
+            dense=getattr(self.kernel, "dense", False),
+        )
+
+    def cut(self, count: int) -> KernelCase:
+        """Return the same call with only the first tokens, rows or sequences."""
+        along = self.op.along
+        operands = dict(self.operands)
+        for operand in self.op.operands:
+            for axis, word in enumerate(operand.shape):
+                array = operands[operand.name]
+                single = word.endswith(" or 1") and array.shape[axis] == 1
+                if word.removesuffix(" or 1") == along and not single:
+                    operands[operand.name] = array.take(range(count), axis)
+        call = self.call
+        if call is not None:
+            words = zip(self.op.call, call.shape, strict=True)
+            call = replace(call, shape=tuple(count if w == along else n for w, n in words))
+        return replace(self, operands=operands, call=call)
+
+    def with_operands(self, **changes: Any) -> KernelCase:
+        """Return the same call with other operands."""
+        return replace(self, operands={**self.operands, **changes})
+
+    def counterexample(self, check: str) -> Counterexample:
+        """Return the call as plain Python; `plugin` and `arrays` are defined before it."""
+        lines, arrays = [], {}
+        for name, value in self.operands.items():
+            if isinstance(value, np.ndarray):
+                arrays[name] = value
+                lines.append(f"    {name!r}: arrays[{name!r}],")
+            else:
+                lines.append(f"    {name!r}: {value!r},")
+        text = f"""\
+from qframe_conformance import replay
+from qframe_conformance.kernel_case import KernelCase
+
+operands = {{
+{chr(10).join(lines)}
+}}
+case = KernelCase(plugin, operands, seed={self.seed}, optional={self.optional})
+print(replay({check!r}, case))
+"""
+        return Counterexample(snippet=text, arrays=arrays)
+
+
+def _array(tensor: torch.Tensor) -> Array:
+    return tensor.detach().cpu().numpy().copy()

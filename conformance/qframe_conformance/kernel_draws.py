@@ -1,0 +1,76 @@
+"""Operands of the operations on weights: `dequantize` and `linear_weight_only`.
+
+One call holds tokens and rows of many kinds side by side, so that a run meets them all.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from qframe import Scheme
+
+Array = np.ndarray[Any, Any]
+Operands = dict[str, Any]
+
+COLUMNS = (7, 1, 2, 17, 33, 65, 131, 257)
+ROWS = (3, 1, 8, 17, 33)
+GROUPS = (3, 1, 7, 32, 64)
+
+
+def weight(rng: np.random.Generator, scheme: Scheme, rows: int, columns: int) -> Operands:
+    """Return a quantized weight: rows with scales that are powers of two, of 16 and of 32 bits."""
+    levels = 1 << scheme.num_bits
+    lowest = -levels // 2 if scheme.symmetric else 0
+    codes = rng.integers(lowest, lowest + levels, (rows, columns))
+    codes[:, rng.integers(columns)] = lowest + levels - 1
+    codes[:, rng.integers(columns)] = lowest
+    shape = scheme.scale_shape(rows, columns)
+    scale = np.exp(rng.normal(size=shape)).astype(np.float32) / 8
+    kinds = (np.arange(shape[0]) + rng.integers(3)) % 3
+    scale[kinds == 0] = 2.0 ** rng.integers(-4, 0, shape)[kinds == 0]
+    scale[kinds == 1] = scale[kinds == 1].astype(np.float16)
+    zero = np.zeros(shape, np.int64)
+    if not scheme.symmetric:
+        zero = rng.integers(lowest, lowest + levels, shape)
+        zero[:, rng.integers(shape[1])] = lowest + levels - 1
+    return {
+        "codes": codes.astype(np.int16),
+        "scale": scale,
+        "zero_point": zero.astype(np.int16),
+        "group_index": (np.arange(columns) // scheme.group_width(columns)).astype(np.int32),
+    }
+
+
+def activations(rng: np.random.Generator, columns: int, width: int) -> Array:
+    """Return tokens for a weight whose groups have `width` columns, [17, columns] float32.
+
+    Ordinary ones, integers, tokens of one sign, some that cancel, tokens from tiny to huge, zeros,
+    a 1 among numbers just below half its last bit, and tokens that are 1 in a single place.
+    """
+    cancels = rng.normal(size=columns)
+    cancels[1::2] = -cancels[0 : columns - columns % 2 : 2]
+    lost = np.full(columns, np.nextafter(np.float32(2.0**-24), np.float32(0)))
+    lost[0] = 1
+    tokens = [
+        rng.normal(size=columns),
+        rng.integers(-8, 9, columns),
+        rng.integers(-8, 9, columns),
+        rng.integers(0, 9, columns),
+        1 / 2 + rng.random(columns),
+        cancels,
+        rng.normal(size=columns) * 2.0 ** rng.integers(-12, 13, columns),
+        np.zeros(columns),
+        lost,
+    ]
+    last_group = (columns - 1) // width * width
+    places = [0, columns - 1, width - 1, width, last_group, *rng.integers(0, columns, 3)]
+    single = np.zeros((8, columns))
+    single[np.arange(8), np.clip(places, 0, columns - 1)] = 1
+    return np.concatenate([tokens, single]).astype(np.float32)
+
+
+def shuffled_groups(rng: np.random.Generator, operands: Operands) -> Operands:
+    """Return the weight with groups of scattered columns, as GPTQ's activation order makes them."""
+    return {**operands, "group_index": rng.permutation(operands["group_index"])}

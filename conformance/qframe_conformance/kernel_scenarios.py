@@ -1,0 +1,199 @@
+"""What a kernel is tried on: for each operation the variants that it supports."""
+
+from __future__ import annotations
+
+import itertools
+import zlib
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any
+
+import numpy as np
+from hypothesis import strategies as st
+
+from qframe import KVScheme, Scheme
+from qframe.contracts import OpCall
+from qframe_conformance import kernel_draws, kernel_draws_int8, kernel_draws_other
+from qframe_conformance.engine import Scenario
+from qframe_conformance.kernel_case import KernelCase
+
+Draw = Callable[[np.random.Generator], dict[str, Any]]
+Variant = tuple[str, OpCall, Draw]  # the scenario's id, what `supports` is asked, the operands
+KVPair = tuple[KVScheme, KVScheme]
+
+W8A8 = Scheme(num_bits=8, strategy="channel", scale_rule="restricted")
+SHORT = (7, 1, 2, 3, 17, 65, 200)
+
+
+def call_of(kernel: Any, shape: tuple[int, ...], scheme: Scheme | KVPair | None = None) -> OpCall:
+    """Return the call that `supports` is asked about."""
+    device = getattr(kernel, "device", "cpu")
+    return OpCall(op=kernel.op, device=device, dtype="float32", scheme=scheme, shape=shape)
+
+
+def scenarios(kernel: Any) -> list[Scenario]:
+    """Return a scenario for every family of variants of which the kernel supports some."""
+    families: dict[str, list[Variant]] = {}
+    for variant in variants(kernel):
+        if kernel.supports(variant[1]) is None:
+            families.setdefault(variant[0], []).append(variant)
+    return [
+        Scenario(name, cases(kernel, tuple(supported)), supported[0][1])
+        for name, supported in families.items()
+    ]
+
+
+def variants(kernel: Any) -> Iterator[Variant]:
+    """Yield what a kernel of this op could support, a small and awkward one first."""
+    return _VARIANTS[kernel.op](kernel)
+
+
+@st.composite
+def cases(draw: st.DrawFn, kernel: Any, supported: tuple[Variant, ...]) -> KernelCase:
+    """Draw one of the variants, and operands from a seed.
+
+    The first variant is what counterexamples shrink to. The others are turned round by the name of
+    the family, so that families that are drawn from the same seed meet different ones.
+    """
+    turn = zlib.crc32(supported[0][0].encode())
+    choice = draw(st.integers(0, len(supported) - 1))
+    if choice > 0:
+        choice = 1 + (choice - 1 + turn) % (len(supported) - 1)
+    _, call, operands = supported[choice]
+    seed = draw(st.integers(0, 2**32))
+    rng = np.random.default_rng([seed, turn])
+    made = operands(rng)
+    scattered = (
+        isinstance(call.scheme, Scheme)
+        and "group_index" in made
+        and call.scheme.strategy == "group"
+        and len(set(made["group_index"].tolist())) > 1
+        and int(rng.integers(4)) == 0
+    )
+    if scattered:
+        made = kernel_draws.shuffled_groups(rng, made)
+    return KernelCase(kernel, made, seed, optional=scattered, call=call)
+
+
+# The variants of each op ----------------------------------------------------------------------
+
+
+@cache
+def _schemes() -> tuple[tuple[str, tuple[Scheme, ...]], ...]:
+    """Return the families of weight schemes."""
+    found: list[tuple[str, tuple[Scheme, ...]]] = []
+    for bits, symmetric in itertools.product((2, 3, 4, 8), (True, False)):
+        kind = f"int{bits}-{'symmetric' if symmetric else 'asymmetric'}"
+        for strategy in ("tensor", "channel"):
+            scheme = Scheme(num_bits=bits, symmetric=symmetric, strategy=strategy)
+            found.append((f"{kind}-{strategy}", (scheme,)))
+        sizes = (*kernel_draws.GROUPS, *kernel_draws.COLUMNS[3:])
+        groups = tuple(
+            Scheme(num_bits=bits, symmetric=symmetric, group_size=size) for size in sizes
+        )
+        found.append((f"{kind}-group", groups))
+    return tuple(found)
+
+
+def _of_weights(kernel: Any) -> Iterator[Variant]:
+    linear = kernel.op == "linear_weight_only"
+    for (name, schemes), columns, rows in itertools.product(
+        _schemes(), kernel_draws.COLUMNS, kernel_draws.ROWS
+    ):
+        for scheme in schemes:
+            if scheme.group_size is not None and scheme.group_size > columns + 32:
+                continue
+            shape = (17, columns, rows) if linear else (rows, columns)
+            yield name, call_of(kernel, shape, scheme), _weights(scheme, columns, rows, linear)
+
+
+def _weights(scheme: Scheme, columns: int, rows: int, linear: bool) -> Draw:
+    def draw(rng: np.random.Generator) -> dict[str, Any]:
+        made = kernel_draws.weight(rng, scheme, rows, columns)
+        if not linear:
+            return made
+        width = scheme.group_width(columns)
+        return {"x": kernel_draws.activations(rng, columns, width), **made}
+
+    return draw
+
+
+def _of_activations(kernel: Any) -> Iterator[Variant]:
+    for columns in SHORT:
+        call = call_of(kernel, (kernel_draws_int8.TOKENS, columns), W8A8)
+        yield "tokens", call, _draw(kernel_draws_int8.activations, columns)
+
+
+def _of_int8(kernel: Any) -> Iterator[Variant]:
+    shapes = [("short", 9, columns, rows) for columns in SHORT for rows in (3, 1, 8, 17)]
+    shapes += [("long", 9, columns, 3) for columns in (1101, 1600)]
+    shapes += [("long", 5, kernel_draws_int8.LIMIT, 3)]
+    for name, *shape in shapes:
+        call = call_of(kernel, tuple(shape), W8A8)
+        yield name, call, _draw(kernel_draws_int8.codes, *shape)
+
+
+def _of_outliers(kernel: Any) -> Iterator[Variant]:
+    for columns, rows, threshold in itertools.product(SHORT, (3, 1, 8, 17), (6.0, 0.25, 1.0, 0.0)):
+        name = "outliers" if threshold else "plain"
+        call = call_of(kernel, (13, columns, rows), W8A8)
+        yield name, call, _draw(kernel_draws_int8.outliers, columns, rows, threshold)
+    for columns, threshold in itertools.product((4001, 1601), (6.0, 0.0)):
+        call = call_of(kernel, (13, columns, 3), W8A8)
+        yield "long", call, _draw(kernel_draws_int8.outliers, columns, 3, threshold)
+
+
+def _of_hadamard(kernel: Any) -> Iterator[Variant]:
+    for block, blocks in itertools.product((4, 1, 2, 8, 16, 64, 128, 256), (2, 1, 3)):
+        name = "short" if block < 128 else "long"
+        call = call_of(kernel, (9, block * blocks, block))
+        yield name, call, _draw(kernel_draws_other.hadamard, block * blocks, block)
+
+
+def _of_attention(kernel: Any) -> Iterator[Variant]:
+    for heads, tokens, (name, axes), bits in itertools.product(
+        ((4, 2), (2, 1), (2, 2), (6, 3)),
+        (5, 1, 2, 33, 70),
+        (
+            ("per-token", ("token", "token")),
+            ("per-channel", ("channel", "channel")),
+            ("kivi", ("channel", "token")),
+        ),
+        (4, 8),
+    ):
+        for width, size in ((8, 3), (16, 16), (32, 8)):
+            schemes, groups = zip(*(_kv(bits, axis, width, size) for axis in axes), strict=True)
+            shape = (5, *heads, tokens, width)
+            draw = _draw(kernel_draws_other.attention, heads, tokens, width, 1 << bits, *groups)
+            yield name, call_of(kernel, shape, schemes), draw
+
+
+@cache
+def _kv(bits: int, axis: Any, width: int, size: int) -> tuple[KVScheme, tuple[int, int]]:
+    """Return a scheme, and the (tokens, channels) that share a scale."""
+    scheme = KVScheme(num_bits=bits, axis=axis, group_size=size)
+    return scheme, ((1, size) if axis == "token" else (size, 1))
+
+
+def _of_moments(kernel: Any) -> Iterator[Variant]:
+    for tokens, columns in itertools.product((3, 1, 8, 70), (5, 1, 3, 17, 65, 131)):
+        for whole in (False, True):
+            call = call_of(kernel, (tokens, columns))
+            draw = _draw(kernel_draws_other.moments, tokens, columns, whole=whole)
+            yield "integers" if whole else "floats", call, draw
+
+
+def _draw(function: Callable[..., Any], *args: Any, **options: Any) -> Callable[..., Any]:
+    return lambda rng: function(rng, *args, **options)
+
+
+_VARIANTS: dict[str, Callable[[Any], Iterator[Variant]]] = {
+    "dequantize": _of_weights,
+    "linear_weight_only": _of_weights,
+    "quantize_activations": _of_activations,
+    "linear_int8": _of_int8,
+    "linear_int8_outliers": _of_outliers,
+    "hadamard": _of_hadamard,
+    "attention_kv": _of_attention,
+    "hessian_update": _of_moments,
+}

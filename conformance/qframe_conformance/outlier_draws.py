@@ -1,0 +1,158 @@
+"""Draws the input groups that outlier handlers are tried on.
+
+A drawn case is a seed and a few small integers; NumPy makes weights and activations of them. Their
+columns are of the nasty kinds one after another: dead and quiet and loud channels, weights that
+are all zero. Planted groups are those in which a search must find something.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from hypothesis import strategies as st
+
+from qframe import Scheme
+from qframe.claims import ProtectsSalient, claims_of
+from qframe_conformance.engine import Scenario
+from qframe_conformance.kinds import Float64, on_grid
+from qframe_conformance.outlier_cases import HandlerCase
+from qframe_conformance.strategies import installed_grid
+
+BITS = (4, 3, 8, 2, 5, 6, 7)
+STRATEGIES = ("group", "channel", "tensor")
+COLUMNS = (2, 5, 9, 16, 24)
+ROWS = ((3,), (2, 3), (3, 1, 2))  # of the layers of a group
+RULES = tuple(itertools.product(("full", "restricted"), ("float16", "float32", "bfloat16")))
+
+# Loudness of a channel: ordinary, an outlier, dead, so quiet that its root underflows in float16,
+# ordinary; and of the weights that read it: ordinary, all zero, small, large. The lengths have no
+# common divisor, so that all pairs come up.
+INPUTS = (1.0, 2.0**6, 0.0, 2.0**-60, 2.0**2)
+WEIGHTS = (1.0, 2.0**-1, 0.0, 2.0**-20, 2.0**3, 1.0)
+
+# Planted layers: 24 columns in groups of 8. The first two of a group are the ends of its range;
+# the next one is loud in the first group; every second of the others is quiet.
+STEP = 2.0**-4
+LOUD = 2.0**8
+QUIET = 2.0**-4
+
+
+# Scenarios ------------------------------------------------------------------------------------
+
+
+def scenarios(handler: Any) -> list[Scenario]:
+    """Return the scenarios: groups for the schemes that are declared, planted ones, not finite."""
+    found, planted = [], []
+    gains = [claim.gain for claim in claims_of(handler) if isinstance(claim, ProtectsSalient)]
+    for name, symmetric in (("symmetric", True), ("asymmetric", False)):
+        schemes = [s for s in _schemes(symmetric) if handler.capabilities.objection(s) is None]
+        if schemes:
+            found.append(Scenario(name, groups(handler, schemes), "ordinary"))
+        roomy = [s for s in schemes if (1 << s.num_bits) >= 3 * max(gains, default=np.inf)]
+        if roomy:
+            planted.append(Scenario(f"planted-{name}", planted_groups(handler, roomy), "planted"))
+    if found and handler.needs:
+        poisoned = st.builds(_poisoned, found[0].cases, st.integers(0, 15), st.sampled_from(_BAD))
+        found.append(Scenario("not-finite", poisoned, "not finite"))
+    return found + planted
+
+
+def _schemes(symmetric: bool) -> list[Scheme]:
+    """Return schemes of all bits and strategies; what capabilities leave free is drawn later."""
+    return [
+        Scheme.parse(
+            {
+                "num_bits": bits,
+                "symmetric": symmetric,
+                "strategy": strategy,
+                "group_size": 8 if strategy == "group" else None,
+            },
+            "scheme",
+        )
+        for bits, strategy in itertools.product(BITS, STRATEGIES)
+    ]
+
+
+@st.composite
+def groups(draw: st.DrawFn, handler: Any, schemes: Sequence[Scheme]) -> HandlerCase:
+    """Draw groups of one to three layers, with channels and weights of all kinds.
+
+    Layers may also lie on the grid as they are, so that a rewrite can only lose: all of them, or
+    all but the first, which then must not decide for the others.
+    """
+    scheme, exact = _drawn(draw, schemes), draw(st.sampled_from(("none", "all", "rest")))
+    columns, rows = draw(st.sampled_from(COLUMNS)), draw(st.sampled_from(ROWS))
+    tokens, seed = draw(st.sampled_from((1, 7, 48))), draw(st.integers(0, 2**32))
+    first, second = draw(st.integers(0, len(INPUTS) - 1)), draw(st.integers(0, len(WEIGHTS) - 1))
+    rng = np.random.default_rng(seed)
+    place = np.arange(columns)
+    loudness = np.array(INPUTS)[(first + place) % len(INPUTS)]
+    sizes = np.array(WEIGHTS)[(second + place) % len(WEIGHTS)]
+    if exact != "none":  # the grid that is its own mirror image holds both of its ends
+        scheme = scheme.replace(scale_rule="restricted")
+    weights: dict[str, torch.Tensor] = {}
+    for name, count in zip(("block.q", "block.k", "block.v"), rows, strict=False):
+        if exact == "all" or (exact == "rest" and weights):
+            weight = _representable(rng, (count, columns), scheme)
+        else:
+            weight = rng.normal(size=(count, columns)) * sizes
+        weights[name] = torch.from_numpy(weight.astype(np.float32))
+    x = (rng.normal(size=(tokens, columns)) * loudness).astype(np.float32)
+    return HandlerCase(handler, weights, x, scheme, seed)
+
+
+def _representable(rng: np.random.Generator, shape: tuple[int, int], scheme: Scheme) -> Float64:
+    """Return large weights that rounding to nearest leaves as they are."""
+    width = shape[1] if scheme.strategy == "tensor" else scheme.group_width(shape[1])
+    grid = installed_grid(scheme)
+    steps = on_grid(rng, shape, grid, width, symmetric=scheme.symmetric)
+    if scheme.strategy == "tensor":  # one power of two for all rows, and one zero point
+        steps[1:] = rng.permuted(np.broadcast_to(steps[:1], (shape[0] - 1, shape[1])), axis=1)
+    return steps * 2.0**6
+
+
+_BAD = (float("nan"), float("inf"))
+
+
+def _poisoned(case: HandlerCase, sixteenth: int, number: float) -> HandlerCase:
+    case.poison = (sixteenth / 16, number)
+    return case
+
+
+@st.composite
+def planted_groups(draw: st.DrawFn, handler: Any, schemes: Sequence[Scheme]) -> HandlerCase:
+    """Draw layers with one loud channel, whose weights lie half a step off the grid.
+
+    All other weights are on the grid, so that nothing else is lost. Twelve channels are quiet: to
+    make a loud one larger costs them a lot of weight error, but next to no output error.
+    """
+    scheme, seed = _drawn(draw, schemes, group_size=8), draw(st.integers(0, 2**32))
+    rng, grid = np.random.default_rng(seed), installed_grid(scheme)
+    columns, reach = 24, (grid.qmax - grid.qmin) / 2
+    place = np.arange(columns) % 8
+    loud = (2,)
+    quiet = tuple(int(c) for c in np.flatnonzero(place >= 4))
+    loudness = np.ones(columns)
+    loudness[list(loud)], loudness[list(quiet)] = LOUD, QUIET
+    x = (loudness * rng.choice([-1.0, 1.0], (64, columns))).astype(np.float32)
+    weights = {}
+    for name, rows in (("block.q", 4), ("block.k", 2)):
+        steps = rng.integers(1 - int(reach), int(reach), (rows, columns)).astype(np.float64)
+        steps[:, place == 0], steps[:, place == 1] = reach, -reach
+        steps[:, list(loud)] = rng.choice([-0.5, 0.5], (rows, 1))
+        weights[name] = torch.from_numpy(np.float32(STEP * steps))
+    return HandlerCase(handler, weights, x, scheme, seed, loud, quiet)
+
+
+def _drawn(draw: st.DrawFn, schemes: Sequence[Scheme], group_size: int | None = None) -> Scheme:
+    """Draw one of some schemes with what its capabilities leave free."""
+    scheme: Scheme = draw(st.sampled_from(list(schemes)))
+    rule, dtype = draw(st.sampled_from(RULES))
+    changes: dict[str, Any] = {"scale_rule": rule, "scale_dtype": dtype}
+    if scheme.strategy == "group":
+        changes["group_size"] = group_size or draw(st.sampled_from((8, 5)))
+    return scheme.replace(**changes)

@@ -1,0 +1,235 @@
+"""Every operation in PyTorch: slow or not, it works on any shape and any device of PyTorch.
+
+These kernels are what runs where nothing faster does, and what faster ones are compared with.
+
+Sources: LLM.int8() (Dettmers et al., NeurIPS 2022, arXiv:2208.07339); the fast Walsh-Hadamard
+transform by butterflies, as in QuaRot (Ashkboos et al., NeurIPS 2024, arXiv:2404.00456).
+Error:   sums in float32, by whatever order the BLAS has (docs/bounds.md, B9.b); sums of eight-bit
+products without error (B5.b); the transform by butterflies (B8.a).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+from qframe import OpCall, Unsupported, hookimpl
+
+if TYPE_CHECKING:
+    import torch
+
+_CHUNK = 1 << 20  # weights that are dequantized at a time: 4 MiB of float32
+_RUN = 256  # tokens of second moments that are summed in float32
+_INT32 = (2**31 - 1) // 127**2  # columns whose products of codes fit an int32
+
+
+class TorchKernel:
+    """One operation in PyTorch."""
+
+    backend = "torch"
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.op = function.__name__
+        self.function = function
+
+    def supports(self, call: OpCall) -> Unsupported | None:
+        """Serve every scheme and shape, on the CPU and on CUDA devices that PyTorch has."""
+        import torch
+
+        if call.op != self.op:
+            return Unsupported(f"this kernel computes {self.op}, not {call.op}")
+        if call.dtype != "float32":
+            return Unsupported(f"activations must be float32, not {call.dtype}")
+        kind = call.device.partition(":")[0]
+        if kind == "cuda" and not torch.cuda.is_available():
+            return Unsupported("PyTorch finds no CUDA device")
+        if kind not in ("cpu", "cuda"):
+            return Unsupported(f"device {call.device!r} is neither cpu nor cuda")
+        if self.op == "hadamard":
+            return _block_objection(*call.shape[1:])
+        return None
+
+    def __call__(self, *operands: Any) -> Any:
+        """Compute; see `qframe.kernels.OPS`."""
+        return self.function(*operands)
+
+
+def _block_objection(columns: int, block: int) -> Unsupported | None:
+    if block < 1 or block & (block - 1):
+        return Unsupported(f"block={block} is not a power of two")
+    if columns % block:
+        return Unsupported(f"block={block} does not divide columns={columns}")
+    return None
+
+
+# Weights --------------------------------------------------------------------------------------
+
+
+def dequantize(
+    codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, group_index: torch.Tensor
+) -> torch.Tensor:
+    """Return scale * (code - zero_point), [rows, columns] float32."""
+    import torch
+
+    index = group_index.long()
+    steps = codes.to(torch.float32) - zero_point[:, index].to(torch.float32)
+    return steps * scale[:, index]
+
+
+def linear_weight_only(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor,
+    group_index: torch.Tensor,
+) -> torch.Tensor:
+    """Return x W^T, [tokens, rows] float32; only a chunk of W exists at a time."""
+    rows, columns = codes.shape
+    y = x.new_empty(len(x), rows)
+    height = max(1, _CHUNK // max(columns, 1))
+    for first in range(0, rows, height):
+        part = slice(first, first + height)
+        s, z = (scale, zero_point) if len(scale) == 1 else (scale[part], zero_point[part])
+        y[:, part] = x @ dequantize(codes[part], s, z, group_index).T
+    return y
+
+
+# Eight bits -----------------------------------------------------------------------------------
+
+
+def quantize_activations(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (codes int8 [tokens, columns], scale float32 [tokens]); scale is absmax / 127."""
+    import torch
+
+    absmax = x.abs().amax(1) if x.shape[1] else x.new_zeros(len(x))
+    smallest = 2.0**-149  # a token that is not zero must not vanish
+    scale = torch.where(absmax == 0, 1, torch.clamp(absmax / 127, min=smallest))
+    codes = torch.round(x / scale[:, None]).clamp(-127, 127)
+    return torch.nan_to_num(codes).to(torch.int8), scale
+
+
+def linear_int8(
+    x_codes: torch.Tensor, x_scale: torch.Tensor, w_codes: torch.Tensor, w_scale: torch.Tensor
+) -> torch.Tensor:
+    """Return s_x s_w sum of products of codes, [tokens, rows] float32."""
+    import torch
+
+    product = integer_product(x_codes, w_codes).to(torch.float32)
+    return product * x_scale[:, None] * w_scale
+
+
+def integer_product(x_codes: torch.Tensor, w_codes: torch.Tensor) -> torch.Tensor:
+    """Return the sums of products of codes, without error: int32, or float64 for long rows."""
+    import torch
+
+    tokens, columns = x_codes.shape
+    rows = len(w_codes)
+    on_cpu = x_codes.device.type == "cpu"
+    aligned = on_cpu or (tokens > 16 and columns % 8 == 0 and rows % 8 == 0)
+    if tokens and rows and 1 < columns <= _INT32 and aligned:
+        product: torch.Tensor = torch._int_mm(_row_major(x_codes), _row_major(w_codes).T)
+        return product
+    return x_codes.to(torch.float64) @ w_codes.to(torch.float64).T
+
+
+def _row_major(matrix: torch.Tensor) -> torch.Tensor:
+    """Return a matrix whose strides are those of its shape, also where a size is 1.
+
+    There `contiguous` leaves any stride as it is, and torch._int_mm reads it as the length of a
+    row: what comes out is then not even written (pytorch/pytorch#195066). One column cannot be
+    helped in this way.
+    """
+    import torch
+
+    if min(matrix.shape) > 1:
+        return matrix.contiguous()
+    return matrix.clone(memory_format=torch.contiguous_format)
+
+
+def linear_int8_outliers(
+    x: torch.Tensor,
+    threshold: float,
+    w_codes: torch.Tensor,
+    w_scale: torch.Tensor,
+    weight: torch.Tensor,
+) -> torch.Tensor:
+    """Return LLM.int8(): columns with any |x| >= threshold as they are, the others in 8 bits."""
+    if threshold <= 0:
+        return linear_int8(*quantize_activations(x), w_codes, w_scale)
+    outlier = (x.abs() >= threshold).any(0)
+    codes, scale = quantize_activations(x.masked_fill(outlier, 0))
+    return linear_int8(codes, scale, w_codes, w_scale) + x[:, outlier] @ weight[:, outlier].T
+
+
+# Rotation, attention, statistics --------------------------------------------------------------
+
+
+def hadamard(x: torch.Tensor, signs: torch.Tensor, block: int) -> torch.Tensor:
+    """Return x diag(signs) H / sqrt(block), each block of columns on its own."""
+    import torch
+
+    tokens, columns = x.shape
+    y, half = x * signs, 1
+    while half < block:
+        pairs = y.reshape(tokens, columns // (2 * half), 2, half)
+        a, b = pairs[:, :, 0], pairs[:, :, 1]
+        y, half = torch.stack((a + b, a - b), 2), 2 * half
+    factor = 1 / math.sqrt(block)
+    return y.reshape(tokens, columns) * factor
+
+
+def attention_kv(
+    q: torch.Tensor,
+    k_codes: torch.Tensor,
+    k_scale: torch.Tensor,
+    k_offset: torch.Tensor,
+    k_group: tuple[int, int],
+    v_codes: torch.Tensor,
+    v_scale: torch.Tensor,
+    v_offset: torch.Tensor,
+    v_group: tuple[int, int],
+) -> torch.Tensor:
+    """Return softmax(q K^T / sqrt(head_dim)) V, [batch, heads, head_dim] float32."""
+    keys = _cached(k_codes, k_scale, k_offset, k_group)
+    values = _cached(v_codes, v_scale, v_offset, v_group)
+    batch, heads, width = q.shape
+    kv_heads = keys.shape[1]
+    shared = q.reshape(batch, kv_heads, heads // kv_heads, width) / math.sqrt(width)
+    weights = (shared @ keys.transpose(-1, -2)).softmax(-1)
+    return (weights @ values).reshape(batch, heads, width)
+
+
+def _cached(
+    codes: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor, group: tuple[int, int]
+) -> torch.Tensor:
+    """Return scale * code + offset, [batch, kv heads, tokens, head_dim]."""
+    import torch
+
+    tokens, width = codes.shape[-2:]
+    row = torch.arange(tokens, device=codes.device)[:, None] // group[0]
+    column = torch.arange(width, device=codes.device) // group[1]
+    return codes * scale[..., row, column] + offset[..., row, column]
+
+
+def hessian_update(hessian: torch.Tensor, x: torch.Tensor) -> None:
+    """Add x^T x on and below the diagonal: runs of tokens in float32, their sums in float64."""
+    for first in range(0, len(x), _RUN):
+        run = x[first : first + _RUN]
+        hessian += (run.T @ run).double().tril()
+
+
+@hookimpl
+def qframe_kernels() -> Iterable[TorchKernel]:
+    """Register all of them."""
+    functions = (
+        dequantize,
+        linear_weight_only,
+        quantize_activations,
+        linear_int8,
+        linear_int8_outliers,
+        hadamard,
+        attention_kv,
+        hessian_update,
+    )
+    return [TorchKernel(function) for function in functions]

@@ -1,0 +1,341 @@
+"""Certificates: a layer before and after rounding, held against what is allowed.
+
+What every claim (`qframe.claims`) works with: the layer in pieces, and its group ranges. All of it
+is float64, computed from what was stored and never from what a plugin says of itself; the work is
+cut into pieces that do not depend on the number of threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+
+from qframe import bounds
+from qframe.contracts import QuantizedWeight, RoundingProblem
+from qframe.errors import CertificateError
+from qframe.hessian import Feedback, Float64, damped, processing_order, second_moments
+from qframe.scheme import Scheme
+
+if TYPE_CHECKING:
+    import torch
+
+Place = tuple[int, ...]
+
+ROWS = 128  # rows at a time in products with a matrix of all columns
+_PIECE = 1 << 16  # weights that are certified at a time: their float64 copies stay in the cache
+
+__all__ = [
+    "ROWS",
+    "Certificate",
+    "Closest",
+    "Evidence",
+    "Feedback",
+    "Float64",
+    "LayerClaim",
+    "Piece",
+    "Place",
+    "applicable",
+    "check_certificates",
+    "damped",
+    "function_preserved",
+    "group_ranges",
+    "processing_order",
+    "second_moments",
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Certificate:
+    """What became of one claim on one layer.
+
+    claim     the claim's name, e.g. "half step"
+    theorem   its number in docs/bounds.md, e.g. "B1.b"
+    ratio     the largest error over what is allowed; it holds if and only if this is at most 1
+    place     where that is: [row, column], [row, group], [row], or () where there is nothing
+    error     the error there, in units of the weights, or of the objective that is compared
+    allowed   what is allowed there; None for a claim that says no more than the ratio
+    note      what else should be known, e.g. why it does not hold
+    """
+
+    claim: str
+    theorem: str
+    ratio: float
+    place: Place = ()
+    error: float | None = None
+    allowed: float | None = None
+    note: str = ""
+
+    @property
+    def holds(self) -> bool:
+        """Whether the claim holds; NaN never does."""
+        return self.ratio <= 1
+
+    def record(self) -> dict[str, Any]:
+        """Return plain values for a file: six figures, and never another verdict."""
+        ratio = _figures(self.ratio)
+        return {
+            "claim": self.claim,
+            "theorem": self.theorem,
+            "ratio": ratio if (ratio <= 1) == self.holds else self.ratio,
+            "place": list(self.place),
+            "error": None if self.error is None else _figures(self.error),
+            "allowed": None if self.allowed is None else _figures(self.allowed),
+            "note": self.note,
+        }
+
+    def __str__(self) -> str:
+        """Say it in a line."""
+        place = f" at {list(self.place)}" if self.place else ""
+        note = f": {self.note}" if self.note else ""
+        state = "holds" if self.holds else "is violated"
+        return (
+            f"{self.claim} ({self.theorem}) {state}: error/allowed = {self.ratio:.4g}{place}{note}"
+        )
+
+
+def _figures(value: float) -> float:
+    """Return a number with six figures: its last bits differ between machines."""
+    return float(f"{value:.6g}")
+
+
+@dataclass(frozen=True, slots=True)
+class Closest:
+    """Where errors come closest to what is allowed, or exceed it most."""
+
+    ratio: float = 0.0
+    place: Place = ()
+    error: float | None = None
+    allowed: float | None = None
+
+    @classmethod
+    def of(cls, error: Float64, allowed: Float64, first: int = 0) -> Closest:
+        """Look at all errors of some rows.
+
+        error, allowed   broadcast to [rows] or [rows, columns]; more axes count as columns
+        first            the number of the first row
+        """
+        errors, limits = np.broadcast_arrays(error, allowed)
+        ratio, flat = bounds.worst(errors, limits)
+        if not errors.size:
+            return cls()
+        width = errors.size // len(errors)
+        place = (first + flat,) if errors.ndim == 1 else (first + flat // width, flat % width)
+        return cls(ratio, place, float(errors.flat[flat]), float(limits.flat[flat]))
+
+    @classmethod
+    def among(cls, parts: Iterable[Closest]) -> Closest:
+        """Return the first of the largest ratios."""
+        return max(parts, key=lambda part: part.ratio, default=cls())
+
+    def certificate(self, claim: LayerClaim, note: str = "") -> Certificate:
+        """Return this as what became of a claim."""
+        return Certificate(
+            claim=claim.name,
+            theorem=claim.theorem,
+            ratio=self.ratio,
+            place=self.place,
+            error=self.error,
+            allowed=self.allowed,
+            note=note,
+        )
+
+
+@runtime_checkable
+class LayerClaim(Protocol):
+    """A claim about the codes of a layer, which can be certified."""
+
+    @property
+    def name(self) -> str:
+        """What it is called in reports."""
+        ...
+
+    @property
+    def theorem(self) -> str:
+        """Its number in docs/bounds.md."""
+        ...
+
+    def objection(self, scheme: Scheme) -> str | None:
+        """Return why the claim says nothing about layers of this scheme, or None."""
+        ...
+
+    def certify(self, evidence: Evidence) -> Certificate:
+        """Compare what was stored with what is allowed."""
+        ...
+
+
+def applicable(claims: Sequence[Any], scheme: Scheme) -> list[LayerClaim]:
+    """Return the claims about layers that say something about this scheme."""
+    return [c for c in claims if isinstance(c, LayerClaim) and c.objection(scheme) is None]
+
+
+def check_certificates(layer: str, certificates: Sequence[Certificate]) -> None:
+    """Raise CertificateError when one does not hold."""
+    violated = [str(certificate) for certificate in certificates if not certificate.holds]
+    if violated:
+        raise CertificateError(
+            f"layer {layer!r}: {violated[0]}"
+            + "".join(f"\nlayer {layer!r}: {other}" for other in violated[1:])
+            + "\neither the method or what it claims is wrong; with on_violated_certificate=warn "
+            "(--on-violated-certificate warn) the run goes on and reports it"
+        )
+
+
+# The layer ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Some rows of a layer, as arrays that broadcast against one another.
+
+    first    the number of the first row
+    weight   float32; arrays are [rows, columns], or [rows, groups, columns of a group]
+    codes    int16
+    scale, zero_point   float64, of each weight
+    """
+
+    first: int
+    weight: npt.NDArray[np.float32]
+    codes: npt.NDArray[np.int16]
+    scale: Float64
+    zero_point: Float64
+
+    def delta(self) -> Float64:
+        """Return what the codes stand for minus the weight; the product is exact in float64."""
+        import torch
+
+        values = torch.from_numpy(self.codes).double()
+        if self.zero_point.any():
+            values -= torch.from_numpy(self.zero_point)
+        values *= torch.from_numpy(self.scale)
+        values -= torch.from_numpy(self.weight)
+        return values.numpy()
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """A layer before and after rounding, and what can be shared with layers of the same input.
+
+    shared    results that depend on the statistics alone, by what they are
+    threads   how many; certificates do not depend on it
+    """
+
+    problem: RoundingProblem
+    quantized: QuantizedWeight
+    shared: dict[Any, Any] = field(default_factory=dict)
+    threads: int = 1
+
+    def certificates(self, claims: Sequence[Any]) -> tuple[Certificate, ...]:
+        """Certify every claim about layers that says something about this scheme."""
+        return tuple(c.certify(self) for c in applicable(claims, self.problem.scheme))
+
+    def pieces(self) -> list[Piece]:
+        """Cut the layer into pieces of whole rows.
+
+        Where groups are contiguous and as wide as one another, scales broadcast over the groups'
+        columns instead of being copied for each.
+        """
+        weight, codes = self.problem.weight.numpy(), self.quantized.codes.numpy()
+        rows, columns = weight.shape
+        scale = self.quantized.scale.numpy().astype(np.float64)
+        zero = self.quantized.zero_point.numpy().astype(np.float64)
+        index = self.quantized.group_index.numpy()
+        groups = scale.shape[1]
+        even = groups > 0 and columns % groups == 0
+        even = even and np.array_equal(index, np.arange(columns) // (columns // groups))
+        height = max(1, _PIECE // max(columns, 1))
+        found = []
+        for first in range(0, rows, height):
+            part = slice(first, first + height)
+            w, c = weight[part], codes[part]
+            if len(scale) == 1:
+                s, z = scale, zero
+            else:
+                s, z = scale[part], zero[part]
+            if even:
+                w = w.reshape(len(w), groups, -1)
+                c = c.reshape(w.shape)
+                s, z = s[..., None], z[..., None]
+            else:
+                s, z = s[:, index], z[:, index]
+            found.append(Piece(first, w, c, s, z))
+        return found
+
+    def closest(self, judge: Callable[[Piece], tuple[Float64, Float64]]) -> Closest:
+        """Return where the layer comes closest to a bound.
+
+        judge   returns (error, allowed) of each weight of a piece
+        """
+        from qframe import parallel
+
+        def work(piece: Piece) -> Closest:
+            return Closest.of(*judge(piece), first=piece.first)
+
+        return Closest.among(parallel.spread(work, self.pieces(), self.threads))
+
+
+def group_ranges(problem: RoundingProblem, group_index: torch.Tensor) -> tuple[Float64, Float64]:
+    """Return the smallest and largest weight of each group, [rows or 1, groups]."""
+    import torch
+
+    weight = problem.weight
+    rows, columns = weight.shape
+    groups = problem.scheme.groups(columns)
+    if problem.scheme.strategy == "tensor":
+        if weight.numel() == 0:
+            return np.zeros((1, 1)), np.zeros((1, 1))
+        ends = torch.aminmax(weight)
+        return tuple(np.array([[float(end)]]) for end in ends)  # type: ignore[return-value]
+    width = problem.scheme.group_width(columns)
+    contiguous = torch.equal(group_index.long(), torch.arange(columns) // width)
+    if not contiguous:
+        order = torch.argsort(group_index, stable=True)
+        weight, group_index = weight[:, order], group_index[order]
+    counts = torch.bincount(group_index.long(), minlength=groups).tolist()
+    if rows and columns == groups * width and set(counts) == {width}:
+        grouped = weight.reshape(rows, groups, width)  # two passes are faster than aminmax's one
+        return grouped.amin(-1).double().numpy(), grouped.amax(-1).double().numpy()
+    low, high = np.zeros((rows, groups)), np.zeros((rows, groups))
+    for g, part in enumerate(weight.split(counts, dim=1)):
+        if part.numel():
+            low[:, g], high[:, g] = part.amin(1).numpy(), part.amax(1).numpy()
+    return low, high
+
+
+# Rewrites -------------------------------------------------------------------------------------
+
+
+def function_preserved(
+    original: torch.Tensor,
+    rewritten: torch.Tensor,
+    input_scale: torch.Tensor,
+    *,
+    handlers: int = 1,
+) -> Certificate:
+    """B4.a: W = W' diag(1 / s) element by element, up to the rounding of W' and s.
+
+    original, rewritten   W and W', [rows, columns] float32
+    input_scale           s, [columns] float32: what the input is divided by
+    handlers              in a row; each may round twice: its product, and the scale so far
+    """
+    scale = input_scale.numpy().astype(np.float64)
+    tiny = 2 * handlers * bounds.ETA["float32"] / scale  # where W' underflowed
+    height = max(1, _PIECE // max(original.shape[1], 1))
+    found = []
+    for first in range(0, len(original), height):
+        weight = original[first : first + height].numpy().astype(np.float64)
+        error = np.abs(rewritten[first : first + height].numpy() / scale - weight)
+        allowed = bounds.gamma(2 * handlers) * np.abs(weight) + tiny
+        found.append(Closest.of(error, allowed, first))
+    worst = Closest.among(found)
+    return Certificate(
+        claim="function preserved",
+        theorem="B4.a",
+        ratio=worst.ratio,
+        place=worst.place,
+        error=worst.error,
+        allowed=worst.allowed,
+    )

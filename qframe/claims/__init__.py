@@ -1,0 +1,72 @@
+"""What a plugin promises of its results: theorems that can be checked on any layer.
+
+A plugin lists claims in its attribute `claims`. What is listed is checked twice: by the
+conformance suite on drawn and adversarial problems, and by the pipeline on every layer of the
+user's own network, where the outcome is the layer's *certificate*. A plugin without claims is a
+black box and still meets the checks that hold for every method.
+
+A claim about a layer is any object with `name`, `theorem`, `objection(scheme)` and
+`certify(evidence)`, so a plugin may bring a theorem of its own. The others are flags: the suite
+knows what to do about them. Importing this needs no torch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qframe.claims.compensated import CompensatedScale
+from qframe.claims.flags import (
+    FunctionPreserving,
+    Idempotent,
+    Mergeable,
+    Reproducible,
+    RowOrderFree,
+    ScaleEquivariant,
+    SignBlind,
+    SignSymmetric,
+)
+from qframe.claims.formats import Codebook, FloatingPoint, UniformGrid
+from qframe.claims.gptq import Babai
+from qframe.claims.handlers import NoWorseThanUnscaled, ProtectsSalient
+from qframe.claims.nearest import HalfStep, Radius
+from qframe.claims.objective import NoWorseThan, OutputBound
+from qframe.claims.observers import ChannelAbsmax, SecondMoments
+from qframe.claims.scales import Covers, SchemeScale
+
+__all__ = [
+    "Babai",
+    "ChannelAbsmax",
+    "Codebook",
+    "CompensatedScale",
+    "Covers",
+    "FloatingPoint",
+    "FunctionPreserving",
+    "HalfStep",
+    "Idempotent",
+    "Mergeable",
+    "NoWorseThan",
+    "NoWorseThanUnscaled",
+    "OutputBound",
+    "ProtectsSalient",
+    "Radius",
+    "Reproducible",
+    "RowOrderFree",
+    "ScaleEquivariant",
+    "SchemeScale",
+    "SecondMoments",
+    "SignBlind",
+    "SignSymmetric",
+    "UniformGrid",
+    "claims_of",
+    "has_claim",
+]
+
+
+def claims_of(plugin: object) -> tuple[Any, ...]:
+    """Return what a plugin claims; () for one that says nothing."""
+    return tuple(getattr(plugin, "claims", ()))
+
+
+def has_claim(plugin: object, kind: type) -> bool:
+    """Return whether a plugin makes a claim of this class."""
+    return any(isinstance(claim, kind) for claim in claims_of(plugin))

@@ -1,0 +1,219 @@
+"""The claim of GPTQ, LDLQ and Babai's nearest plane: codes are nearest to compensated weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from qframe import bounds
+from qframe.certificates import ROWS, Certificate, Closest, Evidence
+from qframe.claims.nearest import unequal_steps
+from qframe.contracts import QuantizedWeight
+from qframe.hessian import Feedback, Float64, damped, processing_order, second_moments
+from qframe.scheme import Scheme
+
+if TYPE_CHECKING:
+    import torch
+
+    from qframe.certificates import LayerClaim
+
+
+@dataclass(frozen=True, slots=True)
+class Babai:
+    """B3.b: codes are GPTQ's, for the scales, order, Hessian and damping that were declared.
+
+    Complete: what passes is GPTQ, or LDLQ, or Babai's nearest plane, up to ties.
+
+    dampening_frac   share of mean(diag H) on the diagonal; `info["damp"]` may name a higher one,
+    dampening_cap    tenfold at a time up to this, and then an event must say so
+    order            "natural": left to right. "falling": by falling diag H, what is equal up to
+                     rounding in any order. "any": as `QuantizedWeight.order` says
+    dead             what becomes of a column with H_jj = 0. "mean": its diagonal is the mean of
+                     the others. "zero": diagonal 1, and its weights are taken for 0
+    factorization    the arithmetic of the Cholesky factor
+    sums             the arithmetic in which errors w - q are fed back, and the factor is stored
+    """
+
+    dampening_frac: float
+    dampening_cap: float = 1.0
+    order: Literal["natural", "falling", "any"] = "any"
+    dead: Literal["mean", "zero"] = "mean"
+    factorization: Literal["float32", "float64"] = "float64"
+    sums: Literal["float32", "float64"] = "float32"
+    name = "gptq residual"
+    theorem = "B3.b"
+
+    def objection(self, scheme: Scheme) -> str | None:
+        """It is about integers."""
+        return unequal_steps(scheme)
+
+    def certify(self, evidence: Evidence) -> Certificate:
+        """Recompute every compensated weight in float64, and compare."""
+        from qframe import parallel
+
+        replay = self.replay(evidence, self)
+        if isinstance(replay, Certificate):
+            return replay
+        grid = evidence.problem.grid
+
+        def work(first: int) -> Closest:
+            rows = replay.rows(evidence, first)
+            allowance = bounds.gptq_allowance(
+                rows.weight,
+                rows.delta,
+                rows.residual,
+                replay.feedback.norms,
+                replay.feedback.diagonal,
+                replay.feedback.moved,
+                self.sums,
+                bounds.decode(rows.scale, rows.codes - rows.zero_point),
+            )
+            judged = bounds.nearest(rows.residual, rows.codes, rows.scale, grid, allowance)
+            return replay.as_stored(Closest.of(*judged, first))
+
+        starts = range(0, len(replay.weight), ROWS)
+        return Closest.among(parallel.spread(work, starts, evidence.threads)).certificate(self)
+
+    def replay(self, evidence: Evidence, claim: LayerClaim) -> Replay | Certificate:
+        """Return what is needed to go through the columns once more, or what is known without.
+
+        claim   on whose behalf, for the certificate
+        """
+        problem, quantized = evidence.problem, evidence.quantized
+        damp, columns = self._damp(quantized), problem.weight.shape[1]
+        order = processing_order(quantized, columns)
+        moments = second_moments(problem)
+        wrong = self._contradiction(quantized, damp, order, moments)
+        if wrong:
+            return Closest(float("inf")).certificate(claim, wrong)
+        # Layers of one input group share their statistics, and `shared` with them.
+        key = ("feedback", damp, self.dead, self.factorization, order.tobytes())
+        if key not in evidence.shared:
+            matrix = damped(moments, damp, dead=self.dead)
+            evidence.shared[key] = Feedback.of(
+                matrix, order, self.factorization, evidence.threads
+            ) or _why_not(matrix, self.factorization)
+        feedback: Feedback | str = evidence.shared[key]
+        if feedback == _SINGULAR or (
+            isinstance(feedback, Feedback) and not np.isfinite(feedback.moved)
+        ):
+            return Closest().certificate(claim, _SINGULAR)
+        if isinstance(feedback, str):
+            return Closest(float("inf")).certificate(claim, feedback)
+        weight = problem.weight
+        if self.dead == "zero":
+            weight = weight * (moments.diagonal() != 0)
+        return Replay(weight, order, feedback)
+
+    def _damp(self, quantized: QuantizedWeight) -> float:
+        return float(quantized.info.get("damp", self.dampening_frac))
+
+    def _contradiction(
+        self,
+        quantized: QuantizedWeight,
+        damp: float,
+        order: npt.NDArray[np.int64],
+        moments: torch.Tensor,
+    ) -> str:
+        """Return what was done otherwise than declared, "" for nothing."""
+        ladder = [self.dampening_frac]
+        while 0 < ladder[-1] < self.dampening_cap:
+            ladder.append(min(ladder[-1] * 10, self.dampening_cap))
+        rounding = bounds.gamma(2 * len(ladder), bounds.UNIT["float64"])
+        if not any(abs(damp - step) <= rounding * step for step in ladder):
+            declared = ", ".join(f"{step:g}" for step in ladder)
+            return f"damping {damp:g} is not one of the declared {declared}"
+        if damp > self.dampening_frac * (1 + rounding) and not quantized.events:
+            return f"damping was raised to {damp:g}, and no event says so"
+        if not np.array_equal(np.sort(order), np.arange(len(order))):
+            return "the order is not a permutation of the columns"
+        if self.order == "natural" and not np.array_equal(order, np.arange(len(order))):
+            return "columns are not in their natural order"
+        if self.order == "falling":
+            diagonal = damped(moments, 0.0, dead=self.dead).diagonal().numpy()
+            if not _falls(order, diagonal, bounds.UNIT[self.factorization]):
+                return "columns are not ordered by falling diagonal of the Hessian"
+        return ""
+
+
+_SINGULAR = "nothing can be said: the damped Hessian is singular to working precision"
+_INDEFINITE = "the damped Hessian is not positive definite"
+
+
+def _why_not(matrix: torch.Tensor, factorization: str) -> str:
+    """Return why there is no feedback: the matrix is near to singular, or it is indefinite (B3.g).
+
+    A factorization that succeeded is that of a positive definite matrix within gamma_{3n+7} d d^T
+    of H, d_i^2 = H_ii; so diag(1/d) H diag(1/d) + n gamma_{3n+7} I is positive definite.
+    """
+    import torch
+
+    n = len(matrix)
+    lengths = matrix.diagonal().clamp(min=0).sqrt()
+    scaled = matrix / lengths[:, None] / lengths
+    scaled.diagonal().add_(2 * n * bounds.gamma(3 * n + 7, bounds.UNIT[factorization]))
+    _, failed = torch.linalg.cholesky_ex(scaled)
+    return _INDEFINITE if int(failed) or not bool(scaled.isfinite().all()) else _SINGULAR
+
+
+def _falls(order: npt.NDArray[np.int64], diagonal: Float64, unit: float) -> bool:
+    """Return whether a diagonal falls in this order, but for what rounding it may have changed.
+
+    Methods may scale H or store it in their arithmetic, and a dead column has a mean of n numbers:
+    either of two neighbours may have moved by gamma_{n+1}.
+    """
+    placed = diagonal[order]
+    rises = np.maximum(np.diff(placed), 0)
+    return bounds.ratio(rises, 2 * bounds.gamma(len(order) + 1, unit) * placed[1:]) <= 1
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Some rows in processing order, float64 [rows, columns] each.
+
+    delta      what the codes stand for minus the weight
+    residual   what the codes stand for minus the compensated weight
+    """
+
+    weight: Float64
+    codes: npt.NDArray[np.int16]
+    scale: Float64
+    zero_point: Float64
+    delta: Float64
+    residual: Float64
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """A layer to go through once more, column by column.
+
+    weight     [rows, columns], dead columns as the method takes them
+    order      [columns]
+    feedback   of the damped Hessian in that order
+    """
+
+    weight: torch.Tensor
+    order: npt.NDArray[np.int64]
+    feedback: Feedback
+
+    def rows(self, evidence: Evidence, first: int) -> Rows:
+        """Return at most ROWS rows from the first on."""
+        quantized, part = evidence.quantized, slice(first, first + ROWS)
+        index = quantized.group_index.numpy()[self.order]
+        own = slice(None) if len(quantized.scale) == 1 else part
+        scale = quantized.scale[own].numpy().astype(np.float64)[:, index]
+        zero = quantized.zero_point[own].numpy().astype(np.float64)[:, index]
+        codes = quantized.codes[part].numpy()[:, self.order]
+        weight = self.weight[part].numpy().astype(np.float64)[:, self.order]
+        delta = scale * (codes - zero) - weight
+        return Rows(weight, codes, scale, zero, delta, self.feedback.residual(delta))
+
+    def as_stored(self, closest: Closest) -> Closest:
+        """Return it with the column as it is stored."""
+        if not closest.place:
+            return closest
+        place = (closest.place[0], int(self.order[closest.place[1]]))
+        return Closest(closest.ratio, place, closest.error, closest.allowed)

@@ -1,0 +1,187 @@
+"""What an outlier handler promises of its rewrites, besides keeping the layer's function.
+
+A claim about a rewrite has `name`, `theorem`, `objection(rewriting)` and `certify(rewriting)`, so a
+plugin may bring an objective of its own. The flags `FunctionPreserving`, `RowOrderFree`,
+`ScaleEquivariant` and `SignSymmetric` are about handlers, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+
+from qframe import bounds
+from qframe.certificates import Certificate
+from qframe.contracts import Grid, Rewrite, RoundingProblem
+from qframe.scheme import Scheme
+
+if TYPE_CHECKING:
+    import torch
+
+Float64 = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rewriting:
+    """An input group before and after a rewrite.
+
+    weights     layer name -> W, [rows, columns] float32
+    rewrite     what the handler returned
+    scheme, grid   to which the rewritten weights are rounded
+    hessian     H, [columns, columns] float64: the statistic that the handler was given, if any
+    magnitude   (2/n) |X|^T |X|, [columns, columns] float64; at least |H|
+    loud        columns planted with far larger inputs than the others
+    quiet       columns planted with far smaller ones
+    """
+
+    weights: Mapping[str, torch.Tensor]
+    rewrite: Rewrite
+    scheme: Scheme
+    grid: Grid
+    hessian: Float64
+    magnitude: Float64
+    loud: tuple[int, ...] = ()
+    quiet: tuple[int, ...] = ()
+
+    def unscaled(self) -> Rewriting:
+        """Return the rewrite that changes nothing."""
+        import torch
+
+        ones = torch.ones(len(self.hessian))
+        return replace(self, rewrite=Rewrite(weights=self.weights, input_scale=ones))
+
+    def original(self) -> Float64:
+        """Return the weights of all layers, one below the other, float64."""
+        return np.concatenate([w.numpy().astype(np.float64) for w in self.weights.values()])
+
+    def effective(self) -> Float64:
+        """Return what the layers compute after rounding to nearest: Q(W') / input_scale."""
+        from qframe import rounding
+
+        scale = self.rewrite.input_scale.numpy().astype(np.float64)
+        parts = []
+        for name in self.weights:
+            problem = RoundingProblem(
+                name=name, weight=self.rewrite.weights[name], scheme=self.scheme, grid=self.grid
+            )
+            values = rounding.dequantize(rounding.to_nearest(problem))
+            parts.append(values.numpy().astype(np.float64) / scale)
+        return np.concatenate(parts)
+
+    def steps(self) -> Float64:
+        """Return the most that the scheme's scales of the original weights can be, per weight."""
+        from qframe import rounding
+
+        parts = []
+        for name, weight in self.weights.items():
+            scale, _ = rounding.fit_scales(weight, self.scheme, self.grid, name=name)
+            _, highest = bounds.scale_rule(scale.numpy(), self.scheme.scale_dtype)
+            index = rounding.group_index(weight.shape[1], self.scheme).numpy()
+            parts.append(np.broadcast_to(highest[:, index], weight.shape))
+        return np.concatenate(parts)
+
+
+@runtime_checkable
+class RewriteClaim(Protocol):
+    """A claim about a rewrite, which can be certified."""
+
+    @property
+    def name(self) -> str:
+        """What it is called in reports."""
+        ...
+
+    @property
+    def theorem(self) -> str:
+        """Its number in docs/bounds.md."""
+        ...
+
+    def objection(self, rewriting: Rewriting) -> str | None:
+        """Return why the claim says nothing about this group, or None."""
+        ...
+
+    def certify(self, rewriting: Rewriting) -> Certificate:
+        """Compare the rewritten group with what is allowed."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class NoWorseThanUnscaled:
+    """B4.c: rounded to nearest, the rewritten group loses no more than the group as it was.
+
+    It holds for every search that has scale 1 among its candidates and keeps the best of them by
+    the output error of the whole group, the sum over layers and rows of (W - Q) H (W - Q)^T.
+
+    sums   the arithmetic in which the search compares
+    """
+
+    sums: Literal["float32", "float64"] = "float32"
+    name = "no worse than unscaled"
+    theorem = "B4.c"
+
+    def objection(self, rewriting: Rewriting) -> str | None:
+        """It says something about every group."""
+        return None
+
+    def certify(self, rewriting: Rewriting) -> Certificate:
+        """Compare the roots of both output errors, in float64."""
+        found, sigma = _loss(rewriting, self.sums)
+        before, sigma_before = _loss(rewriting.unscaled(), self.sums)
+        ratio = bounds.ratio(found, before + sigma + sigma_before)
+        return Certificate(claim=self.name, theorem=self.theorem, ratio=ratio)
+
+
+@dataclass(frozen=True, slots=True)
+class ProtectsSalient:
+    """B4.d: a search that keeps the best candidate protects a channel of far larger inputs.
+
+    What `NoWorseThanUnscaled` cannot see is a search that never finds anything. This is about
+    layers in which some channels are loud and some quiet, the others all alike.
+
+    gain   some candidate makes loud channels at least this much larger against the others, and
+           quiet ones smaller by at most as much; and no larger than the range has room for
+    sums   the arithmetic in which the search compares
+    """
+
+    gain: float
+    sums: Literal["float32", "float64"] = "float32"
+    name = "protects salient channels"
+    theorem = "B4.d"
+
+    def objection(self, rewriting: Rewriting) -> str | None:
+        """It is about planted layers."""
+        return None if rewriting.loud else "no channel is known to be far louder than the others"
+
+    def certify(self, rewriting: Rewriting) -> Certificate:
+        """Compare the root of the output error with what that candidate cannot exceed."""
+        found, sigma = _loss(rewriting, self.sums)
+        against = np.ones(len(rewriting.hessian))
+        against[list(rewriting.loud)] = self.gain
+        against[list(rewriting.quiet)] = 1 / self.gain
+        weight = np.abs(rewriting.original())
+        reach = rewriting.steps() / (2 * against) + bounds.gamma(8) * weight
+        root = np.sqrt(rewriting.hessian.diagonal())
+        candidate = float(np.linalg.norm(reach @ root))
+        sigma += _slack(rewriting, 2 * weight + reach, reach, self.sums)
+        ratio = bounds.ratio(found, candidate + sigma)
+        return Certificate(claim=self.name, theorem=self.theorem, ratio=ratio)
+
+
+def _loss(rewriting: Rewriting, sums: str) -> tuple[float, float]:
+    """Return (sqrt L, sigma): the root of the output error, and B4.c's allowance for it."""
+    weight, values = rewriting.original(), rewriting.effective()
+    error = weight - values
+    loss = max(float(((error @ rewriting.hessian) * error).sum()), 0.0)
+    size = np.abs(weight) + np.abs(values)
+    return float(np.sqrt(loss)), _slack(rewriting, size, np.abs(error), sums)
+
+
+def _slack(rewriting: Rewriting, size: Float64, error: Float64, sums: str) -> float:
+    """Return B4.c's sigma for |W| + |Q| and |W - Q|, both [rows, columns]."""
+    rows, columns = size.shape
+    length = 2 * columns + rows + 4
+    weighed, missed = (((a @ rewriting.magnitude) * a).sum() for a in (size, error))
+    return float(bounds.search_slack(weighed, missed, length, sums))

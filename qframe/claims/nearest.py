@@ -1,0 +1,74 @@
+"""Claims about single weights: which code each of them gets, whatever the others get."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from qframe import bounds
+from qframe.certificates import Certificate, Evidence, Piece
+from qframe.hessian import Float64
+from qframe.scheme import Scheme
+
+
+def unequal_steps(scheme: Scheme) -> str | None:
+    """Return why claims about s (c - z) say nothing of a scheme, or None."""
+    if scheme.type != "int":
+        return f"the steps of type {scheme.type!r} are not equal, as the theorem wants them"
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class HalfStep:
+    """B1.b: every code is the nearest one to its weight.
+
+    roundings   of the quotient w / s: 1 for a division, 2 for a product with fl(1 / s), which
+                is to be used only where 1 / s is a normal number
+    """
+
+    roundings: int = 1
+    name = "half step"
+    theorem = "B1.b"
+
+    def objection(self, scheme: Scheme) -> str | None:
+        """It is about integers."""
+        return unequal_steps(scheme)
+
+    def certify(self, evidence: Evidence) -> Certificate:
+        """Compare each weight with what its code stands for."""
+        grid, gamma = evidence.problem.grid, bounds.gamma(self.roundings)
+
+        def judge(piece: Piece) -> tuple[Float64, Float64]:
+            allowance = np.abs(piece.weight, dtype=np.float64)
+            allowance *= gamma
+            return bounds.nearest(piece.delta(), piece.codes, piece.scale, grid, allowance)
+
+        return evidence.closest(judge).certificate(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Radius:
+    """B10.a: no weight moves by more than `steps` steps, but for what the range takes off it.
+
+    steps   1 for methods that round up or down as they like
+    """
+
+    steps: float
+    name = "radius"
+    theorem = "B10.a"
+
+    def objection(self, scheme: Scheme) -> str | None:
+        """It is about integers."""
+        return unequal_steps(scheme)
+
+    def certify(self, evidence: Evidence) -> Certificate:
+        """Compare each weight with what its code stands for."""
+        grid = evidence.problem.grid
+
+        def judge(piece: Piece) -> tuple[Float64, Float64]:
+            return bounds.radius(
+                piece.weight, piece.delta(), piece.codes, piece.scale, grid, self.steps
+            )
+
+        return evidence.closest(judge).certificate(self)

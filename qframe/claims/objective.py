@@ -1,0 +1,138 @@
+"""Claims about the error of a row as a whole: of its output, or of its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from qframe import bounds
+from qframe.certificates import ROWS, Certificate, Closest, Evidence
+from qframe.claims.nearest import unequal_steps
+from qframe.contracts import QuantizedWeight, RoundingProblem
+from qframe.hessian import Float64, second_moments
+from qframe.scheme import Scheme
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class NoWorseThan:
+    """B10.c: no row has a larger objective than with rounding to nearest on the scheme's scales.
+
+    objective   "output": (w - q) H (w - q)^T. "weight": the sum of (w - q)^2
+    sums        the arithmetic in which the method compares
+    """
+
+    objective: Literal["output", "weight"] = "output"
+    sums: Literal["float32", "float64"] = "float64"
+    name = "no worse than nearest"
+    theorem = "B10.c"
+
+    def objection(self, scheme: Scheme) -> str | None:
+        """It is about integers."""
+        return unequal_steps(scheme)
+
+    def certify(self, evidence: Evidence) -> Certificate:
+        """Compare row by row, both objectives in float64."""
+        from qframe import rounding
+
+        problem = evidence.problem
+        weight, columns = problem.weight.double(), problem.weight.shape[1]
+        nearest = rounding.to_nearest(problem)
+        own = weight - rounding.dequantize(evidence.quantized)
+        theirs = weight - rounding.dequantize(nearest)
+        spare = _spare(evidence.quantized, problem), _spare(nearest, problem)
+        hessian = second_moments(problem) if self.objective == "output" else None
+
+        def judge(part: slice) -> tuple[Float64, Float64]:
+            mine, size = _objective(own[part], hessian, spare[0][part])
+            base, base_size = _objective(theirs[part], hessian, spare[1][part])
+            lengths = (own[part].abs() + theirs[part].abs()).sum(1).numpy()
+            moved = [np.sqrt(_objective(each[part], hessian)[1]) for each in spare]
+            total = moved[0] + moved[1]
+            allowed = bounds.no_worse(base, size + base_size, columns, self.sums, lengths, total)
+            return mine, allowed
+
+        return _row_by_row(evidence, judge).certificate(self)
+
+
+@dataclass(frozen=True, slots=True)
+class OutputBound:
+    """B10.b: the output error of a row is at most `factor` times the worst that half steps can do.
+
+    The worst case of |e_j| <= s_j / 2 is sqrt(e H e^T) <= sum_j sqrt(H_jj) s_j / 2, with the
+    scheme's own minmax scales. A method that rounds up or down as it likes keeps factor 2.
+    """
+
+    factor: float
+    name = "output bound"
+    theorem = "B10.b"
+
+    def objection(self, scheme: Scheme) -> str | None:
+        """It is about integers."""
+        return unequal_steps(scheme)
+
+    def certify(self, evidence: Evidence) -> Certificate:
+        """Compare row by row, in float64."""
+        from qframe import rounding
+
+        problem = evidence.problem
+        rows, columns = problem.weight.shape
+        hessian = second_moments(problem)
+        minmax = problem.scheme.replace(observer="minmax")
+        scale, _ = rounding.fit_scales(problem.weight, minmax, problem.grid, name=problem.name)
+        index = rounding.group_index(columns, minmax)
+        step = rounding.expand(scale, index, rows).numpy()
+        error = problem.weight.double() - rounding.dequantize(evidence.quantized)
+        lengths = np.sqrt(np.maximum(hessian.diagonal().numpy(), 0))
+
+        def judge(part: slice) -> tuple[Float64, Float64]:
+            value, size = _objective(error[part], hessian)
+            reach = (bounds.half_steps(step[part], problem.grid) * lengths).sum(1)
+            return np.sqrt(value), bounds.output_bound(reach, self.factor, size, columns)
+
+        return _row_by_row(evidence, judge).certificate(self)
+
+
+def _row_by_row(evidence: Evidence, judge: Callable[[slice], tuple[Float64, Float64]]) -> Closest:
+    """Return where rows come closest to a bound; judge returns (error, allowed) of some rows."""
+    from qframe import parallel
+
+    def work(first: int) -> Closest:
+        return Closest.of(*judge(slice(first, first + ROWS)), first)
+
+    starts = range(0, len(evidence.problem.weight), ROWS)
+    return Closest.among(parallel.spread(work, starts, evidence.threads))
+
+
+def _objective(
+    error: torch.Tensor, hessian: torch.Tensor | None, spare: torch.Tensor | float = 0.0
+) -> tuple[Float64, Float64]:
+    """Return (e H e^T, |e| |H| |e|^T) of every row; H the identity for None.
+
+    spare   what |e| may be more in the second
+    """
+    size = error.abs() + spare
+    if hessian is None:
+        return error.square().sum(1).numpy(), size.square().sum(1).numpy()
+    value = ((error @ hessian) * error).sum(1)
+    magnitude = ((size @ hessian.abs()) * size).sum(1)
+    return value.clamp(min=0).numpy(), magnitude.numpy()
+
+
+def _spare(quantized: QuantizedWeight, problem: RoundingProblem) -> torch.Tensor:
+    """Return what float32 takes off the values (B1.d), [rows, columns]; 0 for 16-bit scales."""
+    import torch
+
+    from qframe import rounding
+
+    rows, index = len(quantized.codes), quantized.group_index
+    if problem.scheme.scale_dtype != "float32":
+        return torch.zeros(quantized.codes.shape, dtype=torch.float64)
+    scale = rounding.expand(quantized.scale, index, rows).numpy()
+    steps = quantized.codes - rounding.expand(quantized.zero_point, index, rows)
+    return torch.from_numpy(bounds.decode(scale, steps.numpy()))

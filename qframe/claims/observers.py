@@ -1,0 +1,118 @@
+"""What an observer promises of its statistics.
+
+A claim about the value of a statistic has `name`, `theorem` and `certify(seen, value)`, so a
+plugin may bring a statistic of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+
+from qframe import bounds
+from qframe.certificates import Certificate
+
+Float32 = npt.NDArray[np.float32]
+Float64 = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seen:
+    """What a statistic has seen.
+
+    columns   of the inputs
+    batches   [tokens, columns] float32 each, one for every update
+    merges    how many statistics were merged into this one
+    """
+
+    columns: int
+    batches: tuple[Float32, ...]
+    merges: int = 0
+
+    @property
+    def parts(self) -> int:
+        """In how many parts the tokens came."""
+        return len(self.batches) + self.merges
+
+    def tokens(self) -> Float64:
+        """Return all tokens, [tokens, columns] float64."""
+        return np.concatenate([np.zeros((0, self.columns)), *self.batches])
+
+
+@runtime_checkable
+class StatisticClaim(Protocol):
+    """A claim about the value of a statistic, which can be certified."""
+
+    @property
+    def name(self) -> str:
+        """What it is called in reports."""
+        ...
+
+    @property
+    def theorem(self) -> str:
+        """Its number in docs/bounds.md."""
+        ...
+
+    def certify(self, seen: Seen, value: Any) -> Certificate:
+        """Compare `Statistic.value()` with what was seen."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class SecondMoments:
+    """B12.a: the value is H = (2/n) sum over tokens of x x^T, [columns, columns] float64.
+
+    It is symmetric bit for bit, and zero where nothing was seen.
+
+    run   the most tokens that are summed in float32 before float64 takes over; 0: none are
+    """
+
+    run: int = 0
+    name = "second moments"
+    theorem = "B12.a"
+
+    def certify(self, seen: Seen, value: Any) -> Certificate:
+        """Compare with the sum in float64."""
+        found = np.asarray(value)
+        shape = (seen.columns, seen.columns)
+        if found.shape != shape or found.dtype != np.float64:
+            note = f"the value is {found.dtype} {list(found.shape)}, not float64 {list(shape)}"
+            return self._certificate(np.inf, note=note)
+        if not np.array_equal(found, found.T, equal_nan=True):
+            return self._certificate(np.inf, note="the value is not symmetric")
+        x = seen.tokens()
+        n = max(len(x), 1)
+        size = np.abs(x)
+        magnitude = (2 / n) * (size.T @ size)
+        allowed = bounds.hessian_sum(magnitude, len(x), self.run, seen.parts)
+        own = bounds.accumulate(magnitude, len(x) + 2, bounds.UNIT["float64"])
+        ratio, flat = bounds.worst(found - (2 / n) * (x.T @ x), allowed + own)
+        return self._certificate(ratio, (flat // seen.columns, flat % seen.columns))
+
+    def _certificate(
+        self, ratio: float, place: tuple[int, ...] = (), note: str = ""
+    ) -> Certificate:
+        return Certificate(
+            claim=self.name, theorem=self.theorem, ratio=ratio, place=place, note=note
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelAbsmax:
+    """B12.c: the value is max |x| over tokens, [columns] float32, exactly; zero for no tokens."""
+
+    name = "channel absmax"
+    theorem = "B12.c"
+
+    def certify(self, seen: Seen, value: Any) -> Certificate:
+        """Compare without any allowance: a maximum rounds nothing."""
+        found = np.asarray(value)
+        if found.shape != (seen.columns,) or found.dtype != np.float32:
+            note = f"the value is {found.dtype} {list(found.shape)}, not float32 [{seen.columns}]"
+            return Certificate(claim=self.name, theorem=self.theorem, ratio=np.inf, note=note)
+        error = found - np.abs(seen.tokens()).max(0, initial=0)
+        ratio, flat = bounds.worst(error, 0.0)
+        return Certificate(claim=self.name, theorem=self.theorem, ratio=ratio, place=(flat,))

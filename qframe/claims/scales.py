@@ -1,0 +1,111 @@
+"""Claims about scales and zero points: they are those of the scheme's rule, and they reach.
+
+Without them an over-large scale would pass every claim about codes, and one too small would be
+excused as clipping.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from qframe import bounds
+from qframe.certificates import Certificate, Closest, Evidence, group_ranges
+from qframe.claims.nearest import unequal_steps
+from qframe.contracts import Grid
+from qframe.hessian import Float64
+from qframe.scheme import Scheme
+
+ALL = frozenset({"tensor", "channel", "group"})
+
+
+def elsewhere(strategies: frozenset[str], scheme: Scheme) -> str | None:
+    """Return why a claim that is made for some strategies says nothing of a scheme, or None."""
+    if scheme.strategy not in strategies:
+        return f"it is claimed for strategy {' and '.join(sorted(strategies))}"
+    return unequal_steps(scheme)
+
+
+def against_rule(
+    scale: Float64, ideal: Float64, narrow: Float64, wide: Float64, scheme: Scheme
+) -> tuple[Float64, Float64]:
+    """Return (error, what is allowed on its side) of scales, B1.c.
+
+    ideal          of what is known of the group; 0 for a group of zeros, whose scale is 1
+    narrow, wide   the least and the largest ideal scale that the group may have in truth
+    """
+    lowest, _ = bounds.scale_rule(narrow, scheme.scale_dtype)
+    _, highest = bounds.scale_rule(wide, scheme.scale_dtype)
+    if scheme.observer == "mse":
+        lowest = np.zeros_like(lowest)
+    error = np.abs(scale - ideal)
+    allowed = np.where(scale < ideal, ideal - lowest, highest - ideal)
+    perhaps = (narrow == 0) & (scale == 1)
+    surely = wide == 0
+    return np.where(perhaps, 0, error), np.where(surely, 0, allowed)
+
+
+def beyond(lo: Float64, hi: Float64, scale: Float64, zero: Float64, grid: Grid) -> Float64:
+    """Return how far groups reach beyond their codes, 0 where they do not (B1.f)."""
+    below = scale * (grid.qmin - zero) - lo
+    above = hi - scale * (grid.qmax - zero)
+    outside = np.maximum(np.maximum(below, above), 0)
+    return np.where(np.isfinite(scale), outside, np.inf)
+
+
+@dataclass(frozen=True, slots=True)
+class SchemeScale:
+    """B1.c: scales are those of the scheme's rule, taken from the original weights.
+
+    With the mse observer, which may clip, it says that no scale is larger than minmax's.
+    Columns of a group need not be neighbours: the group index says who belongs together.
+
+    strategies   for which it is claimed
+    """
+
+    strategies: frozenset[str] = ALL
+    name = "scale"
+    theorem = "B1.c"
+
+    def objection(self, scheme: Scheme) -> str | None:
+        """It is about integers, and some strategies."""
+        return elsewhere(self.strategies, scheme)
+
+    def certify(self, evidence: Evidence) -> Certificate:
+        """Compare every scale with the smallest and largest weight of its group."""
+        problem = evidence.problem
+        lo, hi = group_ranges(problem, evidence.quantized.group_index)
+        ideal = bounds.ideal_scale(lo, hi, problem.grid, symmetric=problem.scheme.symmetric)
+        scale = evidence.quantized.scale.numpy().astype(np.float64)
+        judged = against_rule(scale, ideal, ideal, ideal, problem.scheme)
+        return Closest.of(*judged).certificate(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Covers:
+    """B1.f: the codes of a group reach as far as its weights do, but for half a step.
+
+    It takes B1.b's excuse away: a zero point or scale that clips is found out.
+
+    strategies   for which it is claimed
+    """
+
+    strategies: frozenset[str] = ALL
+    name = "coverage"
+    theorem = "B1.f"
+
+    def objection(self, scheme: Scheme) -> str | None:
+        """The mse observer clips on purpose."""
+        if scheme.observer == "mse":
+            return "the mse observer may clip"
+        return elsewhere(self.strategies, scheme)
+
+    def certify(self, evidence: Evidence) -> Certificate:
+        """Compare the ends of every group with the ends of its codes."""
+        problem, grid = evidence.problem, evidence.problem.grid
+        lo, hi = group_ranges(problem, evidence.quantized.group_index)
+        scale = evidence.quantized.scale.numpy().astype(np.float64)
+        zero = evidence.quantized.zero_point.numpy().astype(np.float64)
+        allowed = bounds.coverage(lo, hi, scale, grid, symmetric=problem.scheme.symmetric)
+        return Closest.of(beyond(lo, hi, scale, zero, grid), allowed).certificate(self)

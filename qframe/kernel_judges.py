@@ -1,0 +1,200 @@
+"""Whether a kernel's answer is right: each answer held against its oracle, theorem by theorem.
+
+A judge takes the operands of one call and what came of it, and returns comparisons: an error, and
+what is allowed of it by a theorem of docs/bounds.md. It needs nothing but the operands, so it works
+for any call on any data: in the conformance suite, and beside a user's own run.
+
+Where the oracle is not finite, because a NaN or an infinity went in, the answer must not be finite
+either. The oracle is float64; its own error is covered by `kernel_comparisons.checked`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Final
+
+import numpy as np
+
+from qframe import bounds, kernel_judges_int8, reference_ops
+from qframe.kernel_comparisons import (
+    Answer,
+    Comparison,
+    Float64,
+    Judged,
+    Operands,
+    checked,
+    difference,
+    integer_tokens,
+    only_where,
+    powers_of_two,
+    representable,
+)
+from qframe.kernels import Arithmetic
+
+
+def judge(
+    op: str, operands: Operands, answer: Answer, arithmetic: Arithmetic, *, dense: bool = False
+) -> Judged:
+    """Return theorem -> comparison for one call.
+
+    operands     name -> NumPy array or number, as before the call
+    answer       what came out, as NumPy arrays; the operands changed in place for an op that has
+                 such operands
+    arithmetic   what the kernel declares (`kernels.arithmetic_of`)
+    dense        the kernel declares that it multiplies with Hadamard matrices as they are
+    """
+    with np.errstate(all="ignore"):  # infinities are compared on purpose
+        if op == "hadamard":
+            return _hadamard(operands, answer, arithmetic, dense)
+        return _JUDGES[op](operands, answer, arithmetic)
+
+
+THEOREMS: Final[Mapping[str, tuple[str, ...]]] = {
+    "dequantize": ("B1.d",),
+    "linear_weight_only": ("B9.b", "B9.c"),
+    "quantize_activations": ("B6.a", "B6.b"),
+    "linear_int8": ("B5.b",),
+    "linear_int8_outliers": ("B5.a", "B5.b", "B5.d"),
+    "hadamard": ("B8.a", "B8.b", "B9.c"),
+    "attention_kv": ("B7.e",),
+    "hessian_update": ("B9.c", "B9.d"),
+}
+"""The theorems that an operation is judged by."""
+
+
+# Weights --------------------------------------------------------------------------------------
+
+
+def _dequantize(operands: Operands, answer: Answer, arithmetic: Arithmetic) -> Judged:
+    codes, index = np.asarray(operands["codes"], np.float64), operands["group_index"]
+    scale = reference_ops.per_weight(operands["scale"], index, len(codes))
+    steps = codes - reference_ops.per_weight(operands["zero_point"], index, len(codes))
+    error = difference(answer[0], scale * steps)
+    return {"B1.d": Comparison("|w - s (c - z)|", error, bounds.decode(scale, steps))}
+
+
+def _linear_weight_only(operands: Operands, answer: Answer, arithmetic: Arithmetic) -> Judged:
+    x, codes = (np.asarray(operands[name], np.float64) for name in ("x", "codes"))
+    index, columns = operands["group_index"], x.shape[1]
+    scale = reference_ops.per_weight(operands["scale"], index, len(codes))
+    zero = reference_ops.per_weight(operands["zero_point"], index, len(codes))
+    weight = scale * (codes - zero)
+    expected = x @ weight.T
+    magnitude = np.abs(x) @ (scale * (np.abs(codes) + np.abs(zero))).T
+    allowed = bounds.weight_only(magnitude, columns, arithmetic.unit, arithmetic.inputs)
+    error = difference(answer[0], expected)
+
+    # A row whose scales are powers of two, times integers: multiples of the smallest scale.
+    plain = powers_of_two(scale).all(1)
+    quantum = np.where(plain, scale.min(1, initial=np.inf), 0)
+    exact = bounds.exact_sum(magnitude, quantum) & integer_tokens(x)[:, None]
+    # A token that is 1 in one place: one product, if it and its parts are float32 numbers.
+    single = ((x == 1).sum(1) == 1) & ((x != 0).sum(1) == 1)
+    kept = representable(weight) & representable(scale * codes) & representable(scale * zero)
+    chosen = kept[:, x.argmax(1)].T if columns else np.zeros_like(exact)
+    rounded = 2 * arithmetic.inputs * (1 + arithmetic.inputs) * np.abs(expected)
+    single_error = single[:, None] & chosen
+    return {
+        "B9.b": Comparison("|y - x W^T|", error, checked(allowed, columns)),
+        "B9.c": Comparison(
+            "|y - x W^T| where it is exact",
+            only_where(exact | single_error, error),
+            np.where(exact | ~single_error, 0, rounded),
+        ),
+    }
+
+
+# Rotation, attention, statistics --------------------------------------------------------------
+
+
+def _hadamard(operands: Operands, answer: Answer, arithmetic: Arithmetic, dense: bool) -> Judged:
+    x, block = np.asarray(operands["x"], np.float64), int(operands["block"])
+    y = np.asarray(answer[0], np.float64)
+    expected = reference_ops.hadamard(x, operands["signs"], block)
+    tokens, columns = x.shape
+    cut = (tokens, columns // block, block)
+    size = np.linalg.norm(x.reshape(cut), axis=-1)  # [tokens, blocks]
+    unit, inputs = arithmetic.unit, arithmetic.inputs
+    reach = checked(bounds.hadamard(size, block, unit, inputs, dense=dense), block * block)
+    error = difference(y, expected)
+
+    finite = np.isfinite(size).all(1)
+    a, b, ea = x[finite], y[finite], reach[finite]
+    pairs = bounds.rotated_product(
+        size[finite][:, None], size[finite][None], ea[:, None], ea[None]
+    ).sum(-1)
+    integers = integer_tokens(x)[:, None] & (block.bit_length() % 2 == 1)
+    exact = np.repeat(integers & bounds.exact_sum(np.abs(x).reshape(cut).sum(-1), 1), block, 1)
+    return {
+        "B8.a": Comparison(
+            "||y - x diag(signs) H||", np.linalg.norm(error.reshape(cut), axis=-1), reach
+        ),
+        "B8.b": Comparison("|y_i y_j - x_i x_j|", b @ b.T - a @ a.T, pairs),
+        "B9.c": Comparison(
+            "|y - x diag(signs) H| where it is exact", only_where(exact, error), np.zeros_like(x)
+        ),
+    }
+
+
+def _attention_kv(operands: Operands, answer: Answer, arithmetic: Arithmetic) -> Judged:
+    q = np.asarray(operands["q"], np.float64)
+    unit, rounded = arithmetic.unit, 2 * arithmetic.inputs * (1 + arithmetic.inputs)
+    (keys, key_sizes), (values, value_sizes) = (_cached(operands, letter, q) for letter in "kv")
+    tokens, width = keys.shape[-2:]
+    weights = reference_ops.softmax(reference_ops.logits(q, keys))
+    # What the declared arithmetic does to a product counts as an error of the number in the cache:
+    # so sums may be cut, operands rounded, scale and offset taken out of the sums.
+    in_logits = bounds.gamma(width + 7, unit) + rounded
+    in_output = bounds.gamma(2 * tokens + 18 * (tokens + 1), unit) + rounded
+    elements = (
+        bounds.gamma(3) * key_sizes + in_logits * key_sizes,
+        bounds.gamma(3) * value_sizes + in_output * value_sizes,
+    )
+    _, allowed = bounds.kv_attention(q, keys, values, weights, elements, rescalings=tokens)
+    error = difference(answer[0], (weights[..., None] * values).sum(-2))
+    length = 4 * (tokens + width)
+    return {"B7.e": Comparison("|out - softmax(q k) v|", error, checked(allowed, length))}
+
+
+def _cached(operands: Operands, letter: str, q: Float64) -> tuple[Float64, Float64]:
+    """Return s c + o and s |c| + |o| of keys or values, as each query head reads them."""
+    codes, scale, offset, group = (
+        operands[f"{letter}_{part}"] for part in ("codes", "scale", "offset", "group")
+    )
+    exact = reference_ops.cached(codes, scale, offset, group)
+    size = reference_ops.cached(np.abs(codes), scale, np.abs(offset), group)
+    return reference_ops.shared(exact, q), reference_ops.shared(size, q)
+
+
+def _hessian_update(operands: Operands, answer: Answer, arithmetic: Arithmetic) -> Judged:
+    before, x = (np.asarray(operands[name], np.float64) for name in ("hessian", "x"))
+    tokens, columns = x.shape
+    magnitude = np.tril(np.abs(x).T @ np.abs(x))
+    below = np.tril(np.ones((columns, columns), bool))
+    error = only_where(below, difference(answer[0], reference_ops.hessian_update(before, x)))
+    allowed = bounds.second_moments(
+        magnitude, before, tokens, arithmetic.unit, arithmetic.inputs
+    ) + bounds.accumulate(magnitude + np.abs(before), tokens + 1, bounds.UNIT["float64"])
+    exact = bounds.exact_sum(magnitude, 1) & (integer_tokens(x).all() and _whole(before))
+    return {
+        "B9.c": Comparison(
+            "|H - sum| where it is exact", only_where(exact, error), np.zeros_like(error)
+        ),
+        "B9.d": Comparison("|H - sum|", error, np.where(np.isnan(allowed), 0, allowed)),
+    }
+
+
+def _whole(numbers: Float64) -> bool:
+    """Return whether all are integers to which a float64 adds others exactly."""
+    return bool(((numbers == np.rint(numbers)) & (np.abs(numbers) <= 2.0**52)).all())
+
+
+_JUDGES: Mapping[str, Callable[[Operands, Answer, Arithmetic], Judged]] = {
+    "dequantize": _dequantize,
+    "linear_weight_only": _linear_weight_only,
+    "quantize_activations": kernel_judges_int8.quantize_activations,
+    "linear_int8": kernel_judges_int8.linear_int8,
+    "linear_int8_outliers": kernel_judges_int8.linear_int8_outliers,
+    "attention_kv": _attention_kv,
+    "hessian_update": _hessian_update,
+}

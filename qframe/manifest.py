@@ -1,0 +1,254 @@
+"""The manifest, `qframe.json`: what was done to a network, and what the files must still be.
+
+It holds the recipe, the plugins with their versions, one record per layer with its certificates
+and the fingerprint of the weight that it was made of, the sha256 of every tensor, and the sha256
+of every file. Nothing in it depends on time, machine or thread count.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+
+from qframe.certificates import Certificate
+from qframe.contracts import Grid
+from qframe.errors import RecipeError, VerifyError, WeightsError
+from qframe.packing import PackedWeight
+from qframe.recipe import Recipe
+from qframe.report.layers import LayerReport, words_for_infinities
+from qframe.scheme import Scheme
+from qframe.strict import Strict
+from qframe.weights import ModelFolder, read_json
+
+MANIFEST = "qframe.json"
+MANIFEST_VERSION = 2
+STATISTICS = "qframe_statistics"  # the stem of the files that --keep-statistics writes
+ORDER = "processing_order"  # after a layer's name: the order of its columns, in those files
+
+
+# Fingerprints ---------------------------------------------------------------------------------
+
+
+def sha256(file: Path) -> str:
+    """Return the sha256 of a file."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def fingerprint(tensor: torch.Tensor) -> str:
+    """Return the sha256 of a tensor's bytes, row by row and little-endian, as files have them."""
+    data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.sha256(data.numpy().data).hexdigest()
+
+
+def own_hash(manifest: Mapping[str, Any]) -> str:
+    """Return the sha256 of a manifest's content, without the entry that holds it."""
+    content = {key: value for key, value in manifest.items() if key != "sha256"}
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+# Records --------------------------------------------------------------------------------------
+
+
+class TensorRecord(Strict):
+    """A tensor of the folder: its dtype as safetensors names it, shape, and sha256."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    sha256: str
+
+
+class GridRecord(Strict):
+    """A grid as the manifest stores it."""
+
+    qmin: int
+    qmax: int
+    values: tuple[float, ...] | None = None
+
+
+class CertificateRecord(Strict):
+    """A certificate as the manifest stores it; see `qframe.certificates.Certificate`."""
+
+    claim: str
+    theorem: str
+    ratio: float
+    place: tuple[int, ...] = ()
+    error: float | None = None
+    allowed: float | None = None
+    note: str = ""
+
+    def certificate(self) -> Certificate:
+        """Return it as the object that it was."""
+        return Certificate(**self.model_dump())
+
+
+class LayerRecord(Strict):
+    """One quantized layer as the manifest stores it.
+
+    source        sha256 of the weight that it was made of, [rows, columns] float32
+    rewritten     the same of what the outlier handlers made of that; None without any
+    input_group   the first layer of those that read the same input; names the kept statistics
+    tokens        calibration tokens behind the statistics
+    info          what the rounder told, e.g. {"damp": 0.01}
+    clipped       share of weights more than half a step outside the range of the codes
+    """
+
+    rows: Annotated[int, Field(ge=0)]
+    columns: Annotated[int, Field(ge=0)]
+    method: str
+    scheme: Scheme
+    grid: GridRecord
+    source: str
+    rewritten: str | None = None
+    input_group: str
+    tokens: Annotated[int, Field(ge=0)] = 0
+    info: Mapping[str, float | int | str] = Field(default_factory=dict)
+    clipped: float = 0.0
+    certificates: tuple[CertificateRecord, ...] = ()
+
+    def scheme_grid(self) -> Grid:
+        """Return the codes that exist."""
+        return Grid(self.grid.qmin, self.grid.qmax, self.grid.values)
+
+
+def layer_record(report: LayerReport, scheme: Scheme, grid: Grid) -> dict[str, Any]:
+    """Return the record of a layer as plain values."""
+    record: dict[str, Any] = {
+        "rows": report.rows,
+        "columns": report.columns,
+        "method": report.method,
+        "scheme": scheme.model_dump(),
+        "grid": dataclasses.asdict(grid),
+        "source": report.source,
+        "rewritten": report.rewritten,
+        "input_group": report.input_group,
+        "tokens": report.tokens,
+        "info": dict(report.info),
+        "clipped": report.clipped,
+        "certificates": [certificate.record() for certificate in report.certificates],
+    }
+    finite: dict[str, Any] = words_for_infinities(record)
+    return finite
+
+
+class PluginRecord(Strict):
+    """Which plugin provided an object of the run."""
+
+    kind: str
+    name: str
+    plugin: str
+    source: str
+    version: str
+
+
+class EventRecord(Strict):
+    """Something that happened, `qframe.contracts.Event`."""
+
+    kind: str
+    layer: str
+    message: str
+
+
+class Manifest(Strict):
+    """The whole of qframe.json.
+
+    tensors      of the model, by name
+    statistics   that were kept, by name: GROUP.OBSERVER, and LAYER.processing_order
+    files        name -> sha256, of every file but this one
+    sha256       of this one's content, `own_hash`
+    """
+
+    manifest_version: int
+    qframe: str
+    recipe: Recipe
+    plugins: tuple[PluginRecord, ...]
+    calibration: Mapping[str, Any] | None
+    events: tuple[EventRecord, ...]
+    layers: Mapping[str, LayerRecord]
+    tensors: Mapping[str, TensorRecord]
+    statistics: Mapping[str, TensorRecord]
+    files: Mapping[str, str]
+    sha256: str
+
+
+# Reading --------------------------------------------------------------------------------------
+
+
+def read_manifest(source: ModelFolder) -> dict[str, Any]:
+    """Return qframe.json of a folder. Raises VerifyError when it is not a qframe folder."""
+    file = source.path / MANIFEST
+    if not file.is_file():
+        raise VerifyError(f"{source.path}: no {MANIFEST}; it was not written by qframe quantize")
+    manifest = read_json(file)
+    version = manifest.get("manifest_version")
+    if version != MANIFEST_VERSION:
+        raise VerifyError(
+            f"{file}: manifest_version {version!r}, but this qframe reads {MANIFEST_VERSION}; "
+            f"quantize the model again, or use the qframe that wrote the folder "
+            f"({manifest.get('qframe', 'unknown')})"
+        )
+    return manifest
+
+
+def parse_manifest(source: ModelFolder) -> Manifest:
+    """Return qframe.json of a folder, every field of it checked. Raises VerifyError."""
+    where = source.path / MANIFEST
+    try:
+        content = read_manifest(source)
+        if own_hash(content) != content.get("sha256"):
+            raise VerifyError(f"{where}: its content is not what was written: sha256 differs")
+        return Manifest.parse(content, str(where))
+    except (RecipeError, WeightsError) as error:
+        raise VerifyError(str(error)) from None
+
+
+def packed_layers(
+    source: ModelFolder, manifest: Mapping[str, Any]
+) -> Iterator[tuple[str, PackedWeight, torch.Tensor | None]]:
+    """Yield (layer name, packed weight, input_scale) for every quantized layer.
+
+    manifest   as `read_manifest` returns it
+    """
+    where = source.path / MANIFEST
+    layers = manifest.get("layers")
+    if not isinstance(layers, dict):
+        raise VerifyError(f"{where}: 'layers' must map layer names to records")
+    for name, raw in layers.items():
+        try:
+            record = LayerRecord.parse(raw, f"{where}: layer {name!r}")
+        except RecipeError as error:
+            raise VerifyError(str(error)) from None
+        yield name, *packed_layer(source, name, record)
+
+
+def packed_layer(
+    source: ModelFolder, name: str, record: LayerRecord
+) -> tuple[PackedWeight, torch.Tensor | None]:
+    """Return (packed weight, input_scale) of one layer.
+
+    Raises WeightsError when a tensor is missing, or is not what it can be.
+    """
+    prefix = f"{name}." if name else ""
+    tensors = {
+        key.removeprefix(prefix): source.read(key)
+        for key in source.tensors
+        if key.startswith(f"{prefix}weight_")
+    }
+    packed = PackedWeight.from_tensors(
+        tensors,
+        name=name,
+        rows=record.rows,
+        columns=record.columns,
+        scheme=record.scheme,
+        grid=record.scheme_grid(),
+    )
+    scale_name = f"{prefix}input_scale"
+    return packed, source.read(scale_name) if scale_name in source.tensors else None

@@ -1,0 +1,168 @@
+"""The oracle of every kernel operation, in NumPy float64 and int64.
+
+An answer is what real numbers would give, but for the float64 arithmetic of the oracle itself; it
+is rounded nowhere else, not even where a kernel has to. Only codes are what they are. Operands and
+their shapes are those of `qframe.kernels`. It imports neither torch nor numba.
+
+Sources: Dettmers et al., LLM.int8(), NeurIPS 2022, arXiv:2208.07339 (the decomposition, section
+3.2); Ashkboos et al., QuaRot, NeurIPS 2024, arXiv:2404.00456 (randomized Hadamard transforms).
+"""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+Numbers: TypeAlias = npt.ArrayLike
+Float64: TypeAlias = npt.NDArray[np.float64]
+Bool: TypeAlias = npt.NDArray[np.bool_]
+
+
+def _float(numbers: Numbers) -> Float64:
+    return np.asarray(numbers, np.float64)
+
+
+def per_weight(per_group: Numbers, group_index: Numbers, rows: int) -> Float64:
+    """Return [rows, columns] of values [rows or 1, groups]."""
+    spread = _float(per_group)[:, np.asarray(group_index, np.int64)]
+    return np.broadcast_to(spread, (rows, spread.shape[1]))
+
+
+def dequantize(
+    codes: Numbers, scale: Numbers, zero_point: Numbers, group_index: Numbers
+) -> Float64:
+    """Return scale * (code - zero_point), [rows, columns]."""
+    c = _float(codes)
+    s, z = (per_weight(each, group_index, len(c)) for each in (scale, zero_point))
+    return s * (c - z)
+
+
+def linear_weight_only(
+    x: Numbers, codes: Numbers, scale: Numbers, zero_point: Numbers, group_index: Numbers
+) -> Float64:
+    """Return x W^T, [tokens, rows]."""
+    return _float(x) @ dequantize(codes, scale, zero_point, group_index).T
+
+
+# Eight bits -----------------------------------------------------------------------------------
+
+
+def token_scale(x: Numbers) -> Float64:
+    """Return absmax / 127 of each token, and 1 for a token of zeros, [tokens]."""
+    absmax = np.abs(_float(x)).max(1, initial=0)
+    return np.where(absmax == 0, 1, absmax / 127)
+
+
+def quantize_activations(x: Numbers) -> tuple[Float64, Float64]:
+    """Return (codes, scale): the nearest codes of each token, and its scale."""
+    scale = token_scale(x)
+    with np.errstate(invalid="ignore"):  # infinity / infinity
+        return np.rint(_float(x) / scale[:, None]), scale
+
+
+def integer_product(x_codes: Numbers, w_codes: Numbers) -> Float64:
+    """Return the sum of the products of codes, [tokens, rows]: integers below 2^53, so exact."""
+    return _float(x_codes) @ _float(w_codes).T
+
+
+def linear_int8(x_codes: Numbers, x_scale: Numbers, w_codes: Numbers, w_scale: Numbers) -> Float64:
+    """Return x W^T, [tokens, rows], both as their codes and scales say."""
+    product = integer_product(x_codes, w_codes)
+    return product * _float(x_scale)[:, None] * _float(w_scale)
+
+
+def outlier_columns(x: Numbers, threshold: float) -> Bool:
+    """Return which columns hold |x| >= threshold in any token, [columns]; none for threshold 0."""
+    size = np.abs(_float(x))
+    if threshold <= 0:
+        return np.zeros(size.shape[1], bool)
+    return np.asarray((size >= threshold).any(0))
+
+
+def linear_int8_outliers(
+    x: Numbers, threshold: float, w_codes: Numbers, w_scale: Numbers, weight: Numbers
+) -> Float64:
+    """Return x W^T, [tokens, rows]: outlier columns as they are, the others in eight bits."""
+    outlier = outlier_columns(x, threshold)
+    codes, scale = quantize_activations(np.where(outlier, 0, _float(x)))
+    kept = _float(x)[:, outlier] @ _float(weight)[:, outlier].T
+    return linear_int8(codes, scale, w_codes, w_scale) + kept
+
+
+# Rotation, attention, statistics --------------------------------------------------------------
+
+
+def hadamard_matrix(size: int) -> Float64:
+    """Return Sylvester's matrix of +1 and -1, [size, size]: entry ij is (-1)^popcount(i & j)."""
+    i = np.arange(size)
+    parity = [bin(n).count("1") % 2 for n in (i[:, None] & i).ravel()]
+    return 1 - 2 * np.array(parity, np.float64).reshape(size, size)
+
+
+def hadamard(x: Numbers, signs: Numbers, block: int) -> Float64:
+    """Return x diag(signs) H / sqrt(block), block of columns by block, [tokens, columns]."""
+    signed = _float(x) * _float(signs)
+    blocks = signed.reshape(len(signed), signed.shape[1] // block, block)
+    turned = blocks @ hadamard_matrix(block) / np.sqrt(block)
+    return np.asarray(turned.reshape(signed.shape))
+
+
+def spread_groups(per_group: Numbers, group: tuple[int, int], shape: tuple[int, ...]) -> Float64:
+    """Return scales or offsets for every number of `shape` [..., tokens, head_dim].
+
+    group   (tokens, channels) that share a number; the last of each may be fewer
+    """
+    tokens, width = shape[-2:]
+    rows, columns = np.arange(tokens) // group[0], np.arange(width) // group[1]
+    return _float(per_group)[..., rows[:, None], columns]
+
+
+def cached(codes: Numbers, scale: Numbers, offset: Numbers, group: tuple[int, int]) -> Float64:
+    """Return scale * code + offset, [batch, heads, tokens, head_dim]."""
+    c = _float(codes)
+    return c * spread_groups(scale, group, c.shape) + spread_groups(offset, group, c.shape)
+
+
+def attention_kv(
+    q: Numbers,
+    k_codes: Numbers,
+    k_scale: Numbers,
+    k_offset: Numbers,
+    k_group: tuple[int, int],
+    v_codes: Numbers,
+    v_scale: Numbers,
+    v_offset: Numbers,
+    v_group: tuple[int, int],
+) -> Float64:
+    """Return softmax(q K^T / sqrt(head_dim)) V, [batch, heads, head_dim]."""
+    keys = cached(k_codes, k_scale, k_offset, k_group)
+    values = cached(v_codes, v_scale, v_offset, v_group)
+    weights = softmax(logits(q, shared(keys, q)))
+    return np.asarray((weights[..., None] * shared(values, q)).sum(-2))
+
+
+def shared(per_kv_head: Float64, q: Numbers) -> Float64:
+    """Return the head of K or V that each query head reads, [batch, heads, tokens, head_dim]."""
+    times = np.shape(q)[1] // max(per_kv_head.shape[1], 1)
+    return np.repeat(per_kv_head, times, axis=1)
+
+
+def logits(q: Numbers, keys: Float64) -> Float64:
+    """Return q k / sqrt(head_dim), [batch, heads, tokens]; keys as each query head reads them."""
+    query = _float(q)
+    products = keys @ query[..., None]
+    return np.asarray(products[..., 0] / np.sqrt(query.shape[-1]))
+
+
+def softmax(z: Float64) -> Float64:
+    """Return exp(z) / sum exp(z) over the last axis."""
+    powers = np.exp(z - z.max(-1, keepdims=True))
+    return np.asarray(powers / powers.sum(-1, keepdims=True))
+
+
+def hessian_update(hessian: Numbers, x: Numbers) -> Float64:
+    """Return hessian + x^T x below and on the diagonal, and hessian above it."""
+    before = _float(hessian)
+    return before + np.tril(_float(x).T @ _float(x))

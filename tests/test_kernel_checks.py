@@ -1,0 +1,188 @@
+"""The suite's checks of kernels: wrong kernels fail, right ones pass, however they compute."""
+
+import numpy as np
+import pytest
+import torch
+
+from qframe.contracts import Unsupported
+from qframe.errors import UnsupportedError
+from qframe.kernels import OPS, run
+from qframe_conformance import check_plugin, replay
+from qframe_conformance.checks import checks_of
+from qframe_conformance.kernel_case import KernelCase
+from qframe_conformance.kernel_frames import LAYOUTS, frame
+from qframe_conformance.kernel_scenarios import scenarios, variants
+from qframe_plugins.kernels.torch_ops import qframe_kernels
+from tests.mutants import (
+    kernels_activations,
+    kernels_attention,
+    kernels_dequantize,
+    kernels_hadamard,
+    kernels_int8,
+    kernels_moments,
+    kernels_outliers,
+    kernels_weights,
+)
+from tests.mutants.kernels_hadamard import Hadamard
+from tests.mutants.kernels_int8 import Int8
+from tests.mutants.kernels_small import changed
+from tests.mutants.kernels_weights import WeightOnly
+
+MODULES = (
+    kernels_dequantize,
+    kernels_weights,
+    kernels_activations,
+    kernels_int8,
+    kernels_outliers,
+    kernels_hadamard,
+    kernels_attention,
+    kernels_moments,
+)
+MUTANTS = [mutant for module in MODULES for mutant in module.MUTANTS]
+KERNELS = {kernel.op: kernel for kernel in qframe_kernels()}
+
+
+# Right and wrong kernels ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda m: m.__name__.rpartition(".")[2])
+def test_outputs_are_those_of_ordinary_calls(module):
+    for base in {mutant.correct for mutant in module.MUTANTS}:
+        first, second = (module.outputs(base()) for _ in range(2))
+        assert all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
+        assert all(np.isfinite(each).all() for each in first)
+
+
+def test_every_check_has_a_mutant_that_it_alone_is_meant_for():
+    meant = {mutant.killed_by for mutant in MUTANTS}
+    assert {check.name for check in checks_of("kernel")} - meant == set()
+
+
+@pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS.keys())
+def test_the_default_kernels_pass(kernel):
+    report = check_plugin(kernel)
+    assert report.ok, [record.message for record in report.failures]
+
+
+def test_there_is_a_default_kernel_for_every_operation():
+    assert KERNELS.keys() == OPS.keys()
+
+
+# What is drawn --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_operands_are_what_the_operation_says(op):
+    """Of every family of variants, one with its first and one with its last shape."""
+    families = {}
+    for name, call, draw in variants(KERNELS[op]):
+        families.setdefault(name, []).append((call, draw))
+    for found in families.values():
+        for call, draw in (found[0], found[-1]):
+            operands = draw(np.random.default_rng(0))
+            assert list(operands) == [operand.name for operand in OPS[op].operands]
+            case = KernelCase(KERNELS[op], operands)
+            for operand in OPS[op].operands:
+                if operand.is_tensor:
+                    assert operands[operand.name].dtype == operand.dtype
+            sizes = {**case.sizes(), "block": operands.get("block")}
+            assert tuple(sizes[word] for word in OPS[op].call) == call.shape
+
+
+def test_only_what_a_kernel_supports_is_tried():
+    def four_bits(self, call):
+        if call.op != self.op or call.device != "cpu":
+            return Unsupported("linear_weight_only on the cpu")
+        return Unsupported("4 bits only") if call.scheme.num_bits != 4 else None
+
+    kernel = changed(WeightOnly, supports=four_bits)()
+    assert {scenario.id.partition("-")[0] for scenario in scenarios(kernel)} == {"int4"}
+    assert check_plugin(kernel).ok
+
+
+def test_a_kernel_that_supports_nothing_is_not_ok():
+    """Zero checks are no pass."""
+    kernel = changed(Int8, supports=lambda self, call: Unsupported("nothing"))()
+    assert not check_plugin(kernel).ok
+
+
+def test_scattered_groups_may_be_refused_in_the_call():
+    def compute(self, x, codes, scale, zero_point, group_index):
+        if (np.diff(group_index) < 0).any():
+            raise UnsupportedError("groups must be neighbouring columns")
+        return WeightOnly.compute(self, x, codes, scale, zero_point, group_index)
+
+    assert check_plugin(changed(WeightOnly, compute=compute)()).ok
+
+
+def test_what_is_supported_must_not_be_refused_in_the_call():
+    def compute(self, *operands):
+        raise UnsupportedError("not today")
+
+    report = check_plugin(changed(Int8, compute=compute)(), shrink=False)
+    assert {record.check for record in report.failures} == {"answers", "few_tokens"}
+    assert "not today" in report.failures[0].message
+
+
+def test_a_block_that_is_refused_is_not_tried():
+    def small(self, call):
+        said = Hadamard.supports(self, call)
+        return Unsupported("blocks up to 16") if said is None and call.shape[2] > 16 else said
+
+    assert {s.id for s in scenarios(changed(Hadamard, supports=small)())} == {"short"}
+
+
+# Memory ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(3, 4), (1, 4), (3, 1), (5,), (0, 3), (2, 3, 4, 5)])
+def test_a_frame_holds_the_numbers_and_poison_around_them(layout, shape):
+    array = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+    framed = frame(array, layout)
+    assert np.array_equal(framed.tensor.numpy(), array)
+    assert np.isnan(framed.buffer.numpy()).sum() == framed.buffer.numel() - array.size
+    assert framed.unchanged()
+
+
+def test_a_change_beside_the_numbers_is_seen():
+    framed = frame(np.zeros((2, 3), np.int16), "strided")
+    framed.buffer[-1] = 0
+    assert not framed.unchanged()
+
+
+def test_a_change_that_is_allowed_is_forgiven_and_no_other():
+    framed = frame(np.zeros((2, 2)), "packed")
+    framed.tensor += 1
+    below = torch.ones(2, 2, dtype=torch.bool).tril()
+    framed.restore(below)
+    assert not framed.unchanged()
+    framed.tensor[0, 1] = 0
+    assert framed.unchanged()
+    assert framed.tensor.tolist() == [[1, 0], [1, 1]]
+
+
+# Reports --------------------------------------------------------------------------------------
+
+
+def test_a_counterexample_is_small_and_can_be_shown_again():
+    wrong = changed(Int8, rescale=lambda self, p, a, b: p * a[:, None] * b * 2)()
+    report = check_plugin(wrong, only=["eight_bit_decode"])
+    [record, *_] = report.failures
+    arrays = record.counterexample.arrays
+    assert arrays["x_codes"].size < 100
+    case = KernelCase(wrong, dict(arrays))
+    assert replay("eight_bit_decode", case).startswith("eight_bit_decode is violated")
+    assert "KernelCase(plugin, operands" in record.counterexample.snippet
+
+
+def test_a_case_can_be_run_by_hand():
+    operands = {
+        "x_codes": np.array([[1, 2]], np.int8),
+        "x_scale": np.ones(1, np.float32),
+        "w_codes": np.array([[3, 4]], np.int8),
+        "w_scale": np.ones(1, np.float32),
+    }
+    tensors = [torch.from_numpy(each) for each in operands.values()]
+    assert run(KERNELS["linear_int8"], tensors).tolist() == [[11]]
+    assert KernelCase(KERNELS["linear_int8"], operands).judged["B5.b"].ratio == 0
