@@ -18,7 +18,6 @@ KNOWN = (
     claims.Covers,
     claims.Babai,
     claims.CompensatedScale,
-    claims.CompensatedScale,
     claims.NoWorseThan,
     claims.OutputBound,
 )
