@@ -17,19 +17,12 @@ import numpy as np
 import numpy.typing as npt
 
 from qframe_plugins.kernels.numba_cpu.scratch import scratch
-from qframe_plugins.kernels.numba_cpu.simd import (
-    LANES,
-    QUAD,
-    claim,
-    kernel,
-    tile_add,
-    tile_add_pairs,
-)
+from qframe_plugins.kernels.numba_cpu.simd import LANES, QUAD, claim, kernel, tile_add
 from qframe_plugins.kernels.numba_cpu.threads import share
 
 RUN = 256  # tokens that are summed in float32
 _CHUNK = 2048  # tokens between two updates of H: two panels of them stay in L2
-_DEPTH = 64  # tokens whose panel stays in L1
+_DEPTH = 64  # stripes of a panel that stay in L1
 
 _LOW = np.int32(0xFFFF)  # the bits of a float32 that a bfloat16 has not
 _SMALLEST = (127 - 55) << 23  # 2^-55: sums of products of larger bfloat16 numbers do not underflow
@@ -57,11 +50,11 @@ def accumulate(hessian: Float64, x: Float32) -> None:
             alien = np.zeros(1, np.int64)
             share(_share_pairs, panels, bits, pairs, alien)
             if not alien[0]:
-                share(_share_blocks_of_pairs, panels, pairs, hessian)
+                share(_share_blocks, panels, pairs, np.int64(RUN // 2), hessian)
                 continue
         stripes = scratch((panels * len(tokens), LANES), np.float32)
         share(_share_layout, panels, tokens, stripes)
-        share(_share_blocks, panels, stripes, len(tokens), hessian)
+        share(_share_blocks, panels, stripes, np.int64(RUN), hessian)
 
 
 def symmetrize(hessian: Float64) -> None:
@@ -137,41 +130,12 @@ def _share_pairs(counter, bits, pairs, alien):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _share_blocks(counter, stripes, tokens, hessian):  # type: ignore[no-untyped-def]
-    """Claim rows of blocks of H, the longest first, and add the sum over the tokens."""
-    columns = hessian.shape[0]
-    panels = (columns + LANES - 1) // LANES
-    run = np.empty((LANES, LANES), np.float32)
-    total = np.empty((LANES, LANES), np.float64)
-    down = panels - 1 - claim(counter)
-    while down >= 0:
-        for right in range(down + 1):
-            for i in range(LANES):
-                for lane in range(LANES):
-                    total[i, lane] = 0
-            for start in range(0, tokens, RUN):
-                end = min(start + RUN, tokens)
-                for i in range(LANES):
-                    for lane in range(LANES):
-                        run[i, lane] = 0
-                for k in range(start, end, _DEPTH):
-                    depth = min(_DEPTH, end - k)
-                    left, above = down * tokens + k, right * tokens + k
-                    for i in range(0, LANES, QUAD):
-                        tile_add(run, i, stripes, left, i, stripes, above, depth)
-                for i in range(LANES):
-                    for lane in range(LANES):
-                        total[i, lane] += np.float64(run[i, lane])
-            first = right * LANES
-            for i in range(down * LANES, min((down + 1) * LANES, columns)):
-                for column in range(first, min(first + LANES, i + 1)):
-                    hessian[i, column] += total[i - down * LANES, column - first]
-        down = panels - 1 - claim(counter)
+def _share_blocks(counter, stripes, length, hessian):  # type: ignore[no-untyped-def]
+    """Claim rows of blocks of H, the longest first, and add the sum over the tokens.
 
-
-@kernel
-def _share_blocks_of_pairs(counter, stripes, hessian):  # type: ignore[no-untyped-def]
-    """Do as `_share_blocks` does, with stripes [panels * pairs, LANES] of pairs of tokens."""
+    stripes   [panels * count, LANES]: tokens, float32, or pairs of tokens, int32
+    length    stripes of a panel that make a run of RUN tokens
+    """
     columns = hessian.shape[0]
     panels = (columns + LANES - 1) // LANES
     count = len(stripes) // panels
@@ -183,8 +147,8 @@ def _share_blocks_of_pairs(counter, stripes, hessian):  # type: ignore[no-untype
             for i in range(LANES):
                 for lane in range(LANES):
                     total[i, lane] = 0
-            for start in range(0, count, RUN // 2):
-                end = min(start + RUN // 2, count)
+            for start in range(0, count, length):
+                end = min(start + length, count)
                 for i in range(LANES):
                     for lane in range(LANES):
                         run[i, lane] = 0
@@ -192,7 +156,7 @@ def _share_blocks_of_pairs(counter, stripes, hessian):  # type: ignore[no-untype
                     depth = min(_DEPTH, end - k)
                     left, above = down * count + k, right * count + k
                     for i in range(0, LANES, QUAD):
-                        tile_add_pairs(run, i, stripes, left, i, stripes, above, depth)
+                        tile_add(run, i, stripes, left, i, stripes, above, depth)
                 for i in range(LANES):
                     for lane in range(LANES):
                         total[i, lane] += np.float64(run[i, lane])

@@ -104,11 +104,8 @@ def _pair_product(context: Any, builder: Any, width: int) -> Function:
     return emit
 
 
-def _make_tile(sign: int, *, pairs: bool = False) -> Function:
-    """Return the intrinsic that adds (sign = 1) or subtracts (sign = -1) a product.
-
-    pairs   a and b hold pairs of bfloat16 as int32, c holds float32
-    """
+def _make_tile(sign: int) -> Function:
+    """Return the intrinsic that adds (sign = 1) or subtracts (sign = -1) a product."""
 
     @intrinsic
     def tile(
@@ -126,6 +123,9 @@ def _make_tile(sign: int, *, pairs: bool = False) -> Function:
         signature = types.void(c, index, a, index, index, b, index, index)
         item = c.dtype.bitwidth // 8
         lanes = STRIPE_BYTES // item
+        pairs = isinstance(a.dtype, types.Integer)
+        if pairs and sign < 0:
+            return None  # nobody subtracts pairs
         element = ir.FloatType() if item == 4 else ir.DoubleType()
 
         def emit(context: Any, builder: Any, signature: Any, values: Any) -> Any:
@@ -218,11 +218,9 @@ def _make_tile(sign: int, *, pairs: bool = False) -> Function:
 
 # c[c_row + m, :] +-= sum over k < n of a[a_row + k, a_column + m] * b[b_row + k, :],  m < QUAD.
 # c and b [any, stripe], a [any, >= QUAD], all C-contiguous and of one dtype; c overlaps neither.
+# To add, a and b may be int32, each a pair of bfloat16 with product a0 b0 + a1 b1; c is float32.
 tile_add = _make_tile(+1)
 tile_sub = _make_tile(-1)
-
-# The same with a and b of int32, each a pair of bfloat16: c += a0 b0 + a1 b1. c is float32.
-tile_add_pairs = _make_tile(+1, pairs=True)
 
 
 @intrinsic
