@@ -1,0 +1,123 @@
+"""Every error that qframe allows, each with the theorem that allows it.
+
+The theorems (B1, B3, ...) are stated and proved in docs/bounds.md. Nothing here is a tolerance:
+a bound follows from the step of the grid, the unit roundoff of the arithmetic, the length of the
+sums, and the data. Everything is NumPy float64, so that a checker needs neither torch nor numba,
+and every bound is *a posteriori* in the stored scale: whether that scale is the right one is a
+question of its own (`scale_rule`, `coverage`), or an over-large scale would pass everything.
+
+A module for each family of theorems; `arithmetic` has the notation, and how a bound is used.
+"""
+
+from __future__ import annotations
+
+from qframe.bounds.arithmetic import (
+    CHECKER,
+    ETA,
+    UNIT,
+    Array,
+    Numbers,
+    accumulate,
+    gamma,
+    ratio,
+    worst,
+)
+from qframe.bounds.eight_bit import (
+    doubtful,
+    int8_decode,
+    int8_mixed,
+    int8_output,
+    int32_columns,
+    token_scale,
+)
+from qframe.bounds.formats import float_element, half_cell, nearest_value, representable
+from qframe.bounds.gptq import (
+    gptq_allowance,
+    gptq_certificate,
+    gptq_compensated,
+    gptq_factorization,
+    gptq_loss,
+    gptq_moved,
+    gptq_norms,
+    gptq_residual,
+)
+from qframe.bounds.kv import (
+    kv_attention,
+    kv_decode,
+    kv_element,
+    kv_logits,
+    kv_offset,
+    kv_output,
+    softmax,
+)
+from qframe.bounds.methods import half_steps, no_worse, output_bound, radius
+from qframe.bounds.rewrites import rewrite_element, rewrite_output, search_slack
+from qframe.bounds.rotations import hadamard, incoherence, rotated_product
+from qframe.bounds.rounding import (
+    coverage,
+    decode,
+    half_step,
+    ideal_scale,
+    nearest,
+    nearest_code,
+    scale_rule,
+)
+from qframe.bounds.sums import exact_sum, hessian_sum, second_moments, weight_only
+
+__all__ = [
+    "CHECKER",
+    "ETA",
+    "UNIT",
+    "Array",
+    "Numbers",
+    "accumulate",
+    "coverage",
+    "decode",
+    "doubtful",
+    "exact_sum",
+    "float_element",
+    "gamma",
+    "gptq_allowance",
+    "gptq_certificate",
+    "gptq_compensated",
+    "gptq_factorization",
+    "gptq_loss",
+    "gptq_moved",
+    "gptq_norms",
+    "gptq_residual",
+    "hadamard",
+    "half_cell",
+    "half_step",
+    "half_steps",
+    "hessian_sum",
+    "ideal_scale",
+    "incoherence",
+    "int8_decode",
+    "int8_mixed",
+    "int8_output",
+    "int32_columns",
+    "kv_attention",
+    "kv_decode",
+    "kv_element",
+    "kv_logits",
+    "kv_offset",
+    "kv_output",
+    "nearest",
+    "nearest_code",
+    "nearest_value",
+    "no_worse",
+    "output_bound",
+    "radius",
+    "ratio",
+    "representable",
+    "rewrite_element",
+    "rewrite_output",
+    "rotated_product",
+    "scale_rule",
+    "search_slack",
+    "second_moments",
+    "softmax",
+    "token_scale",
+    "weight_only",
+    "worst",
+]

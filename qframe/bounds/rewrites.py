@@ -1,0 +1,46 @@
+"""B4: outlier handlers: a rewrite keeps the function, a search does not lose to scale 1."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from qframe.bounds.arithmetic import ETA, UNIT, Array, Numbers, as_array, gamma
+
+
+def rewrite_element(weight: Numbers, input_scale: Numbers, roundings: int = 2) -> Array:
+    """B4.a: the error |W - W' / s| of a weight that was multiplied by the input scale, in float32.
+
+    weight       [rows, columns]
+    input_scale  s, [columns]
+    roundings    of W' as a multiple of W, and of s as it is returned
+    """
+    w, s = np.abs(as_array(weight)), as_array(input_scale)
+    own = gamma(2, UNIT["float64"])
+    return as_array((gamma(roundings) + own) * w + ETA["float32"] / s)
+
+
+def rewrite_output(x: Numbers, weight: Numbers, input_scale: Numbers, roundings: int = 2) -> Array:
+    """B4.a: the error |W x - W' fl(x / s)| of a token, the quotient in float32, [tokens, rows].
+
+    x            [tokens, columns]
+    weight, input_scale, roundings   as for `rewrite_element`
+    """
+    tokens, w, s = np.abs(as_array(x)), np.abs(as_array(weight)), as_array(input_scale)
+    element = rewrite_element(w, s, roundings)
+    reached = w + element
+    unit = UNIT["float32"] + gamma(2 * w.shape[1] + 4, UNIT["float64"])
+    return as_array(tokens @ (element + unit * reached).T + ETA["float32"] * (reached * s).sum(-1))
+
+
+def search_slack(weighed: Numbers, missed: Numbers, length: int, dtype: str = "float32") -> Array:
+    """B4.c: how far the computed root of an output error may lie from the root itself.
+
+    weighed   sum of v A v^T over rows, v = |W| + |Q|, A = (2/n) |X|^T |X| >= |H|
+    missed    the same for v = |W - Q|
+    length    operations behind a sum: two of as many products as columns, and one over rows
+    dtype     of those sums
+    """
+    return as_array(
+        gamma(4) * np.sqrt(as_array(weighed))
+        + np.sqrt(gamma(length, UNIT[dtype]) * as_array(missed))
+    )

@@ -1,0 +1,131 @@
+"""B1: round to nearest: codes, scales, values, and how far they reach."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from qframe.bounds.arithmetic import ETA, UNIT, Array, Numbers, as_array, gamma
+from qframe.contracts import Grid
+
+
+def half_step(
+    weight: Numbers, scale: Numbers, zero_point: Numbers, grid: Grid, roundings: int = 1
+) -> Array:
+    """B1.a: the error |w - s (c - z)| of c = clip(rint(fl(w / s)) + z, qmin, qmax), in float32.
+
+    roundings   of the quotient: 1 for a division, 2 for a multiplication with fl(1 / s)
+
+    Inside the range it is s / 2 + u |w|: the quotient is (w / s) (1 + d), rounding moves it by at
+    most 1/2, times s. Beyond the range it is the distance to the nearest end, where that is more.
+    """
+    w, s, z = (as_array(a) for a in (weight, scale, zero_point))
+    beyond = np.maximum(s * (grid.qmin - z) - w, w - s * (grid.qmax - z))
+    return as_array(np.maximum(s / 2 + gamma(roundings) * np.abs(w), beyond))
+
+
+def nearest_code(
+    weight: Numbers, scale: Numbers, zero_point: Numbers, grid: Grid, roundings: int = 1
+) -> Array:
+    """B1.b: the same error, as the distance to the nearest code plus 2 u |w|.
+
+    Complete: an encoder that keeps it is round-to-nearest, up to ties; clipping is no excuse.
+    All arguments broadcast to [rows, columns].
+    """
+    w, s, z = (as_array(a) for a in (weight, scale, zero_point))
+    codes = np.clip(np.rint(w / s) + z, grid.qmin, grid.qmax)
+    neighbours = (np.clip(codes + k, grid.qmin, grid.qmax) for k in (-1, 0, 1))
+    best = np.minimum.reduce([np.abs(w - s * (code - z)) for code in neighbours])
+    return as_array(best + 2 * gamma(roundings) * np.abs(w))
+
+
+def nearest(
+    delta: Numbers, codes: Numbers, scale: Numbers, grid: Grid, allowance: Numbers = 0.0
+) -> tuple[Array, Array]:
+    """B1.b: (each error that needs and has no excuse, what is allowed). Complete.
+
+    A code is the nearest to its weight if and only if the error is at most half a step, or the
+    code is an end of the grid and the weight lies beyond it: such an error counts as 0. This is
+    `nearest_code` without the search, for a grid of equal steps.
+
+    delta       s (c - z) - w
+    allowance   the rounding of the quotient, `roundings` u |w|
+    """
+    d, c = as_array(delta), np.asarray(codes)
+    error, allowed = np.asarray(np.abs(d)), as_array(as_array(scale) / 2 + as_array(allowance))
+    over = np.flatnonzero(error > allowed)  # few: only these need an excuse
+    if len(over):
+        beyond, code = d.reshape(-1)[over], np.broadcast_to(c, d.shape).reshape(-1)[over]
+        excused = ((code == grid.qmin) & (beyond > 0)) | ((code == grid.qmax) & (beyond < 0))
+        np.put(error, over[excused & np.isfinite(beyond)], 0)
+    return error, allowed
+
+
+def ideal_scale(lo: Numbers, hi: Numbers, grid: Grid, *, symmetric: bool) -> Array:
+    """Return the scale that spans [lo, hi] in real arithmetic, 0 for a group of zeros.
+
+    lo, hi   smallest and largest weight of each group
+    """
+    low, high = as_array(lo), as_array(hi)
+    if symmetric:
+        extent = 2 * np.maximum(np.abs(low), np.abs(high))
+    else:
+        extent = np.maximum(high, 0) - np.minimum(low, 0)
+    return as_array(extent / (grid.qmax - grid.qmin))
+
+
+def scale_rule(ideal: Numbers, scale_dtype: str) -> tuple[Array, Array]:
+    """B1.c: the interval in which the stored scale lies, (lowest, highest).
+
+    ideal   `ideal_scale` of the group, > 0
+
+    At most two float32 roundings make the scale, then storage rounds it *up*, to the next number of
+    the dtype and no further.
+    """
+    d = as_array(ideal)
+    lowest = d * (1 - gamma(2)) - ETA["float32"]
+    highest = d * (1 + gamma(2)) + ETA["float32"]
+    if scale_dtype == "float32":
+        return lowest, highest + 2 * ETA["float32"]
+    return lowest, _next_stored(highest, scale_dtype)
+
+
+_STORED = {"float16": (11, -14), "bfloat16": (8, -126)}  # significant bits, least normal exponent
+
+
+def _next_stored(x: Array, dtype: str) -> Array:
+    """Return the least numbers of a 16-bit dtype that are >= x > 0, as if it had no largest."""
+    bits, least = _STORED[dtype]
+    exponent = np.maximum(np.frexp(x)[1] - 1, least)
+    spacing = np.ldexp(1.0, exponent - (bits - 1))
+    return as_array(np.ceil(x / spacing) * spacing)
+
+
+def coverage(lo: Numbers, hi: Numbers, scale: Numbers, grid: Grid, *, symmetric: bool) -> Array:
+    """B1.f: how far a group may reach beyond [s (qmin - z), s (qmax - z)] with minmax scales.
+
+    A symmetric full grid is half a step short on the positive side; a rounded zero point shifts
+    the range by half a step. Beyond that a scale lacks no more than its two float32 roundings
+    take, because storage rounds up: levels times gamma_2 d, with d the ideal scale.
+    """
+    s, low = as_array(scale), as_array(lo)
+    levels = grid.qmax - grid.qmin
+    ideal = ideal_scale(lo, hi, grid, symmetric=symmetric)
+    lacking = gamma(3) * ideal + ETA["float32"]  # one more than 2, for the check's own rounding
+    if symmetric:
+        return as_array(s * abs(grid.qmax + grid.qmin) / 2 + lacking * levels / 2)
+    moved = gamma(2) * (np.abs(np.minimum(low, 0)) + s * abs(grid.qmin))
+    return as_array(s / 2 + lacking * levels + moved)
+
+
+def decode(scale: Numbers, steps: Numbers) -> Array:
+    """B1.d: the error of the float32 product s (c - z); zero where the product is a float32.
+
+    steps   c - z, integers
+
+    With scales of 16 bits and codes of at most 8 it always is. Otherwise it is u |s (c - z)|, or
+    eta below the normal range. The product itself is exact in float64.
+    """
+    product = as_array(scale) * as_array(steps)
+    representable = product == product.astype(np.float32)
+    rounding = np.maximum(UNIT["float32"] * np.abs(product), ETA["float32"])
+    return np.where(representable, 0, rounding)
