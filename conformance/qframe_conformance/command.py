@@ -193,8 +193,9 @@ def _show(report: Report, saved: Sequence[Path], *, brief: bool) -> None:
     """Print a report; of one that is all right, when there are many, only the last line."""
     from qframe_conformance.summary import renderable
 
-    for script in saved:
-        note(f"wrote {script}")
+    if saved:
+        more = f", the first of {len(saved)} in that folder" if len(saved) > 1 else ""
+        note(f"wrote {saved[0]}{more}")
     if not (brief and report.ok):
         stdout().print(renderable(report), crop=False)
         print_plain("")
