@@ -277,7 +277,13 @@ def test_an_interrupt_leaves_nothing(tiny_llama, tmp_path):
     command = [sys.executable, "-m", "qframe", "quantize", str(tiny_llama), "-o", str(out), *GPTQ]
     command[-1] = "128"  # long enough to be interrupted
     command += ["--num-calibration-samples", "1000"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell's background job ignores interrupts, and what it starts would, too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     while not list(tmp_path.glob(".out.*.tmp")):
         assert process.poll() is None, process.stderr.read() if process.stderr else ""
         time.sleep(0.05)
