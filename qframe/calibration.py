@@ -239,6 +239,7 @@ class Lockstep:
         self._failure: BaseException | None = None
         self._abandoned = False
         self._recording: list[tuple[str, Any]] | None = None
+        self._passes: Callable[[Stop, int, Arrival], bool] = _never
         self._handles: list[Any] = []
         self._rank: dict[Stop, int] = {}
 
@@ -251,7 +252,9 @@ class Lockstep:
                 if stop.kind == "layer":
                     self._recording.append((stop.name, layer_input(args, kwargs)))
             elif hasattr(self._here, "chunk"):
-                self._wait(stop, Arrival(args, kwargs))
+                arrival = Arrival(args, kwargs)
+                if not self._passes(stop, self._here.chunk, arrival):
+                    self._wait(stop, arrival)
 
         self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
@@ -270,14 +273,17 @@ class Lockstep:
         inputs: Sequence[tuple[Any, ...]],
         kwargs: Mapping[str, Any],
         on_stop: Callable[[Stop, Mapping[int, Arrival]], bool],
+        passes: Callable[[Stop, int, Arrival], bool] | None = None,
     ) -> None:
         """Run all inputs to the end, or until `on_stop` returns False.
 
         on_stop   called with the stop and the arrivals by input number, while they wait
+        passes    called with the stop, the input number and its arrival, on that input's thread:
+                  whether it may go on without waiting for the others; none may unless told
 
         Errors of the network are raised as ModelError, those of `on_stop` as they are.
         """
-        self._running = len(inputs)
+        self._running, self._passes = len(inputs), passes or _never
         threads = [
             threading.Thread(target=self._chunk, args=(i, x, kwargs), daemon=True)
             for i, x in enumerate(inputs)
@@ -367,6 +373,10 @@ class Lockstep:
                 self._running += 1
                 go.set()
             self._waiting.clear()
+
+
+def _never(stop: Stop, number: int, arrival: Arrival) -> bool:
+    return False
 
 
 def _join(thread: threading.Thread) -> None:

@@ -8,8 +8,8 @@ cut into pieces that do not depend on the number of threads.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,7 @@ from qframe import bounds
 from qframe.contracts import QuantizedWeight, RoundingProblem
 from qframe.errors import CertificateError
 from qframe.hessian import Feedback, Float64, damped, processing_order, second_moments
+from qframe.pieces import Piece
 from qframe.scheme import Scheme
 
 if TYPE_CHECKING:
@@ -25,8 +26,9 @@ if TYPE_CHECKING:
 
 Place = tuple[int, ...]
 
-ROWS = 128  # rows at a time in products with a matrix of all columns
-_PIECE = 1 << 16  # weights that are certified at a time: their float64 copies stay in the cache
+ROWS = 192  # rows at a time in products with a matrix of all columns
+_WEIGHTS = 1 << 16  # at a time: their float64 copies stay in the cache
+_NEAR = 1 - 2.0**-16  # of the largest upper limit: strips that are looked at right away
 
 __all__ = [
     "ROWS",
@@ -127,6 +129,39 @@ class Closest:
         return cls(ratio, place, float(errors.flat[flat]), float(limits.flat[flat]))
 
     @classmethod
+    def screened(
+        cls,
+        most: Float64,
+        judge: Callable[[npt.NDArray[np.bool_]], tuple[Float64, Float64]],
+        width: int,
+        first: int = 0,
+    ) -> Closest:
+        """Return the same as `of`, looking only at those strips of weights that may come closest.
+
+        most    [rows] or [rows, strips]: no ratio in a strip is larger
+        judge   returns (error, allowed) of the strips that a mask like `most` chooses, each
+                [chosen, width]
+        width   of a strip
+        first   the number of the first row
+        """
+
+        def look(chosen: npt.NDArray[np.bool_]) -> Closest:
+            found = cls.of(*judge(chosen))
+            if not found.place:
+                return found
+            (number, inside), per_row = found.place, most.size // len(most)
+            row, strip = divmod(int(np.flatnonzero(chosen)[number]), per_row)
+            return replace(found, place=(first + row, strip * width + inside))
+
+        if not most.size:
+            return cls()
+        chosen = ~(most <= 1)
+        chosen |= most >= _NEAR * np.where(chosen, -1, most).max()
+        found = look(chosen)
+        rivals = ~chosen & ~(most / bounds.CHECKER < found.ratio)
+        return cls.among((found, look(rivals))) if rivals.any() else found
+
+    @classmethod
     def among(cls, parts: Iterable[Closest]) -> Closest:
         """Return the first of the largest ratios."""
         return max(parts, key=lambda part: part.ratio, default=cls())
@@ -169,7 +204,11 @@ class LayerClaim(Protocol):
 
 def applicable(claims: Sequence[Any], scheme: Scheme) -> list[LayerClaim]:
     """Return the claims about layers that say something about this scheme."""
-    return [c for c in claims if isinstance(c, LayerClaim) and c.objection(scheme) is None]
+    return [c for c in claims if _about_layers(c) and c.objection(scheme) is None]
+
+
+def _about_layers(claim: Any) -> TypeGuard[LayerClaim]:
+    return all(hasattr(claim, name) for name in ("objection", "certify"))
 
 
 def check_certificates(layer: str, certificates: Sequence[Certificate]) -> None:
@@ -184,37 +223,6 @@ def check_certificates(layer: str, certificates: Sequence[Certificate]) -> None:
         )
 
 
-# The layer ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Some rows of a layer, as arrays that broadcast against one another.
-
-    first    the number of the first row
-    weight   float32; arrays are [rows, columns], or [rows, groups, columns of a group]
-    codes    int16
-    scale, zero_point   float64, of each weight
-    """
-
-    first: int
-    weight: npt.NDArray[np.float32]
-    codes: npt.NDArray[np.int16]
-    scale: Float64
-    zero_point: Float64
-
-    def delta(self) -> Float64:
-        """Return what the codes stand for minus the weight; the product is exact in float64."""
-        import torch
-
-        values = torch.from_numpy(self.codes).double()
-        if self.zero_point.any():
-            values -= torch.from_numpy(self.zero_point)
-        values *= torch.from_numpy(self.scale)
-        values -= torch.from_numpy(self.weight)
-        return values.numpy()
-
-
 @dataclass(frozen=True, slots=True)
 class Evidence:
     """A layer before and after rounding, and what can be shared with layers of the same input.
@@ -227,42 +235,34 @@ class Evidence:
     quantized: QuantizedWeight
     shared: dict[Any, Any] = field(default_factory=dict)
     threads: int = 1
+    _found: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
     def certificates(self, claims: Sequence[Any]) -> tuple[Certificate, ...]:
         """Certify every claim about layers that says something about this scheme."""
         return tuple(c.certify(self) for c in applicable(claims, self.problem.scheme))
 
-    def pieces(self) -> list[Piece]:
-        """Cut the layer into pieces of whole rows.
+    def piece(self, weight: npt.NDArray[np.float32] | None = None) -> Piece:
+        """Return the layer as one piece.
+
+        weight   what is to be compared with the codes; the problem's unless told
 
         Where groups are contiguous and as wide as one another, scales broadcast over the groups'
         columns instead of being copied for each.
         """
-        weight, codes = self.problem.weight.numpy(), self.quantized.codes.numpy()
-        rows, columns = weight.shape
+        w = self.problem.weight.numpy() if weight is None else weight
+        rows, columns = w.shape
+        codes = self.quantized.codes.numpy()
         scale = self.quantized.scale.numpy().astype(np.float64)
         zero = self.quantized.zero_point.numpy().astype(np.float64)
         index = self.quantized.group_index.numpy()
         groups = scale.shape[1]
         even = groups > 0 and columns % groups == 0
-        even = even and np.array_equal(index, np.arange(columns) // (columns // groups))
-        height = max(1, _PIECE // max(columns, 1))
-        found = []
-        for first in range(0, rows, height):
-            part = slice(first, first + height)
-            w, c = weight[part], codes[part]
-            if len(scale) == 1:
-                s, z = scale, zero
-            else:
-                s, z = scale[part], zero[part]
-            if even:
-                w = w.reshape(len(w), groups, -1)
-                c = c.reshape(w.shape)
-                s, z = s[..., None], z[..., None]
-            else:
-                s, z = s[:, index], z[:, index]
-            found.append(Piece(first, w, c, s, z))
-        return found
+        if even and np.array_equal(index, np.arange(columns) // (columns // groups)):
+            shape = (rows, groups, columns // groups)
+            return Piece(
+                0, w.reshape(shape), codes.reshape(shape), scale[..., None], zero[..., None]
+            )
+        return Piece(0, w, codes, scale[:, index], zero[:, index])
 
     def closest(self, judge: Callable[[Piece], tuple[Float64, Float64]]) -> Closest:
         """Return where the layer comes closest to a bound.
@@ -274,7 +274,30 @@ class Evidence:
         def work(piece: Piece) -> Closest:
             return Closest.of(*judge(piece), first=piece.first)
 
-        return Closest.among(parallel.spread(work, self.pieces(), self.threads))
+        return Closest.among(parallel.spread(work, self.piece().cut(), self.threads))
+
+    def change(self) -> npt.NDArray[np.float32]:
+        """Return what codes stand for minus weights, [rows, columns], rounded to float32."""
+        from qframe import parallel
+
+        if "change" not in self._found:
+            found = np.empty(self.problem.weight.shape, np.float32)
+
+            def work(piece: Piece) -> None:
+                rows = found[piece.first : piece.first + len(piece.weight)]
+                rows[:] = piece.change().reshape(rows.shape)
+
+            parallel.spread(work, self.piece().cut(), self.threads)
+            self._found["change"] = found
+        change: npt.NDArray[np.float32] = self._found["change"]
+        return change
+
+    def ranges(self) -> tuple[Float64, Float64]:
+        """Return the smallest and largest weight of each group, [rows or 1, groups]."""
+        if "ranges" not in self._found:
+            self._found["ranges"] = group_ranges(self.problem, self.quantized.group_index)
+        found: tuple[Float64, Float64] = self._found["ranges"]
+        return found
 
 
 def group_ranges(problem: RoundingProblem, group_index: torch.Tensor) -> tuple[Float64, Float64]:
@@ -323,7 +346,7 @@ def function_preserved(
     """
     scale = input_scale.numpy().astype(np.float64)
     tiny = 2 * handlers * bounds.ETA["float32"] / scale  # where W' underflowed
-    height = max(1, _PIECE // max(original.shape[1], 1))
+    height = max(1, _WEIGHTS // max(original.shape[1], 1))
     found = []
     for first in range(0, len(original), height):
         weight = original[first : first + height].numpy().astype(np.float64)

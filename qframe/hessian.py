@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 Float64 = npt.NDArray[np.float64]
 
 SECOND_MOMENTS = "hessian"  # the statistic that output errors are measured with
-_COLUMNS = 128  # of a triangular matrix at a time: zeros below them are left out
+_COLUMNS = 192  # of a triangular matrix at a time: zeros below them are left out
 
 
 def second_moments(problem: RoundingProblem) -> torch.Tensor:

@@ -26,7 +26,11 @@ class Court:
     """Hears verdicts in order; use as a context manager.
 
     threads   with 1 nothing runs beside anything: a verdict is heard when it is asked for
+
+    A verdict uses one thread: the other cores are busy.
     """
+
+    threads = 1
 
     def __init__(self, threads: int) -> None:
         self._pool = (

@@ -96,9 +96,10 @@ def linear_int8_outliers(
 
 def hadamard_matrix(size: int) -> Float64:
     """Return Sylvester's matrix of +1 and -1, [size, size]: entry ij is (-1)^popcount(i & j)."""
-    i = np.arange(size)
-    parity = [bin(n).count("1") % 2 for n in (i[:, None] & i).ravel()]
-    return 1 - 2 * np.array(parity, np.float64).reshape(size, size)
+    matrix = np.ones((1, 1))
+    while len(matrix) < size:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    return matrix
 
 
 def hadamard(x: Numbers, signs: Numbers, block: int) -> Float64:

@@ -150,7 +150,9 @@ class Solver:
         if input_scale is not None:
             inputs = inputs.scaled(input_scale)
         statistics = self._statistics(self._method.rounder.needs, group, inputs, moments)
-        errors = OutputErrors([m.value().to(torch.float32) for m in moments], threads=self.threads)
+        errors = OutputErrors(
+            [m.value().to(torch.float32) for m in moments], threads=self._court.threads
+        )
         shared_seconds = (time.perf_counter() - clock) / len(group.layers)
 
         solved: dict[str, Solved] = {}
@@ -205,7 +207,7 @@ class Solver:
                     "pack": time.perf_counter() - clock,
                 },
             )
-            evidence = Evidence(problem, stored, shared, self.threads)
+            evidence = Evidence(problem, stored, shared, self._court.threads)
             judged = _Judged(evidence, original, effective, input_scale, errors, report)
             self._court.hear(partial(self._judge, judged))
             if kept and quantized.order is not None:
@@ -229,9 +231,14 @@ class Solver:
         report.source = fingerprint(original)
         if judged.input_scale is not None:
             report.rewritten = fingerprint(problem.weight)
-        report.sqnr_db = sqnr_db(original, effective, self.threads)
+        if judged.input_scale is None:
+            change = torch.from_numpy(judged.evidence.change())
+        else:
+            change = effective - original
+        report.sqnr_db = sqnr_db(original, change, self._court.threads)
+        low, high = (torch.from_numpy(ends).float() for ends in judged.evidence.ranges())
         report.clipped = clipped_share(
-            problem.weight, judged.evidence.quantized, problem.grid, self.threads
+            problem.weight, judged.evidence.quantized, problem.grid, (low, high)
         )
         if judged.errors.moments:
             nearest = rounding.to_nearest(dataclasses.replace(problem, weight=original))

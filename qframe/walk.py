@@ -70,7 +70,7 @@ class Walk:
         self._clock = time.perf_counter()
         self._groups: dict[str, InputGroup] = {}
         self._makes: dict[tuple[Any, ...], list[tuple[str, ...]]] = {}
-        self._expected: dict[str, Mapping[int, torch.Tensor]] = {}
+        self._expected: dict[str, dict[int, torch.Tensor]] = {}
 
     def without_data(self) -> None:
         """Quantize every layer on its weights alone."""
@@ -97,7 +97,7 @@ class Walk:
                 self._enter(stop.name)
                 self._find_groups(stop.name, steps, arrivals)
             elif stop.name in self.reports:
-                self._check_shared(stop.name, arrivals)
+                self._check_shared(stop.name)
             else:
                 self._quantize_waiting(stop.name, arrivals, fitted=len(data.inputs))
             return len(self.reports) < len(self._plan.schemes)
@@ -105,7 +105,9 @@ class Walk:
         options = {"use_cache": False} if self._network.folder is not None else {}
         loaders = load_on_demand(self._network)
         try:
-            steps.run([*data.inputs, *data.held_out], accepted(module, options), on_stop)
+            steps.run(
+                [*data.inputs, *data.held_out], accepted(module, options), on_stop, self._passes
+            )
         finally:
             for handle in loaders:
                 handle.remove()
@@ -129,14 +131,14 @@ class Walk:
             self._enter(block)
         group = self._groups.get(layer) or InputGroup(layers=(self._network.layers[layer],))
         inputs = {i: layer_input(a.args, a.kwargs) for i, a in arrivals.items()}
-        self._expected = {other.name: inputs for other in group.layers if other.name != layer}
+        self._expected = {m.name: dict(inputs) for m in group.layers if m.name != layer}
         self._solve(
             group,
             GroupInputs.collect(group, inputs, fitted, self._dtype, self._solver.threads),
         )
-        for member in group.layers:
+        for member in group.layers:  # in the dtype of the products, or each chunk would cast it
             module = self._network.module.get_submodule(member.name)
-            set_weight(module, self._pending[member.name].effective)
+            set_weight(module, self._pending[member.name].effective.to(self._dtype))
 
     def _solve(self, group: InputGroup, inputs: GroupInputs) -> None:
         weights = {}
@@ -186,24 +188,31 @@ class Walk:
             for short in members:
                 self._groups[f"{prefix}{short}"] = group
 
-    def _check_shared(self, layer: str, arrivals: Mapping[int, Arrival]) -> None:
-        """Make sure that a layer quantized with its group really reads the group's input."""
-        inputs = self._expected.pop(layer, None)
-        if inputs is None:
-            event = Event(
-                kind="runs again",
-                layer=layer,
-                message="it runs more than once; it was calibrated on its first inputs",
+    def _passes(self, stop: Stop, number: int, arrival: Arrival) -> bool:
+        """Return whether a chunk may run a layer: it was quantized with its group, on this input.
+
+        Each input counts once; what runs again, or reads another input, has to stop.
+        """
+        inputs = self._expected.get(stop.name)
+        if inputs is None or layer_input(arrival.args, arrival.kwargs) is not inputs.get(number):
+            return False
+        del inputs[number]
+        return True
+
+    def _check_shared(self, layer: str) -> None:
+        """Say what is wrong with chunks that stop before a layer that is quantized already."""
+        if self._expected.get(layer):
+            raise ModelError(
+                f"layer {layer!r} shares its input with the layer before it in the first "
+                f"block of its make, but not in this one; please report this network"
             )
-            if event not in self._solver.events:
-                self._solver.events.append(event)
-            return
-        for i, arrival in arrivals.items():
-            if layer_input(arrival.args, arrival.kwargs) is not inputs.get(i):
-                raise ModelError(
-                    f"layer {layer!r} shares its input with the layer before it in the first "
-                    f"block of its make, but not in this one; please report this network"
-                )
+        event = Event(
+            kind="runs again",
+            layer=layer,
+            message="it runs more than once; it was calibrated on its first inputs",
+        )
+        if event not in self._solver.events:
+            self._solver.events.append(event)
 
     # Blocks ------------------------------------------------------------------------------------
 

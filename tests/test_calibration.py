@@ -106,6 +106,23 @@ def test_chunks_that_take_different_ways_meet_where_they_can():
     assert met == [("left", [0, 2]), ("right", [1]), ("last", [0, 1, 2])]
 
 
+def test_a_chunk_that_may_pass_does_not_wait_for_the_others():
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    met, asked = [], set()
+
+    def on_stop(stop, arrivals):
+        met.append((stop.name, sorted(arrivals)))
+        return True
+
+    def passes(stop, number, arrival):
+        asked.add((stop.name, number))
+        return stop.name == "1" and number != 2
+
+    steps_of(net, ["0", "1", "2"]).run([(torch.ones(1, 4),)] * 4, {}, on_stop, passes)
+    assert met == [("0", [0, 1, 2, 3]), ("1", [2]), ("2", [0, 1, 2, 3])]
+    assert asked == {(name, number) for name in "012" for number in range(4)}
+
+
 def test_the_pass_ends_as_soon_as_nothing_more_is_wanted():
     reached = []
     net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))

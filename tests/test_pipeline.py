@@ -461,6 +461,49 @@ class Branches(nn.Module):
         return self.used(x)
 
 
+class Sharing(nn.Module):
+    """Two layers of one input; `again` runs the second twice, `apart` gives it a copy."""
+
+    def __init__(self, *, again=False, apart=False):
+        super().__init__()
+        self.one, self.two, self.last = (nn.Linear(64, 64) for _ in range(3))
+        self.again, self.apart = again, apart
+
+    def forward(self, x):
+        y = self.one(x) + self.two(x.clone() if self.apart else x)
+        return self.last(self.two(y) if self.again else y)
+
+
+class Stack(nn.Module):
+    def __init__(self, *blocks):
+        super().__init__()
+        self.layers = nn.ModuleList(blocks)
+
+    def forward(self, x):
+        for block in self.layers:
+            x = block(x)
+        return x
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_layer_that_runs_again_is_calibrated_on_its_first_inputs_and_named(threads):
+    net = Stack(Sharing(again=True), Sharing(again=True))
+    data = CalibrationData.from_tensors(batches(1, 5, (8, 64)), batches(2, 2, (8, 64)))
+    result = qframe.quantize(net, {"method": "gptq"}, calibration=data, threads=threads)
+    again = [event.layer for event in result.report.events if event.kind == "runs again"]
+    assert again == ["layers.0.two", "layers.1.two"]
+    assert {layer.tokens for layer in result.report.layers} == {40}
+    assert {layer.input_group for layer in result.report.layers[:2]} == {"layers.0.one"}
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_block_whose_layers_read_other_inputs_than_the_first_of_its_make_is_named(threads):
+    net = Stack(Sharing(), Sharing(apart=True))
+    data = CalibrationData.from_tensors(batches(1, 5, (8, 64)))
+    with pytest.raises(ModelError, match=r"layer 'layers\.1\.two' shares its input"):
+        qframe.quantize(net, {"method": "gptq"}, calibration=data, threads=threads)
+
+
 def test_a_layer_that_no_token_reaches_falls_back_and_is_named():
     inputs = CalibrationData.from_tensors(batches(1, 2, (30, 16)))
     recipe = {"method": "gptq", "scheme": {"num_bits": 4}, "max_fallback_frac": 1}

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 import qframe
 from qframe import CalibrationData
 from qframe.manifest import packed_layers, read_manifest
+from qframe.pipeline import plan_job
 from qframe.weights import ModelFolder
 
 
@@ -34,7 +35,7 @@ def main() -> None:
     parser.add_argument("--compute-dtype", default="auto")
     arguments = parser.parse_args()
 
-    warm_up()
+    warm_up(arguments.model)
     windows = torch.from_numpy(np.load(arguments.tokens))
     options = {}
     if arguments.dampening_frac is not None:
@@ -67,8 +68,9 @@ def main() -> None:
     print(json.dumps(seconds))
 
 
-def warm_up() -> None:
-    """Load the compiled kernels, as every process does once."""
+def warm_up(model: Path) -> None:
+    """Import the network's class and load the compiled kernels, as every process does once."""
+    plan_job(model, {"method": "gptq"})
     net = torch.nn.Sequential(torch.nn.Linear(64, 64))
     data = CalibrationData.from_tensors([torch.randn(64, 64)])
     qframe.quantize(net, {"method": "gptq"}, calibration=data)

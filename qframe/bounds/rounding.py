@@ -44,15 +44,16 @@ def nearest(
     """B1.b: (each error that needs and has no excuse, what is allowed). Complete.
 
     A code is the nearest to its weight if and only if the error is at most half a step, or the
-    code is an end of the grid and the weight lies beyond it: such an error counts as 0. This is
-    `nearest_code` without the search, for a grid of equal steps.
+    code is an end of the grid and the weight lies beyond it: a larger error counts as 0 there. This
+    is `nearest_code` without the search, for a grid of equal steps.
 
     delta       s (c - z) - w
     allowance   the rounding of the quotient, `roundings` u |w|
     """
     d, c = as_array(delta), np.asarray(codes)
-    error, allowed = np.asarray(np.abs(d)), as_array(as_array(scale) / 2 + as_array(allowance))
-    over = np.flatnonzero(error > allowed)  # few: only these need an excuse
+    half = as_array(as_array(scale) / 2)
+    error, allowed = np.asarray(np.abs(d)), as_array(half + as_array(allowance))
+    over = np.flatnonzero(error > half)  # few: only these need an excuse
     if len(over):
         beyond, code = d.reshape(-1)[over], np.broadcast_to(c, d.shape).reshape(-1)[over]
         excused = ((code == grid.qmin) & (beyond > 0)) | ((code == grid.qmax) & (beyond < 0))

@@ -13,6 +13,7 @@ from qframe.certificates import ROWS, Certificate, Closest, Evidence
 from qframe.claims.nearest import unequal_steps
 from qframe.contracts import QuantizedWeight
 from qframe.hessian import Feedback, Float64, damped, processing_order, second_moments
+from qframe.pieces import Piece, most_from_nearest
 from qframe.scheme import Scheme
 
 if TYPE_CHECKING:
@@ -57,25 +58,35 @@ class Babai:
         replay = self.replay(evidence, self)
         if isinstance(replay, Certificate):
             return replay
-        grid = evidence.problem.grid
+        grid, feedback = evidence.problem.grid, replay.feedback
+        norms, diagonal = replay.as_stored(feedback.norms), replay.as_stored(feedback.diagonal)
 
-        def work(first: int) -> Closest:
-            rows = replay.rows(evidence, first)
-            allowance = bounds.gptq_allowance(
-                rows.weight,
-                rows.delta,
-                rows.residual,
-                replay.feedback.norms,
-                replay.feedback.diagonal,
-                replay.feedback.moved,
-                self.sums,
-                bounds.decode(rows.scale, rows.codes - rows.zero_point),
-            )
-            judged = bounds.nearest(rows.residual, rows.codes, rows.scale, grid, allowance)
-            return replay.as_stored(Closest.of(*judged, first))
+        def work(piece: Piece) -> Closest:
+            rows, shape = len(piece.weight), piece.weight.shape
+            delta = piece.delta().reshape(rows, piece.weight[:1].size)
+            residual = replay.residual(delta)
 
-        starts = range(0, len(replay.weight), ROWS)
-        return Closest.among(parallel.spread(work, starts, evidence.threads)).certificate(self)
+            def judge(chosen: npt.NDArray[np.bool_]) -> tuple[Float64, Float64]:
+                part = piece.strips(chosen)
+                allowance = bounds.gptq_allowance(
+                    part.weight,
+                    delta[chosen],
+                    residual[chosen],
+                    norms,
+                    diagonal,
+                    feedback.moved,
+                    self.sums,
+                    bounds.decode(part.scale, part.codes - part.zero_point),
+                )
+                return bounds.nearest(residual[chosen], part.codes, part.scale, grid, allowance)
+
+            most = most_from_nearest(residual.reshape(shape), piece.codes, piece.scale, grid)
+            if most.ndim > 1:
+                most = most.max(1, initial=0.0)
+            return Closest.screened(most, judge, delta.shape[1], piece.first)
+
+        pieces = evidence.piece(replay.weight.numpy()).cut(ROWS)
+        return Closest.among(parallel.spread(work, pieces, evidence.threads)).certificate(self)
 
     def replay(self, evidence: Evidence, claim: LayerClaim) -> Replay | Certificate:
         """Return what is needed to go through the columns once more, or what is known without.
@@ -211,9 +222,14 @@ class Replay:
         delta = scale * (codes - zero) - weight
         return Rows(weight, codes, scale, zero, delta, self.feedback.residual(delta))
 
-    def as_stored(self, closest: Closest) -> Closest:
-        """Return it with the column as it is stored."""
-        if not closest.place:
-            return closest
-        place = (closest.place[0], int(self.order[closest.place[1]]))
-        return Closest(closest.ratio, place, closest.error, closest.allowed)
+    def residual(self, delta: Float64) -> Float64:
+        """Return what codes stand for minus the compensated weights, [rows, columns] as stored.
+
+        delta   what they stand for minus the weights
+        """
+        found = self.feedback.residual(np.take(delta, self.order, axis=1))
+        return self.as_stored(found)
+
+    def as_stored(self, values: Float64) -> Float64:
+        """Return numbers in processing order as the columns are stored, along the last axis."""
+        return np.take(values, np.argsort(self.order), axis=-1)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from qframe import bounds
-from qframe.certificates import Certificate, Evidence, Piece
+from qframe.certificates import Certificate, Closest, Evidence
 from qframe.hessian import Float64
+from qframe.pieces import Piece, most_steps
 from qframe.scheme import Scheme
 
 
@@ -37,14 +39,23 @@ class HalfStep:
 
     def certify(self, evidence: Evidence) -> Certificate:
         """Compare each weight with what its code stands for."""
-        grid, gamma = evidence.problem.grid, bounds.gamma(self.roundings)
+        from qframe import parallel
 
-        def judge(piece: Piece) -> tuple[Float64, Float64]:
-            allowance = np.abs(piece.weight, dtype=np.float64)
-            allowance *= gamma
-            return bounds.nearest(piece.delta(), piece.codes, piece.scale, grid, allowance)
+        grid, gamma, layer = evidence.problem.grid, bounds.gamma(self.roundings), evidence.piece()
 
-        return evidence.closest(judge).certificate(self)
+        change, scale_dtype = evidence.change(), evidence.problem.scheme.scale_dtype
+
+        def most(piece: Piece) -> Float64:
+            rows = change[piece.first : piece.first + len(piece.weight)]
+            return most_steps(rows.reshape(piece.weight.shape), piece, grid, scale_dtype)
+
+        def judge(chosen: npt.NDArray[np.bool_]) -> tuple[Float64, Float64]:
+            part = layer.strips(chosen)
+            allowance = gamma * np.abs(part.weight, dtype=np.float64)
+            return bounds.nearest(part.delta(), part.codes, part.scale, grid, allowance)
+
+        found = parallel.spread(most, layer.cut(), evidence.threads)
+        return Closest.screened(np.concatenate(found), judge, layer.width).certificate(self)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from qframe import bounds
-from qframe.certificates import Certificate, Closest, Evidence, group_ranges
+from qframe.certificates import Certificate, Closest, Evidence
 from qframe.claims.nearest import unequal_steps
 from qframe.contracts import Grid
 from qframe.hessian import Float64
@@ -35,8 +35,9 @@ def against_rule(
     ideal          of what is known of the group; 0 for a group of zeros, whose scale is 1
     narrow, wide   the least and the largest ideal scale that the group may have in truth
     """
-    lowest, _ = bounds.scale_rule(narrow, scheme.scale_dtype)
-    _, highest = bounds.scale_rule(wide, scheme.scale_dtype)
+    lowest, highest = bounds.scale_rule(narrow, scheme.scale_dtype)
+    if wide is not narrow:
+        _, highest = bounds.scale_rule(wide, scheme.scale_dtype)
     if scheme.observer == "mse":
         lowest = np.zeros_like(lowest)
     error = np.abs(scale - ideal)
@@ -75,7 +76,7 @@ class SchemeScale:
     def certify(self, evidence: Evidence) -> Certificate:
         """Compare every scale with the smallest and largest weight of its group."""
         problem = evidence.problem
-        lo, hi = group_ranges(problem, evidence.quantized.group_index)
+        lo, hi = evidence.ranges()
         ideal = bounds.ideal_scale(lo, hi, problem.grid, symmetric=problem.scheme.symmetric)
         scale = evidence.quantized.scale.numpy().astype(np.float64)
         judged = against_rule(scale, ideal, ideal, ideal, problem.scheme)
@@ -104,7 +105,7 @@ class Covers:
     def certify(self, evidence: Evidence) -> Certificate:
         """Compare the ends of every group with the ends of its codes."""
         problem, grid = evidence.problem, evidence.problem.grid
-        lo, hi = group_ranges(problem, evidence.quantized.group_index)
+        lo, hi = evidence.ranges()
         scale = evidence.quantized.scale.numpy().astype(np.float64)
         zero = evidence.quantized.zero_point.numpy().astype(np.float64)
         allowed = bounds.coverage(lo, hi, scale, grid, symmetric=problem.scheme.symmetric)

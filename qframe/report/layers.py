@@ -15,6 +15,8 @@ from qframe.certificates import Certificate
 from qframe.contracts import Event
 
 SCHEMA_VERSION = 2
+_ELSEWHERE = frozenset({"source", "rewritten", "input_group", "certificates"})
+"""Fields that are not figures: they are recorded apart, or for verifying alone."""
 
 
 @dataclass(kw_only=True)
@@ -69,15 +71,17 @@ class LayerReport:
 
     def record(self, *, timings: bool) -> dict[str, Any]:
         """Return the report as plain values; without timings it is the same for every run."""
-        values = dataclasses.asdict(self)
-        for key in ("source", "rewritten", "input_group"):  # for `qframe verify`: the manifest's
-            del values[key]
+        values = self.line(timings=timings)
         values["certificates"] = [certificate.record() for certificate in self.certificates]
-        values["gain"], values["held_out_gain"] = self.gain, self.held_out_gain
-        if not timings:
-            del values["seconds"]
         finite: dict[str, Any] = words_for_infinities(values)
         return finite
+
+    def line(self, *, timings: bool) -> dict[str, Any]:
+        """Return the same without its certificates."""
+        left = _ELSEWHERE if timings else {*_ELSEWHERE, "seconds"}
+        names = [each.name for each in dataclasses.fields(self) if each.name not in left]
+        values = {name: getattr(self, name) for name in names}
+        return {**values, "gain": self.gain, "held_out_gain": self.held_out_gain}
 
 
 @dataclass(kw_only=True)
@@ -140,10 +144,8 @@ class RunReport:
         """Return one line per layer."""
         rows = []
         for layer in self.layers:
-            record = layer.record(timings=timings)
-            info = record.pop("info")
-            stages = record.pop("seconds", {})
-            del record["certificates"]
+            record = words_for_infinities(layer.line(timings=timings))
+            info, stages = record.pop("info"), record.pop("seconds", {})
             fallback = next((e.message for e in self.fallbacks() if e.layer == layer.name), "")
             rows.append(
                 {

@@ -68,14 +68,16 @@ def _upper_products(rows: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
     return found
 
 
-def sqnr_db(original: torch.Tensor, effective: torch.Tensor, threads: int = 1) -> float:
-    """Return 10 log10(||W||^2 / ||W - Q||^2), inf for an exact copy."""
+def sqnr_db(weight: torch.Tensor, change: torch.Tensor, threads: int = 1) -> float:
+    """Return 10 log10(||W||^2 / ||Q - W||^2), inf for an exact copy.
+
+    change   Q - W
+    """
 
     def squares(rows: slice) -> tuple[float, float]:
-        weight = original[rows]
-        return _total(weight.square()), _total((weight - effective[rows]).square())
+        return _total(weight[rows].square()), _total(change[rows].square())
 
-    sums = parallel.spread(squares, _row_pieces(len(original)), threads)
+    sums = parallel.spread(squares, _row_pieces(len(weight)), threads)
     signal, noise = (sum(part) for part in zip((0.0, 0.0), *sums, strict=True))
     if noise == 0:
         return math.inf
@@ -83,21 +85,31 @@ def sqnr_db(original: torch.Tensor, effective: torch.Tensor, threads: int = 1) -
 
 
 def clipped_share(
-    weight: torch.Tensor, quantized: QuantizedWeight, grid: Grid, threads: int = 1
+    weight: torch.Tensor,
+    quantized: QuantizedWeight,
+    grid: Grid,
+    ranges: tuple[torch.Tensor, torch.Tensor],
 ) -> float:
-    """Return the share of weights more than half a step outside the range of the codes."""
-    index = quantized.group_index
+    """Return the share of weights more than half a step outside the range of the codes.
 
-    def clipped(rows: slice) -> int:
-        part = weight[rows]
-        own = slice(None) if len(quantized.scale) == 1 else rows
-        scale = rounding.expand(quantized.scale[own], index, len(part))
-        zero = rounding.expand(quantized.zero_point[own], index, len(part))
+    ranges   smallest and largest weight of each group, [rows or 1, groups] float32. Rounding is
+             monotone, so where both are inside, so is the whole group.
+    """
+
+    def outside(part: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
         place = part / scale + zero
-        return int(((place > grid.qmax + 0.5) | (place < grid.qmin - 0.5)).sum())
+        return (place > grid.qmax + 0.5) | (place < grid.qmin - 0.5)
 
-    counts = parallel.spread(clipped, _row_pieces(len(weight)), threads)
-    return sum(counts) / weight.numel() if weight.numel() else 0.0
+    if not weight.numel():
+        return 0.0
+    index, own = quantized.group_index, (quantized.scale, quantized.zero_point)
+    reaching = (outside(ranges[0], *own) | outside(ranges[1], *own)).any(1).expand(len(weight))
+    clipped = 0
+    for rows in torch.nonzero(reaching)[:, 0].split(ROWS_AT_ONCE):
+        scale, zero = (each.expand(len(weight), -1)[rows] for each in own)
+        values = (rounding.expand(each, index, len(rows)) for each in (scale, zero))
+        clipped += int(outside(weight[rows], *values).sum())
+    return clipped / weight.numel()
 
 
 def _row_pieces(rows: int) -> list[slice]:

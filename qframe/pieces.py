@@ -1,0 +1,157 @@
+"""A layer in pieces of whole rows, and which of its weights need a closer look.
+
+Certificates compare every weight with what its code stands for. Most are far from what is allowed;
+`most_steps` and `most_from_nearest` tell cheaply how close a group of weights can come at most, so
+that the exact bound is worked out only for the few groups that may come closest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qframe import bounds
+from qframe.contracts import Grid
+from qframe.hessian import Float64
+
+_PIECE = 1 << 17  # weights at a time: what is made of them stays in the cache
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Some rows of a layer, as arrays that broadcast against one another.
+
+    first    the number of the first row
+    weight   float32; arrays are [rows, columns], or [rows, groups, columns of a group]
+    codes    int16
+    scale, zero_point   float64, of each weight
+    """
+
+    first: int
+    weight: npt.NDArray[np.float32]
+    codes: npt.NDArray[np.int16]
+    scale: Float64
+    zero_point: Float64
+
+    @property
+    def width(self) -> int:
+        """How many weights a strip has: a group of a row, or a row."""
+        return int(self.weight.shape[-1])
+
+    def cut(self, height: int | None = None) -> list[Piece]:
+        """Cut it into pieces of so many rows, or of so many that the cache holds them."""
+        rows = len(self.weight)
+        height = height or max(1, _PIECE // max(self.weight[:1].size, 1))
+        common = len(self.scale) != rows  # one scale for all rows
+        found = []
+        for first in range(0, max(rows, 1), height):
+            part = slice(first, first + height)
+            own = slice(None) if common else part
+            weight, codes = self.weight[part], self.codes[part]
+            found.append(
+                Piece(self.first + first, weight, codes, self.scale[own], self.zero_point[own])
+            )
+        return found
+
+    def delta(self) -> Float64:
+        """Return what the codes stand for minus the weight; the product is exact in float64."""
+        import torch
+
+        values = torch.from_numpy(self.codes).double()
+        if self.zero_point.any():
+            values -= torch.from_numpy(self.zero_point)
+        values *= torch.from_numpy(self.scale)
+        found = values.numpy()
+        found -= self.weight
+        return found
+
+    def change(self) -> npt.NDArray[np.float32]:
+        """Return the same in float32, which is twice as fast and rounds."""
+        import torch
+
+        values = torch.from_numpy(self.codes).float()
+        if self.zero_point.any():
+            values -= torch.from_numpy(self.zero_point).float()
+        values *= torch.from_numpy(self.scale).float()
+        values -= torch.from_numpy(self.weight)
+        found: npt.NDArray[np.float32] = values.numpy()
+        return found
+
+    def strips(self, chosen: npt.NDArray[np.bool_]) -> Piece:
+        """Return some rows, or groups of rows, as rows of their own.
+
+        chosen   [rows], or like the arrays but for the columns
+        """
+        shape, places = self.weight.shape, np.flatnonzero(chosen)
+        wide = shape if chosen.ndim == 1 else (*shape[:-1], self.scale.shape[-1])
+
+        def pick(values: npt.NDArray[Any], shape: tuple[int, ...]) -> npt.NDArray[Any]:
+            return np.broadcast_to(values, shape).reshape(chosen.size, -1)[places]
+
+        return Piece(
+            self.first,
+            pick(self.weight, shape),
+            pick(self.codes, shape),
+            pick(self.scale, wide),
+            pick(self.zero_point, wide),
+        )
+
+
+def most_steps(
+    change: npt.NDArray[np.float32], piece: Piece, grid: Grid, scale_dtype: str
+) -> Float64:
+    """Return for every strip of weights what no ratio of `bounds.nearest` in it exceeds, [...].
+
+    change   `Piece.change`: differences are rounded once. So are the values of codes, less than
+             qmax - qmin steps, where scales have more than 16 bits (B1.d).
+    """
+    unit = bounds.UNIT["float32"]
+    most = _half_steps(change, piece.scale)
+    over = ~(most <= 1)  # perhaps the range of the codes excuses it
+    most *= 1 + 4 * unit
+    if scale_dtype == "float32":
+        most += 4 * unit * (grid.qmax - grid.qmin)
+    if over.any():
+        part = piece.strips(over)
+        most[over] = _unexcused(part.delta(), part.codes, part.scale, grid)
+    return most
+
+
+def most_from_nearest(
+    delta: Float64, codes: npt.NDArray[np.int16], scale: Float64, grid: Grid
+) -> Float64:
+    """Return the same for other differences than those from the weights, [...].
+
+    delta, codes   [..., width]
+    scale          [..., 1 or width]
+    """
+    most = _half_steps(delta, scale)
+    over = ~(most <= 1)
+    if over.any():
+        own = np.broadcast_to(scale, (*most.shape, scale.shape[-1]))[over]
+        most[over] = _unexcused(delta[over], codes[over], own, grid)
+    return most
+
+
+def _half_steps(delta: npt.NDArray[Any], scale: Float64) -> Float64:
+    """Return for every strip the largest |delta| in half steps, [...]."""
+    import torch
+
+    if not delta.size:
+        return np.zeros(delta.shape[:-1])
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        if scale.shape[-1] > 1:
+            return torch.from_numpy(np.abs(delta) / (scale / 2)).amax(-1).double().numpy()
+        numbers = torch.from_numpy(delta)
+        largest = torch.maximum(numbers.amax(-1), -numbers.amin(-1)).double().numpy()
+        return np.asarray(largest / (scale[..., 0] / 2))
+
+
+def _unexcused(delta: Float64, codes: npt.NDArray[np.int16], scale: Float64, grid: Grid) -> Float64:
+    """Return the largest ratio of each strip when half a step is allowed, but for the ends."""
+    error, allowed = bounds.nearest(delta, codes, scale, grid)
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        return np.asarray((error / allowed).max(-1))

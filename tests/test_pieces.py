@@ -1,0 +1,134 @@
+"""Looking closely at few weights finds the same as looking closely at all of them."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qframe import Grid, Scheme, bounds, rounding
+from qframe.certificates import Closest, Evidence
+from qframe.claims import Babai, HalfStep
+from qframe.contracts import RoundingProblem
+from qframe.pieces import Piece
+from qframe.report.measure import clipped_share
+from qframe_plugins.rounders.gptq import GPTQ
+
+ROWS = (
+    lambda rng, n: rng.standard_normal(n),
+    lambda rng, n: np.zeros(n),
+    lambda rng, n: np.full(n, 0.3),
+    lambda rng, n: rng.integers(-15, 16, n) / 2,  # ties
+    lambda rng, n: rng.standard_normal(n) * 1e-42,
+    lambda rng, n: np.where(np.arange(n) == n // 2, 3e4, rng.standard_normal(n)),
+)
+
+
+@st.composite
+def layers(draw, min_columns=1):
+    """A layer and codes for it: the nearest, but for some that are wrong."""
+    columns, rows = draw(st.integers(min_columns, 70)), draw(st.integers(1, 40))
+    symmetric = draw(st.booleans())
+    bits = draw(st.sampled_from([2, 4, 8]))
+    scheme = Scheme(
+        num_bits=bits,
+        group_size=draw(st.sampled_from([1, 7, 16, 64])),
+        symmetric=symmetric,
+        observer=draw(st.sampled_from(["minmax", "mse"])),
+        scale_dtype=draw(st.sampled_from(["float16", "bfloat16", "float32"])),
+    )
+    rng = np.random.default_rng(draw(st.integers(0, 99)))
+    kinds = [ROWS[k] for k in draw(st.lists(st.integers(0, 5), min_size=rows, max_size=rows))]
+    weight = torch.from_numpy(np.float32(np.stack([kind(rng, columns) for kind in kinds])))
+    half = 1 << (bits - 1)
+    grid = Grid(-half, half - 1) if symmetric else Grid(0, 2 * half - 1)
+    problem = RoundingProblem(name="layer", weight=weight, scheme=scheme, grid=grid)
+    made = rounding.to_nearest(problem)
+    wrong = rng.random(weight.shape) < draw(st.sampled_from([0, 0, 0.01, 0.5]))
+    other = torch.from_numpy(rng.integers(grid.qmin, grid.qmax + 1, weight.shape))
+    codes = torch.where(torch.from_numpy(wrong), other.to(torch.int16), made.codes)
+    return problem, replace(made, codes=codes)
+
+
+def cut_into(height, monkeypatch):
+    whole = Piece.cut
+    monkeypatch.setattr(Piece, "cut", lambda piece, _=None: whole(piece, height))
+
+
+@pytest.mark.parametrize("height", [1, 5, 64])
+@given(layer=layers())
+def test_the_half_step_certificate_is_that_of_all_weights(layer, height):
+    problem, made = layer
+    evidence = Evidence(problem, made)
+    piece, grid = evidence.piece(), problem.grid
+    allowance = bounds.gamma(1) * np.abs(piece.weight, dtype=np.float64)
+    judged = bounds.nearest(piece.delta(), piece.codes, piece.scale, grid, allowance)
+    error, allowed = (np.broadcast_to(each, piece.weight.shape) for each in judged)
+    shape = problem.weight.shape
+    with pytest.MonkeyPatch.context() as patch:
+        cut_into(height, patch)
+        found = HalfStep().certify(evidence)
+    assert found == Closest.of(error.reshape(shape), allowed.reshape(shape)).certificate(HalfStep())
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+@given(layer=layers(min_columns=4), seed=st.integers(0, 99))
+def test_the_gptq_certificate_is_that_of_all_weights(layer, seed, bits):
+    drawn, _ = layer
+    x = torch.from_numpy(np.random.default_rng(seed).standard_normal((99, drawn.weight.shape[1])))
+    problem = replace(drawn, statistics={"hessian": 2 / 99 * x.T @ x}, tokens=99)
+    made = GPTQ().round(problem, np.random.default_rng(0))
+    codes = made.codes.clone()
+    codes[seed % len(codes), seed % codes.shape[1]] = seed % problem.grid.qmax
+    claim: Babai = GPTQ().claims[0]
+    for evidence in (Evidence(problem, made), Evidence(problem, replace(made, codes=codes))):
+        replay = claim.replay(evidence, claim)
+        rows = replay.rows(evidence, 0)
+        feedback = replay.feedback
+        allowance = bounds.gptq_allowance(
+            rows.weight,
+            rows.delta,
+            rows.residual,
+            feedback.norms,
+            feedback.diagonal,
+            feedback.moved,
+            claim.sums,
+            bounds.decode(rows.scale, rows.codes - rows.zero_point),
+        )
+        error, allowed = bounds.nearest(
+            rows.residual, rows.codes, rows.scale, problem.grid, allowance
+        )
+        found, back = claim.certify(evidence), np.argsort(replay.order)
+        wanted = Closest.of(error[:, back], allowed[:, back])
+        assert found.holds == (wanted.ratio <= 1)
+        # Sums over a row are made in another order; both are within their own rounding.
+        assert bounds.ratio(found.ratio - wanted.ratio, wanted.ratio * (bounds.CHECKER - 1)) <= 1
+
+
+@given(layer=layers())
+def test_the_share_of_clipped_weights_is_counted_over_all(layer):
+    problem, made = layer
+    scale, zero = (
+        rounding.expand(each, made.group_index, len(problem.weight))
+        for each in (made.scale, made.zero_point)
+    )
+    place = problem.weight / scale + zero
+    outside = (place > problem.grid.qmax + 0.5) | (place < problem.grid.qmin - 0.5)
+    low, high = (torch.from_numpy(ends).float() for ends in Evidence(problem, made).ranges())
+    found = clipped_share(problem.weight, made, problem.grid, (low, high))
+    assert found == int(outside.sum()) / outside.numel()
+
+
+def test_what_is_not_finite_is_found_wherever_it_is():
+    weight = torch.randn(9, 32, generator=torch.Generator().manual_seed(0))
+    scheme, grid = Scheme(num_bits=4, group_size=16), Grid(-8, 7)
+    made = rounding.to_nearest(
+        RoundingProblem(name="layer", weight=weight, scheme=scheme, grid=grid)
+    )
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        weight[7, 21] = bad
+        problem = RoundingProblem(name="layer", weight=weight, scheme=scheme, grid=grid)
+        found = HalfStep().certify(Evidence(problem, made))
+        assert (found.ratio, found.place) == (float("inf"), (7, 21))
