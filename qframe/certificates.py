@@ -159,7 +159,9 @@ class Closest:
         chosen |= most >= _NEAR * np.where(chosen, -1, most).max()
         found = look(chosen)
         rivals = ~chosen & ~(most / bounds.CHECKER < found.ratio)
-        return cls.among((found, look(rivals))) if rivals.any() else found
+        if not rivals.any():
+            return found
+        return cls.among(sorted((found, look(rivals)), key=lambda closest: closest.place))
 
     @classmethod
     def among(cls, parts: Iterable[Closest]) -> Closest:

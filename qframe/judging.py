@@ -27,10 +27,8 @@ class Court:
 
     threads   with 1 nothing runs beside anything: a verdict is heard when it is asked for
 
-    A verdict uses one thread: the other cores are busy.
+    A verdict should use no other threads: the other cores are busy.
     """
-
-    threads = 1
 
     def __init__(self, threads: int) -> None:
         self._pool = (

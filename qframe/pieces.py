@@ -1,8 +1,8 @@
 """A layer in pieces of whole rows, and which of its weights need a closer look.
 
 Certificates compare every weight with what its code stands for. Most are far from what is allowed;
-`most_steps` and `most_from_nearest` tell cheaply how close a group of weights can come at most, so
-that the exact bound is worked out only for the few groups that may come closest.
+`highest_ratios` and `highest_ratios_float32` tell cheaply how close a group of weights can come at
+most, so that the exact bound is worked out only for the few groups that may come closest.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class Piece:
         )
 
 
-def most_steps(
+def highest_ratios_float32(
     change: npt.NDArray[np.float32], piece: Piece, grid: Grid, scale_dtype: str
 ) -> Float64:
     """Return for every strip of weights what no ratio of `bounds.nearest` in it exceeds, [...].
@@ -120,7 +120,7 @@ def most_steps(
     return most
 
 
-def most_from_nearest(
+def highest_ratios(
     delta: Float64, codes: npt.NDArray[np.int16], scale: Float64, grid: Grid
 ) -> Float64:
     """Return the same for other differences than those from the weights, [...].

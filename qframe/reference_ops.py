@@ -95,7 +95,10 @@ def linear_int8_outliers(
 
 
 def hadamard_matrix(size: int) -> Float64:
-    """Return Sylvester's matrix of +1 and -1, [size, size]: entry ij is (-1)^popcount(i & j)."""
+    """Return Sylvester's matrix of +1 and -1: entry ij is (-1)^popcount(i & j).
+
+    size   a power of two
+    """
     matrix = np.ones((1, 1))
     while len(matrix) < size:
         matrix = np.block([[matrix, matrix], [matrix, -matrix]])

@@ -150,9 +150,7 @@ class Solver:
         if input_scale is not None:
             inputs = inputs.scaled(input_scale)
         statistics = self._statistics(self._method.rounder.needs, group, inputs, moments)
-        errors = OutputErrors(
-            [m.value().to(torch.float32) for m in moments], threads=self._court.threads
-        )
+        errors = OutputErrors([m.value().to(torch.float32) for m in moments])
         shared_seconds = (time.perf_counter() - clock) / len(group.layers)
 
         solved: dict[str, Solved] = {}
@@ -207,7 +205,7 @@ class Solver:
                     "pack": time.perf_counter() - clock,
                 },
             )
-            evidence = Evidence(problem, stored, shared, self._court.threads)
+            evidence = Evidence(problem, stored, shared)
             judged = _Judged(evidence, original, effective, input_scale, errors, report)
             self._court.hear(partial(self._judge, judged))
             if kept and quantized.order is not None:
@@ -235,7 +233,7 @@ class Solver:
             change = torch.from_numpy(judged.evidence.change())
         else:
             change = effective - original
-        report.sqnr_db = sqnr_db(original, change, self._court.threads)
+        report.sqnr_db = sqnr_db(original, change)
         low, high = (torch.from_numpy(ends).float() for ends in judged.evidence.ranges())
         report.clipped = clipped_share(
             problem.weight, judged.evidence.quantized, problem.grid, (low, high)

@@ -97,7 +97,7 @@ class Walk:
                 self._enter(stop.name)
                 self._find_groups(stop.name, steps, arrivals)
             elif stop.name in self.reports:
-                self._check_shared(stop.name)
+                self._check_shared(stop.name, arrivals)
             else:
                 self._quantize_waiting(stop.name, arrivals, fitted=len(data.inputs))
             return len(self.reports) < len(self._plan.schemes)
@@ -136,9 +136,9 @@ class Walk:
             group,
             GroupInputs.collect(group, inputs, fitted, self._dtype, self._solver.threads),
         )
-        for member in group.layers:  # in the dtype of the products, or each chunk would cast it
+        for member in group.layers:
             module = self._network.module.get_submodule(member.name)
-            set_weight(module, self._pending[member.name].effective.to(self._dtype))
+            set_weight(module, self._pending[member.name].effective)
 
     def _solve(self, group: InputGroup, inputs: GroupInputs) -> None:
         weights = {}
@@ -199,9 +199,12 @@ class Walk:
         del inputs[number]
         return True
 
-    def _check_shared(self, layer: str) -> None:
-        """Say what is wrong with chunks that stop before a layer that is quantized already."""
-        if self._expected.get(layer):
+    def _check_shared(self, layer: str, arrivals: Mapping[int, Arrival]) -> None:
+        """Say what is wrong with chunks that stop before a layer that is quantized already.
+
+        Those that come for the first time read another input; the others come again.
+        """
+        if arrivals.keys() & self._expected.get(layer, {}).keys():
             raise ModelError(
                 f"layer {layer!r} shares its input with the layer before it in the first "
                 f"block of its make, but not in this one; please report this network"

@@ -5,14 +5,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from qframe import Grid, Scheme, bounds, rounding
 from qframe.certificates import Closest, Evidence
 from qframe.claims import Babai, HalfStep
 from qframe.contracts import RoundingProblem
-from qframe.pieces import Piece
+from qframe.pieces import Piece, highest_ratios, highest_ratios_float32
 from qframe.report.measure import clipped_share
 from qframe_plugins.rounders.gptq import GPTQ
 
@@ -32,9 +32,11 @@ def layers(draw, min_columns=1):
     columns, rows = draw(st.integers(min_columns, 70)), draw(st.integers(1, 40))
     symmetric = draw(st.booleans())
     bits = draw(st.sampled_from([2, 4, 8]))
+    strategy = draw(st.sampled_from(["group", "group", "channel", "tensor"]))
     scheme = Scheme(
         num_bits=bits,
-        group_size=draw(st.sampled_from([1, 7, 16, 64])),
+        strategy=strategy,
+        group_size=draw(st.sampled_from([1, 7, 16, 64])) if strategy == "group" else None,
         symmetric=symmetric,
         observer=draw(st.sampled_from(["minmax", "mse"])),
         scale_dtype=draw(st.sampled_from(["float16", "bfloat16", "float32"])),
@@ -105,6 +107,54 @@ def test_the_gptq_certificate_is_that_of_all_weights(layer, seed, bits):
         assert found.holds == (wanted.ratio <= 1)
         # Sums over a row are made in another order; both are within their own rounding.
         assert bounds.ratio(found.ratio - wanted.ratio, wanted.ratio * (bounds.CHECKER - 1)) <= 1
+
+
+@given(layer=layers())
+def test_no_ratio_of_a_strip_is_higher_than_float32_says(layer):
+    problem, made = layer
+    piece, grid = Evidence(problem, made).piece(), problem.grid
+    error, allowed = bounds.nearest(piece.delta(), piece.codes, piece.scale, grid)
+    highest = highest_ratios_float32(piece.change(), piece, grid, problem.scheme.scale_dtype)
+    assert (error <= allowed * highest[..., None] * bounds.CHECKER).all()
+    exact = highest_ratios(piece.delta(), piece.codes, piece.scale, grid)
+    assert np.array_equal(exact, (error / allowed).max(-1))
+
+
+@pytest.mark.parametrize("below", [0.0, 2.0**-26, 2.0**-25])
+def test_a_difference_that_float32_rounds_down_to_half_a_step_is_more(below):
+    weight = torch.full((1, 4), 0.5 - below)
+    problem = RoundingProblem(
+        name="layer", weight=weight, scheme=Scheme(group_size=4), grid=Grid(-8, 7)
+    )
+    made = replace(
+        rounding.to_nearest(problem),
+        codes=torch.ones(1, 4, dtype=torch.int16),
+        scale=torch.ones(1, 1),
+    )
+    piece = Evidence(problem, made).piece()
+    highest = highest_ratios_float32(piece.change(), piece, problem.grid, "float16")
+    assert (2 * np.abs(piece.delta()).max() <= highest).all()
+
+
+QUARTERS = st.integers(0, 8).map(lambda quarters: quarters / 4)
+
+
+@given(
+    error=st.lists(st.lists(QUARTERS, min_size=6, max_size=6), min_size=1, max_size=5),
+    spare=st.lists(st.sampled_from([0, 0, 1, 3]), min_size=30, max_size=30),
+    per_row=st.sampled_from([1, 2, 3, 6]),
+)
+@example(error=[[0.5, 1, 0, 0, 0, 0]], spare=[0, 1] * 15, per_row=6)
+def test_the_first_of_equally_close_weights_is_found_in_whatever_strip(error, spare, per_row):
+    errors = np.array(error)
+    allowed = 1.0 + np.array(spare[: errors.size]).reshape(errors.shape)
+    strips = (len(errors), per_row, 6 // per_row)
+    most = errors.reshape(strips).max(-1)
+
+    def judge(chosen):
+        return errors.reshape(strips)[chosen], allowed.reshape(strips)[chosen]
+
+    assert Closest.screened(most, judge, strips[-1]) == Closest.of(errors, allowed)
 
 
 @given(layer=layers())

@@ -496,6 +496,27 @@ def test_a_layer_that_runs_again_is_calibrated_on_its_first_inputs_and_named(thr
     assert {layer.input_group for layer in result.report.layers[:2]} == {"layers.0.one"}
 
 
+class Optional(Sharing):
+    """Some inputs leave the second layer out, and all others run it twice."""
+
+    def forward(self, x):
+        y = self.one(x)
+        return self.last(self.two(y + self.two(x)) if x[0, 0, 0] > 0 else y)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_layer_that_only_some_inputs_run_may_run_again(threads):
+    inputs = batches(1, 5, (1, 8, 64))
+    for number, x in enumerate(inputs):
+        x[0, 0, 0] = 1.0 if number % 2 == 0 else -1.0
+    data = CalibrationData.from_tensors(inputs)
+    report = qframe.quantize(
+        Stack(Optional()), {"method": "gptq"}, calibration=data, threads=threads
+    ).report
+    again = [event.layer for event in report.events if event.kind == "runs again"]
+    assert again == ["layers.0.two"]
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_block_whose_layers_read_other_inputs_than_the_first_of_its_make_is_named(threads):
     net = Stack(Sharing(), Sharing(apart=True))

@@ -13,7 +13,7 @@ from qframe.certificates import ROWS, Certificate, Closest, Evidence
 from qframe.claims.nearest import unequal_steps
 from qframe.contracts import QuantizedWeight
 from qframe.hessian import Feedback, Float64, damped, processing_order, second_moments
-from qframe.pieces import Piece, most_from_nearest
+from qframe.pieces import Piece, highest_ratios
 from qframe.scheme import Scheme
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class Babai:
                 )
                 return bounds.nearest(residual[chosen], part.codes, part.scale, grid, allowance)
 
-            most = most_from_nearest(residual.reshape(shape), piece.codes, piece.scale, grid)
+            most = highest_ratios(residual.reshape(shape), piece.codes, piece.scale, grid)
             if most.ndim > 1:
                 most = most.max(1, initial=0.0)
             return Closest.screened(most, judge, delta.shape[1], piece.first)

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from qframe import bounds
 from qframe.certificates import Certificate, Closest, Evidence
 from qframe.hessian import Float64
-from qframe.pieces import Piece, most_steps
+from qframe.pieces import Piece, highest_ratios_float32
 from qframe.scheme import Scheme
 
 
@@ -47,7 +47,9 @@ class HalfStep:
 
         def most(piece: Piece) -> Float64:
             rows = change[piece.first : piece.first + len(piece.weight)]
-            return most_steps(rows.reshape(piece.weight.shape), piece, grid, scale_dtype)
+            return highest_ratios_float32(
+                rows.reshape(piece.weight.shape), piece, grid, scale_dtype
+            )
 
         def judge(chosen: npt.NDArray[np.bool_]) -> tuple[Float64, Float64]:
             part = layer.strips(chosen)

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import torch
 
-from qframe import parallel, rounding
+from qframe import rounding
 from qframe.contracts import Grid, QuantizedWeight
 
 COLUMNS_AT_ONCE = 192  # of a matrix of second moments
-ROWS_AT_ONCE = 256  # of a weight, in products whose bits must not depend on the thread count
+ROWS_AT_ONCE = 256  # of a weight: what is made of them stays in the cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,6 @@ class OutputErrors:
     """
 
     moments: Sequence[torch.Tensor]
-    threads: int
 
     def relative(
         self, original: torch.Tensor, quantized: Sequence[torch.Tensor]
@@ -40,16 +39,12 @@ class OutputErrors:
         return found
 
     def _energy(self, delta: torch.Tensor, moment: torch.Tensor) -> float:
-        """Return tr(delta M delta^T), summed over fixed pieces of rows.
+        """Return tr(delta M delta^T).
 
         M is symmetric, so its upper triangle will do, which is half of the work.
         """
-        sums = parallel.spread(
-            lambda rows: _total(_upper_products(rows, moment).mul_(rows)),
-            delta.split(ROWS_AT_ONCE),
-            self.threads,
-        )
-        return max(sum(sums), 0.0)
+        pieces = delta.split(ROWS_AT_ONCE)
+        return max(sum(_total(_upper_products(rows, moment).mul_(rows)) for rows in pieces), 0.0)
 
 
 def _upper_products(rows: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
@@ -68,17 +63,15 @@ def _upper_products(rows: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
     return found
 
 
-def sqnr_db(weight: torch.Tensor, change: torch.Tensor, threads: int = 1) -> float:
+def sqnr_db(weight: torch.Tensor, change: torch.Tensor) -> float:
     """Return 10 log10(||W||^2 / ||Q - W||^2), inf for an exact copy.
 
     change   Q - W
     """
-
-    def squares(rows: slice) -> tuple[float, float]:
-        return _total(weight[rows].square()), _total(change[rows].square())
-
-    sums = parallel.spread(squares, _row_pieces(len(weight)), threads)
-    signal, noise = (sum(part) for part in zip((0.0, 0.0), *sums, strict=True))
+    signal, noise = (
+        sum(_total(rows.square()) for rows in matrix.split(ROWS_AT_ONCE))
+        for matrix in (weight, change)
+    )
     if noise == 0:
         return math.inf
     return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
@@ -110,10 +103,6 @@ def clipped_share(
         values = (rounding.expand(each, index, len(rows)) for each in (scale, zero))
         clipped += int(outside(weight[rows], *values).sum())
     return clipped / weight.numel()
-
-
-def _row_pieces(rows: int) -> list[slice]:
-    return [slice(first, first + ROWS_AT_ONCE) for first in range(0, rows, ROWS_AT_ONCE)]
 
 
 def _total(x: torch.Tensor) -> float:
