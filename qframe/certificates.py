@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 Place = tuple[int, ...]
 
 ROWS = 192  # rows at a time in products with a matrix of all columns
-_WEIGHTS = 1 << 16  # at a time: their float64 copies stay in the cache
+_PIECE = 1 << 17  # weights at a time: what is made of them stays in the cache
 _NEAR = 1 - 2.0**-16  # of the largest upper limit: strips that are looked at right away
 
 __all__ = [
@@ -243,28 +243,36 @@ class Evidence:
         """Certify every claim about layers that says something about this scheme."""
         return tuple(c.certify(self) for c in applicable(claims, self.problem.scheme))
 
-    def piece(self, weight: npt.NDArray[np.float32] | None = None) -> Piece:
-        """Return the layer as one piece.
+    def cut(self, height: int | None = None) -> list[slice]:
+        """Return slices of all rows, of so many or of what the cache holds; at least one."""
+        rows, columns = self.problem.weight.shape
+        height = height or max(1, _PIECE // max(columns, 1))
+        return [slice(first, first + height) for first in range(0, max(rows, 1), height)]
+
+    def piece(
+        self,
+        rows: slice | npt.NDArray[np.intp],
+        weight: npt.NDArray[np.float32] | None = None,
+    ) -> Piece:
+        """Return some rows of the layer.
 
         weight   what is to be compared with the codes; the problem's unless told
 
         Where groups are contiguous and as wide as one another, scales broadcast over the groups'
         columns instead of being copied for each.
         """
-        w = self.problem.weight.numpy() if weight is None else weight
-        rows, columns = w.shape
-        codes = self.quantized.codes.numpy()
-        scale = self.quantized.scale.numpy().astype(np.float64)
-        zero = self.quantized.zero_point.numpy().astype(np.float64)
+        w = (self.problem.weight.numpy() if weight is None else weight)[rows]
+        codes = self.quantized.codes.numpy()[rows]
+        own = slice(None) if len(self.quantized.scale) == 1 else rows
+        scale = self.quantized.scale.numpy()[own].astype(np.float64)
+        zero = self.quantized.zero_point.numpy()[own].astype(np.float64)
         index = self.quantized.group_index.numpy()
-        groups = scale.shape[1]
+        (count, columns), groups = w.shape, scale.shape[1]
         even = groups > 0 and columns % groups == 0
         if even and np.array_equal(index, np.arange(columns) // (columns // groups)):
-            shape = (rows, groups, columns // groups)
-            return Piece(
-                0, w.reshape(shape), codes.reshape(shape), scale[..., None], zero[..., None]
-            )
-        return Piece(0, w, codes, scale[:, index], zero[:, index])
+            shape = (count, groups, columns // groups)
+            return Piece(w.reshape(shape), codes.reshape(shape), scale[..., None], zero[..., None])
+        return Piece(w, codes, scale[:, index], zero[:, index])
 
     def closest(self, judge: Callable[[Piece], tuple[Float64, Float64]]) -> Closest:
         """Return where the layer comes closest to a bound.
@@ -273,10 +281,10 @@ class Evidence:
         """
         from qframe import parallel
 
-        def work(piece: Piece) -> Closest:
-            return Closest.of(*judge(piece), first=piece.first)
+        def work(rows: slice) -> Closest:
+            return Closest.of(*judge(self.piece(rows)), first=rows.start)
 
-        return Closest.among(parallel.spread(work, self.piece().cut(), self.threads))
+        return Closest.among(parallel.spread(work, self.cut(), self.threads))
 
     def change(self) -> npt.NDArray[np.float32]:
         """Return what codes stand for minus weights, [rows, columns], rounded to float32."""
@@ -285,11 +293,10 @@ class Evidence:
         if "change" not in self._found:
             found = np.empty(self.problem.weight.shape, np.float32)
 
-            def work(piece: Piece) -> None:
-                rows = found[piece.first : piece.first + len(piece.weight)]
-                rows[:] = piece.change().reshape(rows.shape)
+            def work(rows: slice) -> None:
+                found[rows] = self.piece(rows).change().reshape(found[rows].shape)
 
-            parallel.spread(work, self.piece().cut(), self.threads)
+            parallel.spread(work, self.cut(), self.threads)
             self._found["change"] = found
         change: npt.NDArray[np.float32] = self._found["change"]
         return change
@@ -348,7 +355,7 @@ def function_preserved(
     """
     scale = input_scale.numpy().astype(np.float64)
     tiny = 2 * handlers * bounds.ETA["float32"] / scale  # where W' underflowed
-    height = max(1, _WEIGHTS // max(original.shape[1], 1))
+    height = max(1, _PIECE // max(original.shape[1], 1))
     found = []
     for first in range(0, len(original), height):
         weight = original[first : first + height].numpy().astype(np.float64)

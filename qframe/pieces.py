@@ -17,20 +17,16 @@ from qframe import bounds
 from qframe.contracts import Grid
 from qframe.hessian import Float64
 
-_PIECE = 1 << 17  # weights at a time: what is made of them stays in the cache
-
 
 @dataclass(frozen=True, slots=True)
 class Piece:
     """Some rows of a layer, as arrays that broadcast against one another.
 
-    first    the number of the first row
     weight   float32; arrays are [rows, columns], or [rows, groups, columns of a group]
     codes    int16
     scale, zero_point   float64, of each weight
     """
 
-    first: int
     weight: npt.NDArray[np.float32]
     codes: npt.NDArray[np.int16]
     scale: Float64
@@ -40,21 +36,6 @@ class Piece:
     def width(self) -> int:
         """How many weights a strip has: a group of a row, or a row."""
         return int(self.weight.shape[-1])
-
-    def cut(self, height: int | None = None) -> list[Piece]:
-        """Cut it into pieces of so many rows, or of so many that the cache holds them."""
-        rows = len(self.weight)
-        height = height or max(1, _PIECE // max(self.weight[:1].size, 1))
-        common = len(self.scale) != rows  # one scale for all rows
-        found = []
-        for first in range(0, max(rows, 1), height):
-            part = slice(first, first + height)
-            own = slice(None) if common else part
-            weight, codes = self.weight[part], self.codes[part]
-            found.append(
-                Piece(self.first + first, weight, codes, self.scale[own], self.zero_point[own])
-            )
-        return found
 
     def delta(self) -> Float64:
         """Return what the codes stand for minus the weight; the product is exact in float64."""
@@ -92,7 +73,6 @@ class Piece:
             return np.broadcast_to(values, shape).reshape(chosen.size, -1)[places]
 
         return Piece(
-            self.first,
             pick(self.weight, shape),
             pick(self.codes, shape),
             pick(self.scale, wide),
@@ -100,20 +80,17 @@ class Piece:
         )
 
 
-def highest_ratios_float32(
-    change: npt.NDArray[np.float32], piece: Piece, grid: Grid, scale_dtype: str
-) -> Float64:
+def highest_ratios_float32(change: npt.NDArray[np.float32], piece: Piece, grid: Grid) -> Float64:
     """Return for every strip of weights what no ratio of `bounds.nearest` in it exceeds, [...].
 
-    change   `Piece.change`: differences are rounded once. So are the values of codes, less than
-             qmax - qmin steps, where scales have more than 16 bits (B1.d).
+    change   `Piece.change`: the values of codes, less than qmax - qmin steps, are rounded once,
+             and so are their differences from the weights
     """
     unit = bounds.UNIT["float32"]
     most = _half_steps(change, piece.scale)
     over = ~(most <= 1)  # perhaps the range of the codes excuses it
-    most *= 1 + 4 * unit
-    if scale_dtype == "float32":
-        most += 4 * unit * (grid.qmax - grid.qmin)
+    # In half steps: two units of each step for the value, and less for a difference of at most one.
+    most += 4 * unit * (grid.qmax - grid.qmin)
     if over.any():
         part = piece.strips(over)
         most[over] = _unexcused(part.delta(), part.codes, part.scale, grid)

@@ -13,7 +13,7 @@ from qframe.certificates import ROWS, Certificate, Closest, Evidence
 from qframe.claims.nearest import unequal_steps
 from qframe.contracts import QuantizedWeight
 from qframe.hessian import Feedback, Float64, damped, processing_order, second_moments
-from qframe.pieces import Piece, highest_ratios
+from qframe.pieces import highest_ratios
 from qframe.scheme import Scheme
 
 if TYPE_CHECKING:
@@ -61,9 +61,11 @@ class Babai:
         grid, feedback = evidence.problem.grid, replay.feedback
         norms, diagonal = replay.as_stored(feedback.norms), replay.as_stored(feedback.diagonal)
 
-        def work(piece: Piece) -> Closest:
-            rows, shape = len(piece.weight), piece.weight.shape
-            delta = piece.delta().reshape(rows, piece.weight[:1].size)
+        weight = replay.weight.numpy()
+
+        def work(rows: slice) -> Closest:
+            piece = evidence.piece(rows, weight)
+            delta = piece.delta().reshape(weight[rows].shape)
             residual = replay.residual(delta)
 
             def judge(chosen: npt.NDArray[np.bool_]) -> tuple[Float64, Float64]:
@@ -80,13 +82,14 @@ class Babai:
                 )
                 return bounds.nearest(residual[chosen], part.codes, part.scale, grid, allowance)
 
-            most = highest_ratios(residual.reshape(shape), piece.codes, piece.scale, grid)
+            errors = residual.reshape(piece.weight.shape)
+            most = highest_ratios(errors, piece.codes, piece.scale, grid)
             if most.ndim > 1:
                 most = most.max(1, initial=0.0)
-            return Closest.screened(most, judge, delta.shape[1], piece.first)
+            return Closest.screened(most, judge, weight.shape[1], rows.start)
 
-        pieces = evidence.piece(replay.weight.numpy()).cut(ROWS)
-        return Closest.among(parallel.spread(work, pieces, evidence.threads)).certificate(self)
+        found = parallel.spread(work, evidence.cut(ROWS), evidence.threads)
+        return Closest.among(found).certificate(self)
 
     def replay(self, evidence: Evidence, claim: LayerClaim) -> Replay | Certificate:
         """Return what is needed to go through the columns once more, or what is known without.

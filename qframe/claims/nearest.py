@@ -41,23 +41,24 @@ class HalfStep:
         """Compare each weight with what its code stands for."""
         from qframe import parallel
 
-        grid, gamma, layer = evidence.problem.grid, bounds.gamma(self.roundings), evidence.piece()
+        grid, gamma, change = evidence.problem.grid, bounds.gamma(self.roundings), evidence.change()
 
-        change, scale_dtype = evidence.change(), evidence.problem.scheme.scale_dtype
-
-        def most(piece: Piece) -> Float64:
-            rows = change[piece.first : piece.first + len(piece.weight)]
-            return highest_ratios_float32(
-                rows.reshape(piece.weight.shape), piece, grid, scale_dtype
-            )
+        def highest(rows: slice) -> Float64:
+            piece = evidence.piece(rows)
+            own = change[rows].reshape(piece.weight.shape)
+            return highest_ratios_float32(own, piece, grid)
 
         def judge(chosen: npt.NDArray[np.bool_]) -> tuple[Float64, Float64]:
-            part = layer.strips(chosen)
+            if chosen.ndim > 1:  # groups of a row: the whole is nothing but views
+                part = evidence.piece(slice(None)).strips(chosen)
+            else:
+                part = evidence.piece(np.flatnonzero(chosen))
             allowance = gamma * np.abs(part.weight, dtype=np.float64)
             return bounds.nearest(part.delta(), part.codes, part.scale, grid, allowance)
 
-        found = parallel.spread(most, layer.cut(), evidence.threads)
-        return Closest.screened(np.concatenate(found), judge, layer.width).certificate(self)
+        most = np.concatenate(parallel.spread(highest, evidence.cut(), evidence.threads))
+        width = evidence.piece(slice(0)).width
+        return Closest.screened(most, judge, width).certificate(self)
 
 
 @dataclass(frozen=True, slots=True)
