@@ -2,8 +2,9 @@
 
 What a layer's report says is needed only when its block is written. So it is worked out on a
 thread of its own, beside the pass through the network, which leaves cores idle whenever its chunks
-wait for one another. Layers are judged one after another in the order in which they came, so
-neither the numbers nor the order of events depend on the number of threads.
+wait for one another; and whoever has to wait for a report works on the others meanwhile. What one
+verdict finds never depends on another, and events are told in the order in which layers came, so
+neither depends on the number of threads.
 """
 
 from __future__ import annotations
@@ -11,15 +12,34 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
 import torch
 
 from qframe.contracts import Event
+from qframe.parallel import one_torch_thread
 
 Verdict = Callable[[], list[Event]]
 """Works something out, and returns what should be told."""
+
+
+@dataclass(slots=True)
+class _Case:
+    verdict: Verdict
+    heard: Future[list[Event]]
+
+    def hear_now(self) -> None:
+        """Work it out in this thread, unless another has begun."""
+        if not self.heard.cancel():
+            return
+        self.heard = Future()
+        try:
+            with one_torch_thread():
+                self.heard.set_result(self.verdict())
+        except Exception as error:  # is raised when its turn comes, after those of earlier layers
+            self.heard.set_exception(error)
 
 
 class Court:
@@ -36,7 +56,7 @@ class Court:
             if threads > 1
             else None
         )
-        self._waiting: deque[Future[list[Event]]] = deque()
+        self._waiting: deque[_Case] = deque()
 
     def __enter__(self) -> Self:
         return self
@@ -53,15 +73,15 @@ class Court:
     def hear(self, verdict: Verdict) -> None:
         """Begin to work a verdict out. Raises what it raises, here or in `settle`."""
         if self._pool is not None:
-            self._waiting.append(self._pool.submit(verdict))
-            return
-        heard: Future[list[Event]] = Future()
-        heard.set_result(verdict())
-        self._waiting.append(heard)
+            heard = self._pool.submit(verdict)
+        else:
+            heard = Future()
+            heard.set_result(verdict())
+        self._waiting.append(_Case(verdict, heard))
 
     def settle(self, still_waiting: int = 0) -> list[Event]:
-        """Wait for all verdicts but the last few, and return their events in order."""
-        events: list[Event] = []
-        while len(self._waiting) > still_waiting:
-            events += self._waiting.popleft().result()
-        return events
+        """Complete all verdicts but the last few, and return their events in order."""
+        due = [self._waiting.popleft() for _ in range(len(self._waiting) - still_waiting)]
+        for case in reversed(due):  # the other thread is at the first ones
+            case.hear_now()
+        return [event for case in due for event in case.heard.result()]

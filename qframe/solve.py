@@ -219,7 +219,10 @@ class Solver:
 
         Raises CertificateError when a layer breaks a bound that its method claims to keep.
         """
-        self.events += self._court.settle(still_waiting)
+        events = self._court.settle(still_waiting)
+        for event in events:
+            log.warning("%s: %s", event.layer, event.message)
+        self.events += events
 
     def _judge(self, judged: _Judged) -> list[Event]:
         """Complete the report of a layer: what it lost, and whether it keeps its claims."""
@@ -273,13 +276,10 @@ class Solver:
         violated = [certificate for certificate in certificates if not certificate.holds]
         if self._recipe.on_violated_certificate == "error":
             check_certificates(problem.name, violated)
-        events = [
+        return certificates, [
             Event(kind="certificate violated", layer=problem.name, message=str(certificate))
             for certificate in violated
         ]
-        for event in events:
-            log.warning("%s: %s", event.layer, event.message)
-        return certificates, events
 
     def _second_moments(self, group: InputGroup, inputs: GroupInputs) -> list[Statistic]:
         """Return second moments of the fitted, and of the held-out inputs, where there are any."""

@@ -1,0 +1,102 @@
+"""The court: what it finds and tells does not depend on who works when."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from qframe.contracts import Event
+from qframe.errors import CertificateError
+from qframe.judging import Court, Verdict
+
+LONG = 60  # seconds after which a test that hangs fails
+
+
+def told(layer: str) -> Event:
+    return Event(kind="test", layer=layer, message="")
+
+
+def verdict(layer: str) -> Verdict:
+    return lambda: [told(layer)]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_events_come_in_the_order_of_layers_and_the_last_may_wait(threads: int) -> None:
+    with Court(threads) as court:
+        for number in range(5):
+            court.hear(verdict(str(number)))
+        assert [event.layer for event in court.settle(2)] == ["0", "1", "2"]
+        court.hear(verdict("5"))
+        assert [event.layer for event in court.settle()] == ["3", "4", "5"]
+        assert court.settle() == []
+        assert court.settle(3) == []
+
+
+def test_who_waits_for_a_report_works_on_another_one() -> None:
+    came = threading.Event()
+    where: list[str] = []
+
+    def first() -> list[Event]:
+        if not came.wait(LONG):
+            raise TimeoutError
+        return [told("first")]
+
+    def last() -> list[Event]:
+        where.append(threading.current_thread().name)
+        came.set()
+        return [told("last")]
+
+    with Court(2) as court:
+        court.hear(first)
+        court.hear(last)
+        assert [event.layer for event in court.settle()] == ["first", "last"]
+    assert where == [threading.current_thread().name]
+
+
+def test_the_first_layer_that_fails_is_named_whichever_was_heard_first() -> None:
+    failed = threading.Event()
+
+    def first() -> list[Event]:
+        if not failed.wait(LONG):
+            raise TimeoutError
+        raise CertificateError("first")
+
+    def last() -> list[Event]:
+        failed.set()
+        raise CertificateError("last")
+
+    with Court(2) as court:
+        court.hear(first)
+        court.hear(last)
+        with pytest.raises(CertificateError, match="first"):
+            court.settle()
+
+
+def test_a_verdict_has_one_torch_thread_wherever_it_is_heard() -> None:
+    came = threading.Event()
+    seen: list[int] = []
+
+    def first() -> list[Event]:
+        seen.append(torch.get_num_threads())
+        if not came.wait(LONG):
+            raise TimeoutError
+        return []
+
+    def last() -> list[Event]:
+        seen.append(torch.get_num_threads())
+        came.set()
+        return []
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        with Court(2) as court:
+            court.hear(first)
+            court.hear(last)
+            court.settle()
+        assert seen == [1, 1]
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
