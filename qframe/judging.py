@@ -12,11 +12,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
-
-import torch
 
 from qframe.contracts import Event
 from qframe.parallel import one_torch_thread
@@ -25,25 +22,29 @@ Verdict = Callable[[], list[Event]]
 """Works something out, and returns what should be told."""
 
 
-@dataclass(slots=True)
 class _Case:
-    verdict: Verdict
-    heard: Future[list[Event]]
+    """A verdict, which is worked out once, by whoever comes first, and then let go."""
 
-    def hear_now(self) -> None:
-        """Work it out in this thread, unless another has begun."""
-        if not self.heard.cancel():
+    def __init__(self, verdict: Verdict) -> None:
+        self._todo = [verdict]
+        self.heard: Future[list[Event]] = Future()
+
+    def hear(self) -> None:
+        try:
+            verdict = self._todo.pop()
+        except IndexError:  # another thread has begun
             return
-        self.heard = Future()
         try:
             with one_torch_thread():
-                self.heard.set_result(self.verdict())
-        except Exception as error:  # is raised when its turn comes, after those of earlier layers
+                self.heard.set_result(verdict())
+        except BaseException as error:  # is raised when its turn comes, after earlier layers'
             self.heard.set_exception(error)
+            if not isinstance(error, Exception):
+                raise
 
 
 class Court:
-    """Hears verdicts in order; use as a context manager.
+    """Hears verdicts, and tells what they found in order; use as a context manager.
 
     threads   with 1 nothing runs beside anything: a verdict is heard when it is asked for
 
@@ -51,11 +52,7 @@ class Court:
     """
 
     def __init__(self, threads: int) -> None:
-        self._pool = (
-            ThreadPoolExecutor(1, "qframe-judge", torch.set_num_threads, (1,))
-            if threads > 1
-            else None
-        )
+        self._pool = ThreadPoolExecutor(1, "qframe-judge") if threads > 1 else None
         self._waiting: deque[_Case] = deque()
 
     def __enter__(self) -> Self:
@@ -71,17 +68,20 @@ class Court:
             self._pool.shutdown(cancel_futures=True)
 
     def hear(self, verdict: Verdict) -> None:
-        """Begin to work a verdict out. Raises what it raises, here or in `settle`."""
+        """Begin to work a verdict out."""
+        case = _Case(verdict)
         if self._pool is not None:
-            heard = self._pool.submit(verdict)
+            self._pool.submit(case.hear)
         else:
-            heard = Future()
-            heard.set_result(verdict())
-        self._waiting.append(_Case(verdict, heard))
+            case.hear()
+        self._waiting.append(case)
 
     def settle(self, still_waiting: int = 0) -> list[Event]:
-        """Complete all verdicts but the last few, and return their events in order."""
+        """Complete all verdicts but the last few, and return their events in order.
+
+        Raises what the first of them raised.
+        """
         due = [self._waiting.popleft() for _ in range(len(self._waiting) - still_waiting)]
         for case in reversed(due):  # the other thread is at the first ones
-            case.hear_now()
+            case.hear()
         return [event for case in due for event in case.heard.result()]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 
 import pytest
 import torch
@@ -100,3 +102,37 @@ def test_a_verdict_has_one_torch_thread_wherever_it_is_heard() -> None:
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_what_a_verdict_works_on_is_let_go_once_it_is_heard(threads: int) -> None:
+    heard = threading.Event()
+
+    class Layer:
+        pass
+
+    def of(layer: Layer) -> Verdict:
+        return lambda: [told(type(layer).__name__)]
+
+    layer = Layer()
+    left = weakref.ref(layer, lambda _: heard.set())
+    with Court(threads) as court:
+        court.hear(of(layer))
+        del layer
+        gc.collect()
+        assert heard.wait(LONG)  # though nobody has asked for what was found
+        assert left() is None
+        assert [event.layer for event in court.settle()] == ["Layer"]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_errors_are_raised_when_reports_are_asked_for(threads: int) -> None:
+    def wrong() -> list[Event]:
+        raise CertificateError("wrong")
+
+    with Court(threads) as court:
+        court.hear(verdict("right"))
+        court.hear(wrong)
+        assert [event.layer for event in court.settle(1)] == ["right"]
+        with pytest.raises(CertificateError, match="wrong"):
+            court.settle()
