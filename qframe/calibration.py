@@ -113,8 +113,10 @@ def prepare(folder: Path, settings: CalibrationSettings) -> CalibrationData:
     """Turn the text of `settings.dataset` into windows of tokens, some of them held out.
 
     Windows are cut from the documents one after another, and spread evenly over all of the
-    text. Raises CalibrationError when the text is shorter than two windows.
+    text. Raises CalibrationError when the text is shorter than two windows, or the windows longer
+    than the network was made for.
     """
+    check_length(folder, settings.max_seq_length, "max_seq_length")
     documents = read_text(settings.dataset)
     text_hash = hashlib.sha256("\0".join(documents).encode()).hexdigest()
     tokens = tokenize(folder, documents)
@@ -158,6 +160,24 @@ def tokenize(folder: Path, documents: Iterable[str]) -> np.ndarray[Any, np.dtype
         raise CalibrationError(f"{folder}: its tokenizer cannot be loaded: {error}") from None
     parts = [tokenizer(d, add_special_tokens=False, verbose=False)["input_ids"] for d in documents]
     return np.concatenate([np.zeros(0, np.int64), *(np.asarray(p, np.int64) for p in parts)])
+
+
+def check_length(folder: Path, length: int, name: str) -> None:
+    """Raise CalibrationError for windows of more tokens than the network has positions.
+
+    Some networks fail there; others, with rotary positions, go on and compute nonsense.
+
+    name   what to call the length in the message
+    """
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = config.get("text_config") or config
+    names = ("max_position_embeddings", "n_positions")
+    positions = next((config[n] for n in names if isinstance(config.get(n), int)), None)
+    if positions is not None and length > positions:
+        raise CalibrationError(
+            f"{folder}: the network was made for {positions} positions (config.json), fewer than "
+            f"{name}={length}; give at most {positions}"
+        )
 
 
 def _from_jsonl(path: Path) -> list[str]:

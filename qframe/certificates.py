@@ -89,14 +89,17 @@ class Certificate:
             "note": self.note,
         }
 
-    def __str__(self) -> str:
-        """Say it in a line."""
+    @property
+    def figures(self) -> str:
+        """How near it comes, and where, in words."""
         place = f" at {list(self.place)}" if self.place else ""
         note = f": {self.note}" if self.note else ""
+        return f"error/allowed = {self.ratio:.4g}{place}{note}"
+
+    def __str__(self) -> str:
+        """Say it in a line."""
         state = "holds" if self.holds else "is violated"
-        return (
-            f"{self.claim} ({self.theorem}) {state}: error/allowed = {self.ratio:.4g}{place}{note}"
-        )
+        return f"{self.claim} ({self.theorem}) {state}: {self.figures}"
 
 
 def _figures(value: float) -> float:

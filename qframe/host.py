@@ -180,8 +180,9 @@ class Host:
         known = option_names(target)
         for key in options:
             if key not in known:
-                hint = suggestion(key, known) if known else "; it has no options"
-                raise RecipeError(f"{where}: {kind} {name!r} has no option {key!r}{hint}")
+                raise RecipeError(
+                    f"{where}: {kind} {name!r} has no option {key!r}{option_hint(key, known)}"
+                )
         try:
             values = {n: getattr(target, n) for n in known}
             checked = pydantic.TypeAdapter(type(target)).validate_python({**values, **options})
@@ -281,6 +282,14 @@ def option_names(item: Any) -> list[str]:
     if not dataclasses.is_dataclass(item):
         return []
     return [f.name for f in dataclasses.fields(item) if f.init]
+
+
+def option_hint(wrong: str, known: Sequence[str]) -> str:
+    """Return what to say after an unknown option: the nearest one, and all that there are."""
+    if not known:
+        return "; it has no options"
+    near = suggestion(wrong, known)
+    return near if "known:" in near or len(known) == 1 else f"{near} known: {', '.join(known)}"
 
 
 def objection(item: Any, contract: type) -> str | None:

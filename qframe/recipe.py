@@ -20,7 +20,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from qframe.contracts import LayerInfo, OutlierHandler, Rounder
 from qframe.errors import RecipeError, UnsupportedError
-from qframe.host import Host, option_names
+from qframe.host import Host, option_hint, option_names
 from qframe.scheme import Scheme
 from qframe.strict import Strict, explain, suggestion
 
@@ -200,9 +200,11 @@ def parse_method(host: Host, recipe: Recipe) -> Method:
     for key in recipe.options:
         if OPTION_ALIASES.get(key, key) not in used:
             known = [n for part in parts for n in option_names(host.get(*part))]
-            hint = suggestion(key, known) if known else "; it has no options"
-            raise RecipeError(f"method {recipe.method!r} has no option {key!r}{hint}")
-    made = [host.configured(*part, options[part], "recipe") for part in parts]
+            raise RecipeError(
+                f"method {recipe.method!r} has no option {key!r}{option_hint(key, known)}"
+            )
+    where = f"method {recipe.method!r}"
+    made = [host.configured(*part, options[part], where) for part in parts]
     return Method(recipe.method, made[-1], tuple(made[:-1]))
 
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from qframe.calibration import CalibrationData, Lockstep, Stop, prepare, read_text, tokenize
 from qframe.errors import CalibrationError, ModelError
+from qframe.evaluation import windows_of
 from qframe.pipeline import shortfall
 from qframe.recipe import CalibrationSettings
 
@@ -178,5 +179,18 @@ def test_too_little_text_is_told_and_almost_none_refused(tiny_llama, tmp_path):
     [event] = shortfall(prepare(tiny_llama, asked))
     assert event.kind == "less calibration text"
     assert event.message.startswith("500 windows of 4 tokens wanted")
-    with pytest.raises(CalibrationError, match="fewer than two windows of max_seq_length=2000"):
-        prepare(tiny_llama, asked.model_copy(update={"max_seq_length": 2000}))
+    with pytest.raises(CalibrationError, match="fewer than two windows of max_seq_length=100"):
+        prepare(tiny_llama, asked.model_copy(update={"max_seq_length": 100}))
+
+
+def test_windows_are_no_longer_than_the_network_was_made_for(tiny_llama, tmp_path):
+    """With rotary positions it would compute nonsense, and nobody would be told."""
+    text = tmp_path / "text.txt"
+    text.write_text("a few words, no more than that. " * 60, encoding="utf-8")
+    asked = CalibrationSettings(dataset=str(text), max_seq_length=128)
+    assert prepare(tiny_llama, asked).source["max_seq_length"] == 128
+    assert windows_of(tiny_llama, str(text), length=128)[1].window == 128
+    with pytest.raises(CalibrationError, match=r"128 positions .* max_seq_length=129"):
+        prepare(tiny_llama, asked.model_copy(update={"max_seq_length": 129}))
+    with pytest.raises(CalibrationError, match="fewer than window=129"):
+        windows_of(tiny_llama, str(text), length=129)

@@ -99,7 +99,7 @@ def test_a_failure_shows_the_promise_and_how_to_see_it_alone(both):
     assert both.returncode == 1
     assert outcomes(both)["beside-int4-symmetric-channel-half_step"] == "FAILED"
     assert "at most half a step away" in both.stdout
-    assert "plugin = Host.discover(files=" in both.stdout
+    assert "host = Host.discover(files=" in both.stdout
     assert "print(replay('half_step'" in both.stdout
 
 
@@ -158,8 +158,8 @@ def test_an_authors_own_test_needs_one_line(pytest_run, folder):
 
 @pytest.fixture
 def explored(folder):
-    kind, plugin = Target(name="nearest", files=[str(folder / "mine.py")]).load()
-    return test_plugins.Explored(prepare(plugin, kind=kind, profile="fast"))
+    kind, plugin, host = Target(name="nearest", files=[str(folder / "mine.py")]).load()
+    return test_plugins.Explored(prepare(plugin, kind=kind, profile="fast", host=host))
 
 
 def test_a_scenario_is_explored_once_for_all_its_checks(explored):

@@ -215,7 +215,7 @@ def test_a_failure_is_a_script_that_runs_alone(failure):
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
         exec(compile(script(record, report.code), "counterexample", "exec"), {})
-    assert "half_step is violated: half step (B1.b)" in said.getvalue()
+    assert "half_step is violated: half step, error/allowed = " in said.getvalue()
 
 
 def test_a_layer_with_statistics_is_a_script_too():

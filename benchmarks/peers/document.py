@@ -50,14 +50,6 @@ NOTES = (
         "looks at codes does not. qframe's contract asks for an error.",
     ),
     Note(
-        ("half_step",),
-        ("compressed-tensors", "hqq-start"),
-        "Asymmetric schemes. Both add the zero point to w / s before they round, so the sum is "
-        "rounded to float32 once more, and next to a tie the other neighbour may be taken. That "
-        "order of operations allows u 2^b s more (u = 2^-24), and what was seen is far within. "
-        "It decides the last bit of a tie, which is of no consequence.",
-    ),
-    Note(
         ("answers",),
         ("torchao",),
         "Groups of a single column, PerGroup(1), end in a RuntimeError about shapes: no dimension "
@@ -84,13 +76,6 @@ NOTES = (
         "min is at most 1e-4 the scale is 1, which makes the group a constant. Layers of weights "
         "about 2^-10 lose accuracy with 8 bits, layers about 2^-14 with 4 (experiment "
         "`hqq_small_weights`); weights of ordinary size are not touched.",
-    ),
-    Note(
-        ("fixed_point",),
-        ("hqq-start",),
-        "The stored scale is the reciprocal of 15 / (max - min), rounded twice, so it may differ "
-        "from (max - min) / 15 in its last bit, and with it the values of a group that lies on the "
-        "grid. The codes are the same (`idempotence` holds).",
     ),
     Note(
         ("scheme_scale",),

@@ -123,7 +123,7 @@ class CompressedTensors:
     needs: frozenset[str] = field(init=False, default=frozenset())
     capabilities: Capabilities = field(init=False, default=DECLARED)
     claims = (
-        claims.HalfStep(),
+        claims.HalfStep(zero_point="before"),
         TheirScale(),
         claims.Covers(),
         claims.ScaleEquivariant(),

@@ -54,11 +54,11 @@ class HQQ:
         ),
     )
     claims = (
-        claims.HalfStep(roundings=2),
+        claims.HalfStep(roundings=2, zero_point="before"),
         claims.SchemeScale(),
         claims.Covers(),
         claims.ScaleEquivariant(),
-        claims.Idempotent(),
+        claims.Idempotent(exact=False),
     )
     every_group_holds_zero = True
     """What layers it can be tried on."""

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qframe import bounds
+from qframe.certificates import Certificate
 
 Level = Literal["structure", "algebra", "bound", "objective", "serialization", "determinism"]
 LEVELS: Final = ("structure", "determinism", "serialization", "algebra", "bound", "objective")
@@ -125,6 +126,19 @@ def within(error: npt.ArrayLike, allowed: npt.ArrayLike, what: str, theorem: str
         f"{float(limits.flat[flat]):.9g}",
         ratio=ratio,
         theorem=theorem,
+    )
+
+
+def certified(certificate: Certificate, what: str = "") -> float:
+    """Return the ratio of a certificate; raise Violation where it does not hold.
+
+    what   of which the certificate is, where the case does not tell
+    """
+    if certificate.holds:
+        return certificate.ratio
+    said = f"{certificate.claim}, {certificate.figures}"
+    raise Violation(
+        f"{what}: {said}" if what else said, ratio=certificate.ratio, theorem=certificate.theorem
     )
 
 

@@ -183,8 +183,8 @@ def _runner(
     from qframe_conformance.suite import check_plugin
 
     def run(target: Target) -> Report:
-        kind, plugin = target.load()
-        return check_plugin(plugin, **{**options, "kind": kind})
+        kind, plugin, host = target.load()
+        return check_plugin(plugin, **{**options, "kind": kind, "host": host})
 
     return run
 

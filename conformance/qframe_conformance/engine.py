@@ -28,8 +28,10 @@ from hypothesis.errors import StopTest
 from hypothesis.internal.conjecture import providers
 
 from qframe.errors import QframeError
+from qframe.host import Host
 from qframe_conformance.checks import SKIPPED, Check, Violation, _Skipped
 from qframe_conformance.report import Counterexample
+from qframe_conformance.strategies import looking_in
 
 QUIET = tuple(HealthCheck)
 SHRINK_EXAMPLES = 500  # cases that are tried to make a counterexample smaller
@@ -90,11 +92,13 @@ class Search:
     """How cases are looked for.
 
     examples   cases that are drawn in a scenario
+    host       where formats and observers are looked up; None: among all that is installed
     tick       called before each case, so that somebody may watch the time
     """
 
     examples: int
     seed: int
+    host: Host | None = None
     tick: Callable[[], None] = _silent
 
     def seed_of(self, scenario: Scenario) -> int:
@@ -137,7 +141,7 @@ def explore(scenario: Scenario, checks: Sequence[Check], search: Search) -> dict
             elif not isinstance(outcome, _Skipped):
                 observed.took(outcome)
 
-    with undisturbed():
+    with undisturbed(search.host):
         visit()
     return seen
 
@@ -194,7 +198,7 @@ def smallest(scenario: Scenario, each: Check, observed: Observed, search: Search
         if breaks(case):
             raise _FoundError
 
-    with undisturbed():
+    with undisturbed(search.host):
         try:
             visit()
         except (_FoundError, _Enough):
@@ -213,8 +217,10 @@ class _Enough(BaseException):
 
 
 @contextmanager
-def undisturbed() -> Iterator[None]:
+def undisturbed(host: Host | None = None) -> Iterator[None]:
     """Keep the caller's surroundings out of the draws, and the draws out of the surroundings.
+
+    host   where formats and observers are looked up
 
     A caller may turn warnings into errors, as pytest can; then a plugin that warns would seem to
     fail. And for layers as small as these, threads of torch cost more than they do.
@@ -225,6 +231,7 @@ def undisturbed() -> Iterator[None]:
         untouched_randomness(),
         no_foreign_constants(),
         one_torch_thread(),
+        looking_in(host),
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")

@@ -6,12 +6,20 @@ import numpy as np
 
 from qframe.claims.kv import KVHalfStep, PackedCodes, Streaming
 from qframe.kv_evidence import KVEvidence
-from qframe_conformance.checks import SKIPPED, Outcome, Violation, check, require, same_bits
+from qframe_conformance.checks import (
+    SKIPPED,
+    Outcome,
+    Violation,
+    certified,
+    check,
+    require,
+    same_bits,
+)
 from qframe_conformance.engine import Refused
 from qframe_conformance.held import held_bytes
 from qframe_conformance.kv_cases import KVCase, bits
 from qframe_conformance.kv_life import lived
-from qframe_conformance.kv_subjects import KIND, capable, certified, claim_of, claiming
+from qframe_conformance.kv_subjects import KIND, capable, claim_of, claiming
 from qframe_conformance.randomness import seed_everything
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from qframe.claims.kv import ExactWindow, KVHalfStep, KVScale
-from qframe_conformance.checks import SKIPPED, Outcome, check
+from qframe_conformance.checks import SKIPPED, Outcome, certified, check
 from qframe_conformance.kv_cases import KVCase
-from qframe_conformance.kv_subjects import KIND, certified, claim_of, claiming
+from qframe_conformance.kv_subjects import KIND, claim_of, claiming
 
 
 @check(KIND, "bound", "B7.g", unless=claiming(ExactWindow))

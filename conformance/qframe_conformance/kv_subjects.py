@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Final
 
-from qframe.certificates import Certificate
 from qframe.claims import claims_of
-from qframe_conformance.checks import Violation
 
 KIND: Final = "kv cache"
 
@@ -33,10 +31,3 @@ def capable(capability: str) -> Callable[[Any, Any], str | None]:
         return None if getattr(quantizer.capabilities, capability) else f"not {capability}"
 
     return objection
-
-
-def certified(certificate: Certificate) -> float:
-    """Return the ratio of a certificate; raise Violation where it does not hold."""
-    if not certificate.holds:
-        raise Violation(str(certificate), ratio=certificate.ratio, theorem=certificate.theorem)
-    return certificate.ratio

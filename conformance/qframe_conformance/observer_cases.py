@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from qframe import InputGroup, LayerInfo
 from qframe.claims import Mergeable, claims_of
 from qframe.claims.observers import Float32, Seen, StatisticClaim
-from qframe_conformance.checks import Outcome, Violation, require
+from qframe_conformance.checks import Outcome, certified, require
 from qframe_conformance.engine import Scenario
 from qframe_conformance.kinds import Float64
 from qframe_conformance.report import Counterexample
@@ -164,7 +164,7 @@ class ObserverCase:
         merging = (claim for claim in claims_of(self.observer) if isinstance(claim, Mergeable))
         if any(claim.exact or self.integers for claim in merging):
             same_value(self.wanted, value, what)
-        return certified(self, value, batches, what, merges)
+        return certify(self, value, batches, what, merges)
 
     def counterexample(self, check: str) -> Counterexample:
         """Return the batches as plain Python; `plugin` and `arrays` are defined before it."""
@@ -195,18 +195,12 @@ def tensors(batches: Sequence[Float32]) -> list[torch.Tensor]:
     return list(together.split([len(batch) for batch in batches]))
 
 
-def certified(
+def certify(
     case: ObserverCase, value: Any, batches: Sequence[Float32], what: str, merges: int = 0
 ) -> Outcome:
     """Return the worst ratio of the value claims, None without any; raise Violation above 1."""
-    ratios = []
     seen = Seen(columns=case.columns, batches=tuple(batches), merges=merges)
-    for claim in case.value_claims:
-        certificate = claim.certify(seen, value)
-        if not certificate.holds:
-            message = f"{what}: {certificate}"
-            raise Violation(message, ratio=certificate.ratio, theorem=claim.theorem)
-        ratios.append(certificate.ratio)
+    ratios = [certified(claim.certify(seen, value), what) for claim in case.value_claims]
     return max(ratios, default=None)
 
 

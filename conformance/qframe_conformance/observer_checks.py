@@ -13,7 +13,7 @@ from qframe.claims import Mergeable, Reproducible, SignBlind, has_claim
 from qframe.claims.observers import StatisticClaim
 from qframe.errors import QframeError
 from qframe_conformance.checks import SKIPPED, Outcome, check, require, same_bits
-from qframe_conformance.observer_cases import ObserverCase, certified, scenarios, show, tensors
+from qframe_conformance.observer_cases import ObserverCase, certify, scenarios, show, tensors
 from qframe_conformance.randomness import changed, random_states, seed_everything
 from qframe_conformance.values import copied, finite, leaves, same_value
 
@@ -289,7 +289,7 @@ def statistic_value(case: ObserverCase) -> Outcome:
     """The value is what the observer claims that it is, of all tokens and of nothing."""
     if not sum(map(len, case.batches)) and not _answers_nothing(case):
         return SKIPPED
-    return certified(case, case.value, case.batches, "the value")
+    return certify(case, case.value, case.batches, "the value")
 
 
 def _answers_nothing(case: ObserverCase) -> bool:

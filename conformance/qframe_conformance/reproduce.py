@@ -35,10 +35,11 @@ def plugin_code(plugin: Any, kind: str, name: str) -> str:
     if module.startswith(_FILE_PLUGIN):
         file = str(Path(sys.modules[module].__file__ or "").resolve())
         return (
-            "from qframe import Host\n\n"
-            f"plugin = Host.discover(files=[{file!r}]).configured(\n"
-            f'    "{kind}", {name!r}, {options!r}, "script"\n'
-            ")\n"
+            "from qframe import Host\n"
+            "from qframe_conformance.strategies import look_in\n\n"
+            f"host = Host.discover(files=[{file!r}])\n"
+            "look_in(host)\n"
+            f"plugin = host.configured({kind!r}, {name!r}, {options!r}, 'script')\n"
         )
     if module == "__main__" or "." in cls.__qualname__:
         return f"plugin = ...  # put your {cls.__name__}({given}) here\n"

@@ -16,6 +16,7 @@ from qframe.claims import (
     ScaleEquivariant,
     SchemeScale,
     SignSymmetric,
+    claims_of,
 )
 from qframe.rounding import round_up
 from qframe_conformance.checks import SKIPPED, Outcome, Violation, check, require, same_bits, within
@@ -175,15 +176,15 @@ def idempotence(case: RounderCase) -> Outcome:
     Where codes reach the ends of the grid, for then the values span what the weights spanned.
     The ends of the full symmetric grid are no values of it; the mse observer may clip once more.
     """
-    groups = _spanned(case)
-    if not groups.any():
+    groups, single = _spanned(case), case.scheme.scale_dtype == "float32"
+    if not groups.any() or not (single or _claims_exact(case.rounder)):
         return SKIPPED
     made = case.quantized
     values = rounding.dequantize(made)
     again = case.again(weight=values)
     chosen = torch.from_numpy(_of_weights(case, groups))
     same_bits(made.codes[chosen], again.codes[chosen], "codes of the values")
-    if case.scheme.scale_dtype != "float32":
+    if not single:
         same_bits(values[chosen], rounding.dequantize(again)[chosen], "values of the values")
     return None
 
@@ -204,9 +205,19 @@ def _of_weights(case: RounderCase, groups: Mask) -> Mask:
     return np.broadcast_to(groups[:, case.quantized.group_index.numpy()], case.weight.shape)
 
 
-@check(
-    "rounder", "algebra", "B1.e", unless=layers(*map(claimed, (Idempotent, SchemeScale, HalfStep)))
-)
+def _claims_exact(rounder: Any) -> bool:
+    return any(isinstance(claim, Idempotent) and claim.exact for claim in claims_of(rounder))
+
+
+def _unless_exact(rounder: Any, subject: Any) -> str | None:
+    """Return why values may come out otherwise although codes do not, or None."""
+    return None if _claims_exact(rounder) else "Idempotent is not claimed to be exact"
+
+
+_EXACT = (*map(claimed, (Idempotent, SchemeScale, HalfStep)), _unless_exact)
+
+
+@check("rounder", "algebra", "B1.e", unless=layers(*_EXACT))
 def fixed_point(case: RounderCase) -> Outcome:
     """A group that lies on the grid of its own scale is given back bit for bit."""
     if case.scheme.observer != "minmax" or case.weight.numel() == 0:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from qframe import claims
 from qframe.certificates import LayerClaim
 from qframe.claims import claims_of
-from qframe_conformance.checks import SKIPPED, Outcome, Violation, check
+from qframe_conformance.checks import SKIPPED, Outcome, certified, check
 from qframe_conformance.rounder_cases import RounderCase
 from qframe_conformance.rounder_subjects import claimed, layers
 
@@ -23,21 +24,18 @@ KNOWN = (
 )
 
 
-def certified(case: RounderCase, *found: LayerClaim) -> Outcome:
-    """Certify claims; return the largest error over what is allowed, raise Violation above 1."""
-    worst: float | None = None
-    for claim in found:
-        if claim.objection(case.scheme) is not None:
-            continue
-        certificate = claim.certify(case.evidence)
-        if not certificate.holds:
-            raise Violation(str(certificate), ratio=certificate.ratio, theorem=claim.theorem)
-        worst = certificate.ratio if worst is None else max(worst, certificate.ratio)
-    return SKIPPED if worst is None else worst
+def _certify(case: RounderCase, found: Iterable[LayerClaim]) -> Outcome:
+    """Certify claims; return the largest error over what is allowed."""
+    ratios = [
+        certified(claim.certify(case.evidence))
+        for claim in found
+        if claim.objection(case.scheme) is None
+    ]
+    return max(ratios) if ratios else SKIPPED
 
 
 def _of_class(case: RounderCase, kind: type[Any]) -> Outcome:
-    return certified(case, *(each for each in claims_of(case.rounder) if isinstance(each, kind)))
+    return _certify(case, (each for each in claims_of(case.rounder) if isinstance(each, kind)))
 
 
 @check("rounder", "bound", "B1.b", unless=layers(claimed(claims.HalfStep)))
@@ -104,4 +102,4 @@ def _own(rounder: object) -> list[LayerClaim]:
 @check("rounder", "bound", unless=layers(_unless_own))
 def own_claims(case: RounderCase) -> Outcome:
     """Theorems that the rounder brings itself hold."""
-    return certified(case, *_own(case.rounder))
+    return _certify(case, _own(case.rounder))

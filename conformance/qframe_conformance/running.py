@@ -48,7 +48,7 @@ class Run:
 
         Raises RecipeError for an unknown id.
         """
-        with undisturbed():
+        with undisturbed(self.search.host):
             found: list[Scenario] = list(self.module.scenarios(self.plugin))
         known = [scenario.id for scenario in found]
         for wanted in ids or ():

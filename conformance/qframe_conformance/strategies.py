@@ -13,7 +13,9 @@ plugin must not mind them. Nothing here changes a Hypothesis profile or knows of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from typing import Any
 
@@ -66,6 +68,8 @@ __all__ = [
     "installed_grid",
     "installed_host",
     "installed_observer",
+    "look_in",
+    "looking_in",
     "normal",
     "one_outlier",
     "one_sided",
@@ -96,10 +100,35 @@ def generators() -> st.SearchStrategy[np.random.Generator]:
 # Schemes and their grids ----------------------------------------------------------------------
 
 
-@cache
+_LOOKED_IN: ContextVar[Host | None] = ContextVar("looked in", default=None)
+
+
 def installed_host() -> Host:
-    """Return the host of all installed plugins."""
+    """Return the host of all installed plugins, or the one that `looking_in` puts in its place."""
+    return _LOOKED_IN.get() or _discovered()
+
+
+@cache
+def _discovered() -> Host:
     return Host.discover()
+
+
+def look_in(host: Host) -> None:
+    """Look formats and observers up in `host` from now on: for scripts."""
+    _LOOKED_IN.set(host)
+
+
+@contextmanager
+def looking_in(host: Host | None) -> Iterator[None]:
+    """Look formats and observers up in `host`, which may know files that are not installed.
+
+    host   None changes nothing
+    """
+    token = _LOOKED_IN.set(host or _LOOKED_IN.get())
+    try:
+        yield
+    finally:
+        _LOOKED_IN.reset(token)
 
 
 def installed_grid(scheme: Scheme) -> Grid:

@@ -19,7 +19,7 @@ from types import ModuleType
 from typing import Any
 
 from qframe.errors import PluginError, RecipeError
-from qframe.host import KINDS, object_name, objection
+from qframe.host import KINDS, Host, object_name, objection
 from qframe.strict import suggestion
 from qframe_conformance.checks import FIRST_SUITE, Check, Violation, checks_of
 from qframe_conformance.engine import Search, run
@@ -67,6 +67,7 @@ def check_plugin(
     scenarios: Sequence[str] | None = None,
     suite: str = SUITE_VERSION,
     shrink: bool = True,
+    host: Host | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Report:
     """Run the suite on one plugin object, in this process.
@@ -81,6 +82,8 @@ def check_plugin(
     suite               the version of the suite that you vouch for. Checks that came later are
                         left out, so a pinned version never asks for more
     shrink              make counterexamples small; takes time only where something fails
+    host                where the observers that the plugin needs, and formats, are looked up; None:
+                        among all that is installed
     progress            called with the id of each scenario before it begins
 
     A plugin that hangs or ends the process takes this process along; `check_contained` in
@@ -99,6 +102,7 @@ def check_plugin(
         only=only,
         suite=suite,
         shrink=shrink,
+        host=host,
     )
     records: list[Record] = []
     for scenario in prepared.scenarios(scenarios):
@@ -118,6 +122,7 @@ def prepare(
     only: Sequence[str] | None = None,
     suite: str = SUITE_VERSION,
     shrink: bool = True,
+    host: Host | None = None,
     tick: Callable[[], None] | None = None,
 ) -> Run:
     """Look everything up that `check_plugin` is given, and raise what it raises.
@@ -135,7 +140,7 @@ def prepare(
     if profile not in PROFILES:
         raise RecipeError(f"unknown profile {profile!r}{suggestion(profile, PROFILES)}")
     newest = _version(suite)
-    search = Search(PROFILES[profile].examples, seed)
+    search = Search(PROFILES[profile].examples, seed, host)
     return Run(
         plugin=plugin,
         kind=kind,

@@ -31,8 +31,8 @@ class Target:
     disable: Sequence[str] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
 
-    def load(self) -> tuple[str, Any]:
-        """Return (kind, plugin), with its options set.
+    def load(self) -> tuple[str, Any, Host]:
+        """Return (kind, plugin, host): its options are set, and the host knows the files.
 
         Raises UnknownNameError for a name that no plugin has, PluginError for one that several
         plugins have or whose plugin failed to load, RecipeError for an option.
@@ -42,7 +42,7 @@ class Target:
             raise PluginError(f"the suite has no checks of the kind {self.kind!r}{near}")
         host = discover(self.files, self.disable)
         kind, name = (self.kind, self.name) if self.kind is not None else self._found(host)
-        return kind, host.configured(kind, name, self.options, "--set")
+        return kind, host.configured(kind, name, self.options, "--set"), host
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values."""

@@ -124,11 +124,11 @@ def _look_up(config: pytest.Config) -> list[Explored]:
         "seed": config.getoption("--qframe-seed"),
     }
     found = []
-    for kind, plugin in [target.load() for target in targets]:
+    for kind, plugin, host in [target.load() for target in targets]:
         module_of(kind)
         checks = [each.name for each in checks_of(kind)]
         expected = {name: why for name, why in reasons.items() if name in checks}
-        run = prepare(plugin, kind=kind, expected_failures=expected, **options)
+        run = prepare(plugin, kind=kind, expected_failures=expected, host=host, **options)
         found.append(Explored(run))
     used = {name for plugin in found for name in plugin.run.expected}
     if reasons.keys() - used:

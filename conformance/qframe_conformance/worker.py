@@ -65,8 +65,8 @@ def work(job: dict[str, Any], channel: Channel) -> None:
     from qframe_conformance.suite import prepare
     from qframe_conformance.target import Target
 
-    kind, plugin = Target(**job["target"]).load()
-    run = prepare(plugin, **{**job["options"], "kind": kind}, tick=channel.tick)
+    kind, plugin, host = Target(**job["target"]).load()
+    run = prepare(plugin, **{**job["options"], "kind": kind}, host=host, tick=channel.tick)
     scenarios = run.scenarios(job["scenarios"])
     channel.send(
         kind=kind,

@@ -61,6 +61,7 @@ from qframe.bounds.rounding import (
     nearest,
     nearest_code,
     scale_rule,
+    zero_point_added,
 )
 from qframe.bounds.sums import exact_sum, hessian_sum, second_moments, weight_only
 
@@ -120,4 +121,5 @@ __all__ = [
     "token_scale",
     "weight_only",
     "worst",
+    "zero_point_added",
 ]

@@ -84,11 +84,13 @@ def int8_output(
 def token_scale(absmax: Numbers) -> tuple[Array, Array]:
     """B6.a: the interval in which the scale of a token lies, (lowest, highest); absmax > 0.
 
-    Two roundings of absmax / 127; below the normal range the smallest positive number is right.
+    A quotient, a product with fl(1 / 127), or 1 / fl(127 / absmax), whose two roundings cannot both
+    be at their worst. Below the normal range the smallest positive number is right.
     """
     d = as_array(absmax) / 127
-    lowest = d * (1 - gamma(2)) - ETA["float32"]
-    highest = d * (1 + gamma(2)) + ETA["float32"]
+    unit = 3 / 2 * UNIT["float32"] * (1 + 4 * UNIT["float32"])
+    lowest = d * (1 - unit) - ETA["float32"]
+    highest = d * (1 + unit) + ETA["float32"]
     return as_array(np.maximum(lowest, ETA["float32"])), as_array(
         np.maximum(highest, 2 * ETA["float32"])
     )

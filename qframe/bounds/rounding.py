@@ -48,7 +48,7 @@ def nearest(
     is `nearest_code` without the search, for a grid of equal steps.
 
     delta       s (c - z) - w
-    allowance   the rounding of the quotient, `roundings` u |w|
+    allowance   the rounding of the quotient, `roundings` u |w|; and `zero_point_added`
     """
     d, c = as_array(delta), np.asarray(codes)
     half = as_array(as_array(scale) / 2)
@@ -59,6 +59,15 @@ def nearest(
         excused = ((code == grid.qmin) & (beyond > 0)) | ((code == grid.qmax) & (beyond < 0))
         np.put(error, over[excused & np.isfinite(beyond)], 0)
     return error, allowed
+
+
+def zero_point_added(scale: Numbers, grid: Grid) -> Array:
+    """B1.b: what it may cost to add the zero point to w / s before rounding, and not after.
+
+    Their sum lies in the range, or half a step beyond, and is rounded to float32 once. Codes may
+    have been shifted to any range of that length that holds 0.
+    """
+    return UNIT["float32"] * (grid.qmax - grid.qmin + 1 / 2) * as_array(scale)
 
 
 def ideal_scale(lo: Numbers, hi: Numbers, grid: Grid, *, symmetric: bool) -> Array:

@@ -26,8 +26,14 @@ class SignSymmetric:
 
 @dataclass(frozen=True, slots=True)
 class Idempotent:
-    """B1.e: to quantize what the codes stand for gives the same values again."""
+    """B1.e: to quantize what the codes stand for gives the same values again.
 
+    exact   a group that lies on the grid of its own scale is given back bit for bit, and so is any
+            group with a scale of 16 bits. Not so where the scale is not one quotient, but e.g.
+            1 / fl(qmax / absmax): then the codes are the same with a float32 scale, no more
+    """
+
+    exact: bool = True
     name = "idempotence"
     theorem = "B1.e"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -25,11 +26,13 @@ def unequal_steps(scheme: Scheme) -> str | None:
 class HalfStep:
     """B1.b: every code is the nearest one to its weight.
 
-    roundings   of the quotient w / s: 1 for a division, 2 for a product with fl(1 / s), which
-                is to be used only where 1 / s is a normal number
+    roundings    of the quotient w / s: 1 for a division, 2 for a product with fl(1 / s), which
+                 is to be used only where 1 / s is a normal number
+    zero_point   whether it is added to the code "after" rounding, or to the quotient "before"
     """
 
     roundings: int = 1
+    zero_point: Literal["after", "before"] = "after"
     name = "half step"
     theorem = "B1.b"
 
@@ -43,6 +46,8 @@ class HalfStep:
 
         grid, gamma, change = evidence.problem.grid, bounds.gamma(self.roundings), evidence.change()
 
+        added = self.zero_point == "before" and not evidence.problem.scheme.symmetric
+
         def highest(rows: slice) -> Float64:
             piece = evidence.piece(rows)
             own = change[rows].reshape(piece.weight.shape)
@@ -54,6 +59,8 @@ class HalfStep:
             else:
                 part = evidence.piece(np.flatnonzero(chosen))
             allowance = gamma * np.abs(part.weight, dtype=np.float64)
+            if added:
+                allowance += bounds.zero_point_added(part.scale, grid)
             return bounds.nearest(part.delta(), part.codes, part.scale, grid, allowance)
 
         most = np.concatenate(parallel.spread(highest, evidence.cut(), evidence.threads))

@@ -78,13 +78,56 @@ def test_one_that_does_not_exits_with_4_and_shows_how(check, tmp_path):
     shown = check(*LEANING, "--save", tmp_path / "found")
     assert shown.code == 4
     assert "FAILED half_step (B1.b)" in shown.out
-    assert "plugin = Host.discover(files=" in shown.out
+    assert "host = Host.discover(files=" in shown.out
     assert "'lean': 0.25" in shown.out
     assert "print(replay('half_step'" in shown.out
     [script] = (tmp_path / "found").glob("*half_step*.py")
     assert script.with_suffix(".npz").is_file()
     done = subprocess.run([sys.executable, str(script)], cwd="/", capture_output=True, text=True)
     assert done.stdout.startswith("half_step is violated: "), done.stderr
+
+
+OBSERVER = '''
+class Energy:
+    """The sum of squares of each column."""
+
+    def __init__(self, columns):
+        self.total = torch.zeros(columns, dtype=torch.float64)
+
+    def update(self, x):
+        self.total += x.double().square().sum(0)
+
+    def merge(self, other):
+        self.total += other.total
+
+    def value(self):
+        return self.total.clone()
+
+class ObservesEnergy:
+    name = "energy"
+
+    def start(self, group):
+        return Energy(group.columns)
+
+@hookimpl
+def qframe_observers():
+    return [ObservesEnergy()]
+'''
+
+
+def test_a_rounder_may_need_an_observer_of_its_own_file(check, file, tmp_path):
+    """Which finds that the rounder looks at no energy; the script finds the observer too."""
+    file.write_text(
+        PLUGIN.replace("default=frozenset()", 'default=frozenset({"energy"})') + OBSERVER
+    )
+    shown = check("--profile", "fast", "--save", tmp_path / "found")
+    assert "declarations" in shown.out
+    assert "FAILED declarations" not in shown.out
+    assert "energy is needed, but the same codes come out whatever it is" in shown.out
+    [script] = (tmp_path / "found").glob("*.py")
+    done = subprocess.run([sys.executable, str(script)], cwd="/", capture_output=True, text=True)
+    assert done.stdout.startswith("calibration is violated: energy is needed"), done.stderr
+    assert check("--profile", "fast", "--in-process").code == shown.code == 4
 
 
 def test_json_is_the_report_and_nothing_else(check):

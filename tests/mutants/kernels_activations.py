@@ -107,6 +107,11 @@ def by_reciprocal(self, x, scale):
     return np.nan_to_num(self.clip(self.round(t)))
 
 
+def scale_of_the_reciprocal(self, absmax):
+    inverse = F32(127) / absmax
+    return np.where(np.isfinite(inverse), F32(1) / inverse, Activations().scale(absmax))
+
+
 def half_away(self, t):
     size = np.abs(t).astype(np.float64)
     return np.copysign(np.floor(size + 1 / 2), t)
@@ -132,6 +137,12 @@ TWINS = (
         scale=lambda self, a: np.where(
             a == 0, F32(1), np.maximum(a * (F32(1) / F32(127)), F32(2.0**-149))
         ),
+    ),
+    twin(
+        Activations,
+        "scale_of_the_reciprocal",
+        "1 / fl(127 / absmax), where that is finite: two roundings",
+        scale=scale_of_the_reciprocal,
     ),
 )
 

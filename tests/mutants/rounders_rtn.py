@@ -56,6 +56,16 @@ class RoundedTwice(Nearest):
         return np.rint(np.rint(weight / scale * 4) / 4)
 
 
+class ZeroPointAddedFirst(Nearest):
+    """Adds the zero point before it rounds, which moves ties, and does not say so."""
+
+    def steps(self, weight, scale):
+        return weight / scale
+
+    def codes(self, codes, grid):
+        return super().codes(np.rint(codes), grid)
+
+
 class ArithmeticInHalf(Nearest):
     """Divides in float16, which a model loaded in half precision does."""
 
@@ -162,6 +172,7 @@ KILLED_BY = {
     RoundHalfUp: "sign_symmetry",
     HalfAddedToAll: "half_step",
     RoundedTwice: "half_step",
+    ZeroPointAddedFirst: "half_step",
     ArithmeticInHalf: "half_step",
     ArithmeticInBfloat16: "half_step",
     WeightsRoundedToHalf: "half_step",

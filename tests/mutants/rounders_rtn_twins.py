@@ -33,6 +33,25 @@ class Reciprocal(Nearest):
         return np.rint(np.where(normal, product, weight / scale))
 
 
+class ReciprocalScale(Reciprocal):
+    """Stores 1 / fl(qmax / absmax), which may miss absmax / qmax by its last bit."""
+
+    claims = (
+        claims.HalfStep(roundings=2),
+        claims.SchemeScale(),
+        claims.Covers(),
+        claims.Idempotent(exact=False),
+    )
+
+    def scale(self, lo, hi, grid, scheme):
+        quotient = super().scale(lo, hi, grid, scheme)
+        if not scheme.symmetric:  # hi - lo is rounded already
+            return quotient
+        with np.errstate(divide="ignore", over="ignore"):
+            inverse = np.float32(grid.qmax - grid.qmin) / 2 / np.maximum(np.abs(lo), np.abs(hi))
+            return np.where(np.isfinite(inverse), np.float32(1) / inverse, quotient)
+
+
 class Double(Nearest):
     def scale(self, lo, hi, grid, scheme):
         return np.float32(super().scale(np.float64(lo), np.float64(hi), grid, scheme))
@@ -55,6 +74,18 @@ class ZeroPointFromTheTop(Nearest):
     def zero(self, lo, hi, scale, grid):
         _, hi = self.range(lo, hi)
         return np.clip(np.rint(grid.qmax - hi / scale), grid.qmin, grid.qmax)
+
+
+class ZeroPointBefore(Nearest):
+    """The sum is rounded to float32 once more, and it says so."""
+
+    claims = (claims.HalfStep(zero_point="before"), *NEAREST[1:])
+
+    def steps(self, weight, scale):
+        return weight / scale
+
+    def codes(self, codes, grid):
+        return super().codes(np.rint(codes), grid)
 
 
 class Interleaved(Nearest):
@@ -88,9 +119,11 @@ WHY = {
     HalfAway: "ties go away from zero: as near as to even, and as symmetric",
     MagicNumber: "rint by adding and subtracting 1.5 2^23, as code without an instruction does",
     Reciprocal: "multiplies with fl(1 / s), as most GPU code does, and says so: two roundings",
+    ReciprocalScale: "makes the scale from its reciprocal, so it gives codes back, but not values",
     Double: "all in float64: nearer to real numbers than asked for",
     RowByRow: "loops over blocks of a row, as compiled code does",
     ZeroPointFromTheTop: "rounds the zero point from the upper end of the range",
+    ZeroPointBefore: "adds the zero point before it rounds, as compressed-tensors and HQQ do",
     Interleaved: "groups are of every so many columns, and the group index says so",
     PowersOfTwo: "scales are powers of two, as microscaling has them; they are not claimed",
 }
