@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         OpCall,
         QuantizedWeight,
         Rewrite,
+        RewriteProblem,
         RoundingProblem,
         Unsupported,
     )
@@ -51,6 +52,7 @@ _HOME = {
     "Recipe": "recipe",
     "Result": "pipeline",
     "Rewrite": "contracts",
+    "RewriteProblem": "contracts",
     "RoundingProblem": "contracts",
     "Scheme": "scheme",
     "Unsupported": "contracts",
@@ -77,6 +79,7 @@ __all__ = [
     "Recipe",
     "Result",
     "Rewrite",
+    "RewriteProblem",
     "RoundingProblem",
     "Scheme",
     "Unsupported",

@@ -180,6 +180,43 @@ class Observer(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RewriteProblem:
+    """Rewrite the layers that read one input tensor, together.
+
+    layers   layer name -> its rounding problem as it stands. All have the same columns, and the
+             same statistics: those of the observers named in the handler's `needs`. Do not change
+             a weight.
+    """
+
+    layers: Mapping[str, RoundingProblem]
+
+    @property
+    def name(self) -> str:
+        """The name of the first layer, for messages."""
+        return next(iter(self.layers))
+
+    @property
+    def columns(self) -> int:
+        """The width of the input."""
+        return int(self.layers[self.name].weight.shape[1])
+
+    @property
+    def weights(self) -> Mapping[str, torch.Tensor]:
+        """Layer name -> weight, [rows, columns] float32."""
+        return {name: layer.weight for name, layer in self.layers.items()}
+
+    @property
+    def statistics(self) -> Mapping[str, Any]:
+        """Observer name -> value."""
+        return self.layers[self.name].statistics
+
+    @property
+    def tokens(self) -> int:
+        """Calibration tokens behind the statistics (0 for a data-free run)."""
+        return self.layers[self.name].tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Rewrite:
     """W x = W' (x / input_scale), exactly in real numbers.
 
@@ -198,14 +235,7 @@ class OutlierHandler(Protocol):
     needs: frozenset[str]
     capabilities: Capabilities
 
-    def rewrite(
-        self,
-        group: InputGroup,
-        weights: Mapping[str, torch.Tensor],
-        statistics: Mapping[str, Any],
-        scheme: Scheme,
-        rng: np.random.Generator,
-    ) -> Rewrite:
+    def rewrite(self, problem: RewriteProblem, rng: np.random.Generator) -> Rewrite:
         """Return the rewritten weights and what the input is divided by."""
         ...
 

@@ -25,11 +25,12 @@ from qframe.contracts import (
     Grid,
     InputGroup,
     QuantizedWeight,
+    RewriteProblem,
     Rounder,
     RoundingProblem,
     Statistic,
 )
-from qframe.errors import HessianError, PluginError, UncalibratedLayerError
+from qframe.errors import HessianError, PluginError, QframeError, UncalibratedLayerError
 from qframe.hessian import SECOND_MOMENTS
 from qframe.host import Host
 from qframe.judging import Court
@@ -326,9 +327,28 @@ class Solver:
         total = None
         for handler in self._method.handlers:
             seen = inputs if total is None else inputs.scaled(total)
-            statistics = {n: self._observe(n, group, seen.fitted).value() for n in handler.needs}
-            scheme = schemes[group.name]
-            rewrite = handler.rewrite(group, weights, statistics, scheme, self._rng(group.name))
+            statistics = {
+                name: self._observe(name, group, seen.fitted).value()
+                for name in sorted(handler.needs)
+            }
+            problem = RewriteProblem(
+                layers={
+                    name: RoundingProblem(
+                        name=name,
+                        weight=weight,
+                        scheme=schemes[name],
+                        grid=grid_of(self._host, schemes[name]),
+                        statistics=statistics,
+                        tokens=_count(seen.fitted),
+                    )
+                    for name, weight in weights.items()
+                }
+            )
+            try:
+                rewrite = handler.rewrite(problem, self._rng(group.name))
+            except UncalibratedLayerError as error:
+                self._fall_back(group.name, f"not rewritten: {error}", error)
+                continue
             check_finite(rewrite.input_scale, f"{handler.name}: input_scale of {group.name!r}")
             weights = rewrite.weights
             total = rewrite.input_scale if total is None else total * rewrite.input_scale
@@ -341,15 +361,7 @@ class Solver:
         try:
             quantized = rounder.round(problem, self._rng(problem.name))
         except (UncalibratedLayerError, HessianError) as error:
-            if self._recipe.on_fallback == "error":
-                raise
-            event = Event(
-                kind="fallback",
-                layer=problem.name,
-                message=f"rounded to nearest instead: {error}",
-            )
-            self.events.append(event)
-            log.warning("%s: %s", event.layer, event.message)
+            self._fall_back(problem.name, f"rounded to nearest instead: {error}", error)
             return rounding.to_nearest(problem), FALLBACK
         if not isinstance(quantized, QuantizedWeight):
             raise PluginError(
@@ -362,6 +374,14 @@ class Solver:
                 f"place; work on a copy"
             )
         return quantized, self._recipe.method
+
+    def _fall_back(self, layer: str, message: str, error: QframeError) -> None:
+        """Record that a layer was not done as asked; raise the error where that must not be."""
+        if self._recipe.on_fallback == "error":
+            raise error
+        event = Event(kind="fallback", layer=layer, message=message)
+        self.events.append(event)
+        log.warning("%s: %s", event.layer, event.message)
 
     def _rng(self, layer: str) -> np.random.Generator:
         """Return the generator of a layer: it depends on the seed and the name alone."""

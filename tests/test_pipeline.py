@@ -242,11 +242,12 @@ def test_a_rewrite_keeps_the_function_and_reaches_the_rounder(tmp_path):
         needs: frozenset = frozenset({"absmax"})
         capabilities: Capabilities = field(default=Capabilities())
 
-        def rewrite(self, group, weights, statistics, scheme, rng):
-            seen[group.name] = statistics["absmax"]
-            scale = torch.full((group.columns,), 2.0)
+        def rewrite(self, problem, rng):
+            seen[problem.name] = problem.statistics["absmax"]
+            scale = torch.full((problem.columns,), 2.0)
             scale[::2] = 0.5
-            return Rewrite(weights={n: w * scale for n, w in weights.items()}, input_scale=scale)
+            scaled = {name: weight * scale for name, weight in problem.weights.items()}
+            return Rewrite(weights=scaled, input_scale=scale)
 
     class Plugin:
         @hookimpl

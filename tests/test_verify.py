@@ -54,9 +54,10 @@ class Stretch:
     needs: frozenset = frozenset()
     capabilities: Capabilities = field(default=Capabilities())
 
-    def rewrite(self, group, weights, statistics, scheme, rng):
-        scale = torch.linspace(0.3, 3, group.columns)
-        return Rewrite(weights={n: w * scale for n, w in weights.items()}, input_scale=scale)
+    def rewrite(self, problem, rng):
+        scale = torch.linspace(0.3, 3, problem.columns)
+        scaled = {name: weight * scale for name, weight in problem.weights.items()}
+        return Rewrite(weights=scaled, input_scale=scale)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,15 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 
-from qframe import Grid, InputGroup, LayerInfo, Rewrite, Scheme
+from qframe import (
+    Grid,
+    InputGroup,
+    LayerInfo,
+    Rewrite,
+    RewriteProblem,
+    RoundingProblem,
+    Scheme,
+)
 from qframe.claims.handlers import Rewriting
 from qframe.claims.observers import Float32
 from qframe_conformance.checks import Violation
@@ -107,7 +115,7 @@ class HandlerCase:
         weights = {name: weight.clone() for name, weight in self.weights.items()}
         statistics = Statistics(copy.deepcopy(self.statistics))
         rng = np.random.default_rng(self.seed)
-        made = self.handler.rewrite(group_of(weights), weights, statistics, self.scheme, rng)
+        made = self.handler.rewrite(self.problem(weights, statistics), rng)
         return Second(weights, statistics, made, changed(before))
 
     @cached_property
@@ -149,12 +157,26 @@ class HandlerCase:
     ) -> Any:
         """Rewrite weights, given as copies, with the generator of this case."""
         given = self.statistics if statistics is None else statistics
-        return self.handler.rewrite(
-            group_of(weights),
-            {name: weight.clone() for name, weight in weights.items()},
-            Statistics(copy.deepcopy(dict(given))),
-            self.scheme,
-            np.random.default_rng(self.seed),
+        copies = {name: weight.clone() for name, weight in weights.items()}
+        problem = self.problem(copies, Statistics(copy.deepcopy(dict(given))))
+        return self.handler.rewrite(problem, np.random.default_rng(self.seed))
+
+    def problem(
+        self, weights: Mapping[str, torch.Tensor], statistics: Mapping[str, Any]
+    ) -> RewriteProblem:
+        """Return what a handler is given."""
+        return RewriteProblem(
+            layers={
+                name: RoundingProblem(
+                    name=name,
+                    weight=weight,
+                    scheme=self.scheme,
+                    grid=self.grid,
+                    statistics=statistics,
+                    tokens=len(self.inputs),
+                )
+                for name, weight in weights.items()
+            }
         )
 
     def again(self, weights: Mapping[str, torch.Tensor]) -> Rewrite:

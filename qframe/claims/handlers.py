@@ -128,8 +128,8 @@ class NoWorseThanUnscaled:
 
     def certify(self, rewriting: Rewriting) -> Certificate:
         """Compare the roots of both output errors, in float64."""
-        found, sigma = _loss(rewriting, self.sums)
-        before, sigma_before = _loss(rewriting.unscaled(), self.sums)
+        found, sigma = root_of_loss(rewriting, self.sums)
+        before, sigma_before = root_of_loss(rewriting.unscaled(), self.sums)
         ratio = bounds.ratio(found, before + sigma + sigma_before)
         return Certificate(claim=self.name, theorem=self.theorem, ratio=ratio)
 
@@ -157,7 +157,7 @@ class ProtectsSalient:
 
     def certify(self, rewriting: Rewriting) -> Certificate:
         """Compare the root of the output error with what that candidate cannot exceed."""
-        found, sigma = _loss(rewriting, self.sums)
+        found, sigma = root_of_loss(rewriting, self.sums)
         against = np.ones(len(rewriting.hessian))
         against[list(rewriting.loud)] = self.gain
         against[list(rewriting.quiet)] = 1 / self.gain
@@ -170,7 +170,7 @@ class ProtectsSalient:
         return Certificate(claim=self.name, theorem=self.theorem, ratio=ratio)
 
 
-def _loss(rewriting: Rewriting, sums: str) -> tuple[float, float]:
+def root_of_loss(rewriting: Rewriting, sums: str) -> tuple[float, float]:
     """Return (sqrt L, sigma): the root of the output error, and B4.c's allowance for it."""
     weight, values = rewriting.original(), rewriting.effective()
     error = weight - values

@@ -8,7 +8,7 @@ they lack is speed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,9 +17,8 @@ import torch
 from qframe import (
     Capabilities,
     Grid,
-    InputGroup,
-    LayerInfo,
     Rewrite,
+    RewriteProblem,
     RoundingProblem,
     Scheme,
     rounding,
@@ -47,17 +46,15 @@ SEARCH = (
 SMOOTH = (FunctionPreserving(), RowOrderFree(), SignSymmetric())
 
 
-def grid_of(scheme):
-    half = 1 << (scheme.num_bits - 1)
-    if not scheme.symmetric:
-        return Grid(0, 2 * half - 1)
-    return Grid(-half if scheme.scale_rule == "full" else 1 - half, half - 1)
+def with_statistic(problem, name, value):
+    layers = {n: replace(layer, statistics={name: value}) for n, layer in problem.layers.items()}
+    return RewriteProblem(layers=layers)
 
 
-def refuse_nonsense(name, group, value):
+def refuse_nonsense(name, problem, value):
     if not bool(torch.isfinite(value).all()):
         raise NonFiniteError(
-            f"{group.name!r}: the statistic {name!r} is not finite; look at the network's inputs"
+            f"{problem.name!r}: the statistic {name!r} is not finite; look at the network's inputs"
         )
 
 
@@ -74,14 +71,14 @@ class AWQ:
     claims: tuple[Any, ...] = SEARCH
     steps: int = 20
 
-    def rewrite(self, group, weights, statistics, scheme, rng):
-        hessian = statistics["hessian"]
-        refuse_nonsense("hessian", group, hessian)
+    def rewrite(self, problem, rng):
+        hessian, weights = problem.statistics["hessian"], problem.weights
+        refuse_nonsense("hessian", problem, hessian)
         magnitude = self.magnitude(hessian, weights)
         best, chosen = None, None
         for alpha in self.alphas():
             scale = self.normalized(magnitude**alpha)
-            loss = self.loss(weights, scale, hessian, scheme)
+            loss = self.loss(problem.layers, scale, hessian)
             if self.better(loss, best):
                 best, chosen = loss, scale
         return self.applied(weights, chosen)
@@ -101,18 +98,16 @@ class AWQ:
     def better(self, loss, best):
         return best is None or loss < best
 
-    def loss(self, weights, scale, hessian, scheme):
+    def loss(self, layers, scale, hessian):
         total = 0.0
-        for name, weight in weights.items():
-            error = weight.double() - self.effective(name, weight, scale, scheme)
+        for layer in layers.values():
+            error = layer.weight.double() - self.effective(layer, scale)
             total += float(((error @ hessian) * error).sum())
         return total
 
-    def effective(self, name, weight, scale, scheme):
-        problem = RoundingProblem(
-            name=name, weight=weight * scale, scheme=scheme, grid=grid_of(scheme)
-        )
-        return rounding.dequantize(rounding.to_nearest(problem)).double() / scale.double()
+    def effective(self, layer, scale):
+        scaled = replace(layer, weight=layer.weight * scale)
+        return rounding.dequantize(rounding.to_nearest(scaled)).double() / scale.double()
 
     def applied(self, weights, scale):
         return Rewrite(weights={n: w * scale for n, w in weights.items()}, input_scale=scale)
@@ -171,8 +166,8 @@ class KeepsFirst(AWQ):
 
 
 class IgnoresActivations(AWQ):
-    def loss(self, weights, scale, hessian, scheme):
-        return super().loss(weights, scale, torch.eye(len(hessian), dtype=torch.float64), scheme)
+    def loss(self, layers, scale, hessian):
+        return super().loss(layers, scale, torch.eye(len(hessian), dtype=torch.float64))
 
 
 class MagnitudeOfWeights(AWQ):
@@ -182,23 +177,23 @@ class MagnitudeOfWeights(AWQ):
 
 
 class FirstLayerCounts(AWQ):
-    def loss(self, weights, scale, hessian, scheme):
-        name = next(iter(weights))
-        return super().loss({name: weights[name]}, scale, hessian, scheme)
+    def loss(self, layers, scale, hessian):
+        name = next(iter(layers))
+        return super().loss({name: layers[name]}, scale, hessian)
 
 
 class UnroundedLoss(AWQ):
     """Compares the weights before they are rounded: all candidates are perfect but for noise."""
 
-    def effective(self, name, weight, scale, scheme):
-        return (weight * scale).double() / scale.double()
+    def effective(self, layer, scale):
+        return (layer.weight * scale).double() / scale.double()
 
 
 class WeightEpsilon(AWQ):
     """Adds an absolute epsilon to weights, as code that guards a division does."""
 
-    def effective(self, name, weight, scale, scheme):
-        return super().effective(name, weight + 2.0**-6, scale, scheme)
+    def effective(self, layer, scale):
+        return super().effective(replace(layer, weight=layer.weight + 2.0**-6), scale)
 
 
 class RandomAlphas(AWQ):
@@ -215,12 +210,12 @@ class SeedsAnew(AWQ):
 class NaNFallsBack(AWQ):
     """Compares without a look at NaN: nothing is better than the first, so alpha = 0 wins."""
 
-    def rewrite(self, group, weights, statistics, scheme, rng):
-        clean = torch.nan_to_num(statistics["hessian"].diagonal(), posinf=0.0)
-        hessian = statistics["hessian"]
+    def rewrite(self, problem, rng):
+        hessian = problem.statistics["hessian"]
         if bool(torch.isfinite(hessian).all()):
-            return super().rewrite(group, weights, statistics, scheme, rng)
-        return super().rewrite(group, weights, {"hessian": torch.diag(clean)}, scheme, rng)
+            return super().rewrite(problem, rng)
+        clean = torch.nan_to_num(hessian.diagonal(), posinf=0.0)
+        return super().rewrite(with_statistic(problem, "hessian", torch.diag(clean)), rng)
 
 
 class OnlyFirstLayer(AWQ):
@@ -268,9 +263,9 @@ class RoundedScale(AWQ):
 
 
 class ReadsMore(AWQ):
-    def rewrite(self, group, weights, statistics, scheme, rng):
-        statistics["absmax"]
-        return super().rewrite(group, weights, statistics, scheme, rng)
+    def rewrite(self, problem, rng):
+        problem.statistics["absmax"]
+        return super().rewrite(problem, rng)
 
 
 # SmoothQuant ----------------------------------------------------------------------------------
@@ -285,10 +280,11 @@ class SmoothQuant:
     capabilities: Capabilities = ANY_SCHEME
     claims: tuple[Any, ...] = SMOOTH
 
-    def rewrite(self, group, weights, statistics, scheme, rng):
-        refuse_nonsense("absmax", group, statistics["absmax"])
-        scale = self.scale(statistics["absmax"], self.largest(weights))
-        return self.applied(weights, scale)
+    def rewrite(self, problem, rng):
+        absmax = problem.statistics["absmax"]
+        refuse_nonsense("absmax", problem, absmax)
+        scale = self.scale(absmax, self.largest(problem.weights))
+        return self.applied(problem.weights, scale)
 
     def largest(self, weights):
         return torch.stack([w.abs().amax(0) for w in weights.values()]).amax(0)
@@ -328,12 +324,12 @@ class LargestOfFirstRow(SmoothQuant):
 class ScaleOfEachLayer(SmoothQuant):
     """Every layer is multiplied by a scale of its own; the input has room for one."""
 
-    def rewrite(self, group, weights, statistics, scheme, rng):
+    def rewrite(self, problem, rng):
         parts = [
-            super(ScaleOfEachLayer, self).rewrite(group, {n: w}, statistics, scheme, rng)
-            for n, w in weights.items()
+            super(ScaleOfEachLayer, self).rewrite(RewriteProblem(layers={name: layer}), rng)
+            for name, layer in problem.layers.items()
         ]
-        rewritten = {n: part.weights[n] for n, part in zip(weights, parts, strict=True)}
+        rewritten = {n: part.weights[n] for n, part in zip(problem.layers, parts, strict=True)}
         return Rewrite(weights=rewritten, input_scale=parts[0].input_scale)
 
 
@@ -360,9 +356,9 @@ class TinyChannelsOverflow(SmoothQuant):
 
 
 class SwallowsNaN(SmoothQuant):
-    def rewrite(self, group, weights, statistics, scheme, rng):
-        clean = {"absmax": torch.nan_to_num(statistics["absmax"], nan=0.0, posinf=1.0)}
-        return super().rewrite(group, weights, clean, scheme, rng)
+    def rewrite(self, problem, rng):
+        clean = torch.nan_to_num(problem.statistics["absmax"], nan=0.0, posinf=1.0)
+        return super().rewrite(with_statistic(problem, "absmax", clean), rng)
 
 
 class NotQuitePowers(SmoothQuant):
@@ -577,9 +573,8 @@ class Nothing:
         ScaleEquivariant(),
     )
 
-    def rewrite(self, group, weights, statistics, scheme, rng):
-        ones = torch.ones(group.columns)
-        return Rewrite(weights=dict(weights), input_scale=ones)
+    def rewrite(self, problem, rng):
+        return Rewrite(weights=problem.weights, input_scale=torch.ones(problem.columns))
 
 
 class PowersOfTwo(SmoothQuant):
@@ -603,10 +598,10 @@ class SinglePrecision(AWQ):
     def better(self, loss, best):
         return best is None or loss <= best
 
-    def loss(self, weights, scale, hessian, scheme):
+    def loss(self, layers, scale, hessian):
         total = torch.zeros(())
-        for name, weight in weights.items():
-            error = weight - self.effective(name, weight, scale, scheme).float()
+        for layer in layers.values():
+            error = layer.weight - self.effective(layer, scale).float()
             total = total + ((error @ hessian.float()) * error).sum()
         return total
 
@@ -621,11 +616,9 @@ class FineSearch(AWQ):
 class Drawn(AWQ):
     """Draws candidates from the generator that is passed in, and has 0 and a quarter besides."""
 
-    def rewrite(self, group, weights, statistics, scheme, rng):
+    def rewrite(self, problem, rng):
         chosen = [0.0, 0.3, *rng.random(3)]
-        return _WithAlphas(claims=self.claims, drawn=tuple(chosen)).rewrite(
-            group, weights, statistics, scheme, rng
-        )
+        return _WithAlphas(claims=self.claims, drawn=tuple(chosen)).rewrite(problem, rng)
 
 
 @dataclass(frozen=True)
@@ -682,9 +675,17 @@ def outputs(plugin):
         "hessian": torch.from_numpy((2 / len(x)) * x.T @ x),
         "absmax": torch.from_numpy(np.abs(x).max(0).astype(np.float32)),
     }
-    weights = {name: torch.from_numpy(rng.normal(size=(6, 16)).astype(np.float32)) for name in "qk"}
-    layers = tuple(LayerInfo(name=name, rows=6, columns=16) for name in weights)
-    made = plugin.rewrite(InputGroup(layers=layers), weights, statistics, Scheme(group_size=8), rng)
+    layers = {
+        name: RoundingProblem(
+            name=name,
+            weight=torch.from_numpy(rng.normal(size=(6, 16)).astype(np.float32)),
+            scheme=Scheme(group_size=8),
+            grid=Grid(-8, 7),
+            statistics=statistics,
+        )
+        for name in "qk"
+    }
+    made = plugin.rewrite(RewriteProblem(layers=layers), rng)
     if not isinstance(made, Rewrite):
         return []
     scale = made.input_scale.double().numpy()

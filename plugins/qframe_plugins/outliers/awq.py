@@ -1,0 +1,122 @@
+"""AWQ: make salient input channels larger before rounding, and divide the input by as much.
+
+Source: Lin et al., AWQ, MLSys 2024, arXiv:2306.00978, section 3.2. A weight that is multiplied by
+s > 1 loses 1/s of what it lost, as long as its group keeps its range (eq. 2); so channels with
+large activations get s = m^alpha (eq. 5), m being their magnitude, and alpha is searched for by the
+error of the output (eq. 4).
+Error:  none before rounding, but for one of float32: W' = W s is exact where s is a power of two.
+After rounding to nearest no more than without (docs/bounds.md, B4.c), since alpha = 0 is tried too.
+
+Where the paper leaves a choice: m is the root mean square of a channel, which comes from the same
+second moments as the error; the error is that of all calibration tokens, tr(E H E^T); one scale
+serves all layers that read the input. The published code also searches for the range of each group:
+here that is the scheme's observer, "mse".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import Field
+
+from qframe import Capabilities, Rewrite, RewriteProblem, RoundingProblem, claims, hookimpl
+from qframe.errors import NonFiniteError, UncalibratedLayerError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+QUIETEST = 2.0**-12  # of the loudest channel: those below count as this loud
+
+
+@dataclass(frozen=True)
+class AWQ:
+    """Scale channels by magnitude^alpha, with the alpha that loses least after rounding.
+
+    candidates   how many alphas are tried: 0, 1/candidates, 2/candidates, ... below 1
+    """
+
+    candidates: Annotated[int, Field(ge=1)] = 20
+
+    name: str = field(init=False, default="awq")
+    needs: frozenset[str] = field(init=False, default=frozenset({"hessian"}))
+    capabilities: Capabilities = field(init=False, default=Capabilities())
+
+    @property
+    def claims(self) -> tuple[object, ...]:
+        """A search with scale 1 in it; it finds something where there are candidates."""
+        found = (
+            claims.FunctionPreserving(),
+            claims.NoWorseThanUnscaled(sums="float32"),
+            claims.ScaleEquivariant(),
+            claims.SignSymmetric(),
+        )
+        # Planted channels are 2^8 times as loud, and alpha = 1/4 makes them 4 times as large.
+        if self.candidates % 4 == 0:
+            return (*found, claims.ProtectsSalient(gain=4, sums="float32"))
+        return found
+
+    def rewrite(self, problem: RewriteProblem, rng: np.random.Generator) -> Rewrite:
+        """Return the layers times the best scale. Needs statistics["hessian"].
+
+        Raises UncalibratedLayerError without calibration tokens, NonFiniteError for a Hessian that
+        is not finite.
+        """
+        import torch
+
+        hessian = problem.statistics["hessian"]
+        if problem.tokens == 0:
+            raise UncalibratedLayerError(
+                f"awq: no calibration token reached layer {problem.name!r}, and its scales come "
+                f"from them"
+            )
+        if not bool(torch.isfinite(hessian).all()):
+            raise NonFiniteError(
+                f"layer {problem.name!r}: the Hessian of its inputs is not finite; look at the "
+                f"network before it"
+            )
+        layers, magnitude = problem.layers.values(), _magnitude(hessian)
+        largest = hessian.diagonal().max()
+        unit = (hessian / largest if largest > 0 else hessian).float()  # so that none overflows
+        scales = [_normalized(magnitude ** (k / self.candidates)) for k in range(self.candidates)]
+        losses = [_loss(layers, scale, unit) for scale in scales]
+        best = scales[min(range(len(scales)), key=losses.__getitem__)]  # the first of equals
+        return Rewrite(weights=_times(problem.weights, best), input_scale=best)
+
+
+def _magnitude(hessian: torch.Tensor) -> torch.Tensor:
+    """Return the root mean square of each input channel, [columns] float64, positive."""
+    import torch
+
+    root = (hessian.diagonal() / 2).sqrt()
+    loudest = root.max()
+    return root.clamp(min=loudest * QUIETEST) if loudest > 0 else torch.ones_like(root)
+
+
+def _normalized(scale: torch.Tensor) -> torch.Tensor:
+    """Return the scale with largest times smallest = 1, [columns] float32."""
+    return (scale / (scale.max() * scale.min()).sqrt()).float()
+
+
+def _loss(layers: Iterable[RoundingProblem], scale: torch.Tensor, hessian: torch.Tensor) -> float:
+    """Return tr(E H E^T) of all layers, E = W - Q(W s) / s, in float32."""
+    from qframe import rounding
+
+    total = 0.0
+    for layer in layers:
+        scaled = replace(layer, weight=layer.weight * scale)
+        error = layer.weight - rounding.dequantize(rounding.to_nearest(scaled)) / scale
+        total += float(((error @ hessian) * error).sum())
+    return total
+
+
+def _times(weights: Mapping[str, torch.Tensor], scale: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {name: weight * scale for name, weight in weights.items()}
+
+
+@hookimpl
+def qframe_outlier_handlers() -> Iterable[AWQ]:
+    """Register awq."""
+    return [AWQ()]

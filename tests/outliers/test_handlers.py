@@ -1,0 +1,183 @@
+"""AWQ and SmoothQuant, held against float64, and in the pipeline. What any handler owes is the
+suite's business: `qframe check awq`."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import qframe
+from qframe import Grid, RewriteProblem, RoundingProblem, Scheme, bounds
+from qframe.calibration import CalibrationData
+from qframe.claims.handlers import Rewriting, root_of_loss
+from qframe.errors import UncalibratedLayerError
+from qframe_conformance import check_plugin
+from qframe_plugins.outliers.awq import AWQ
+from qframe_plugins.outliers.smoothquant import RANGE, SmoothQuant
+from tests.mutants import handlers as reference
+
+W4 = Scheme(group_size=8)
+
+
+def problem(seed, rows=(3, 2), columns=16, tokens=48, schemes=(W4, W4)):
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(tokens, columns)) * np.exp(2 * rng.normal(size=columns))
+    statistics = {
+        "hessian": torch.from_numpy((2 / tokens) * x.T @ x),
+        "absmax": torch.from_numpy(np.float32(np.abs(x).max(0))),
+    }
+    layers = {}
+    for name, count, scheme in zip("qk", rows, schemes, strict=True):
+        half = 1 << (scheme.num_bits - 1)
+        layers[name] = RoundingProblem(
+            name=name,
+            weight=torch.from_numpy(rng.normal(size=(count, columns)).astype(np.float32)),
+            scheme=scheme,
+            grid=Grid(-half, half - 1) if scheme.symmetric else Grid(0, 2 * half - 1),
+            statistics=statistics,
+            tokens=tokens,
+        )
+    return RewriteProblem(layers=layers)
+
+
+def rewriting(given, rewrite):
+    layer = given.layers[given.name]
+    hessian = given.statistics["hessian"].numpy()
+    root = np.sqrt(hessian.diagonal())
+    return Rewriting(
+        weights=given.weights,
+        rewrite=rewrite,
+        scheme=layer.scheme,
+        grid=layer.grid,
+        hessian=hessian,
+        magnitude=np.outer(root, root),  # Cauchy and Schwarz
+    )
+
+
+@pytest.mark.parametrize("handler", [AWQ(), AWQ(candidates=1), SmoothQuant(), SmoothQuant(alpha=1)])
+def test_the_suite_holds_whatever_the_options(handler):
+    report = check_plugin(handler, seed=7, shrink=False)
+    assert report.ok, str(report)
+
+
+# AWQ ------------------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 2**32), st.sampled_from([W4, Scheme(num_bits=3, strategy="channel")]))
+def test_awq_finds_what_a_search_in_float64_finds(seed, scheme):
+    """The reference sums in float64, so of losses that are next to equal it may take another."""
+    given = problem(seed, schemes=(scheme, scheme))
+    rng = np.random.default_rng(0)
+    mine, other = (handler.rewrite(given, rng) for handler in (AWQ(), reference.AWQ()))
+    if torch.equal(mine.input_scale, other.input_scale):
+        return
+    found, sigma = root_of_loss(rewriting(given, mine), "float32")
+    best, its_sigma = root_of_loss(rewriting(given, other), "float32")
+    assert bounds.ratio(found, best + sigma + its_sigma) <= 1
+
+
+def test_every_layer_counts_with_its_own_scheme():
+    fine = W4.replace(num_bits=8)
+    rng, swayed = np.random.default_rng(0), 0
+    for seed in range(20):
+        mixed = problem(seed, schemes=(W4, fine))
+        mine, other = (handler.rewrite(mixed, rng) for handler in (AWQ(), reference.AWQ()))
+        assert torch.equal(mine.input_scale, other.input_scale)
+        swayed += not torch.equal(mine.input_scale, AWQ().rewrite(problem(seed), rng).input_scale)
+    assert swayed
+
+
+def test_a_hessian_beyond_float32_changes_no_choice():
+    given = problem(3)
+    scaled = {
+        name: dataclasses.replace(
+            layer, statistics={"hessian": given.statistics["hessian"] * 2.0**200}
+        )
+        for name, layer in given.layers.items()
+    }
+    rng = np.random.default_rng(0)
+    mine, loud = (AWQ().rewrite(p, rng) for p in (given, RewriteProblem(layers=scaled)))
+    assert torch.equal(mine.input_scale, loud.input_scale)
+
+
+# SmoothQuant ----------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 2**32), st.sampled_from([0.0, 0.25, 0.5, 0.8, 1.0]))
+def test_smoothquant_is_its_formula(seed, alpha):
+    given = problem(seed)
+    found = SmoothQuant(alpha=alpha).rewrite(given, np.random.default_rng(0)).input_scale
+    x = given.statistics["absmax"].numpy().astype(np.float64)
+    w = torch.cat(list(given.weights.values())).abs().amax(0).numpy().astype(np.float64)
+    expected = np.clip(x**alpha / w ** (1 - alpha), 1 / RANGE, RANGE)
+    error = np.abs(found.numpy() - expected)
+    assert bounds.ratio(error, bounds.gamma(2) * expected) <= 1
+
+
+def test_half_way_makes_inputs_and_weights_equally_large():
+    given = problem(5)
+    made = SmoothQuant().rewrite(given, np.random.default_rng(0))
+    x = given.statistics["absmax"].double() / made.input_scale
+    w = torch.cat(list(made.weights.values())).abs().amax(0).double()
+    assert bounds.ratio((x - w).numpy(), bounds.gamma(4) * w.numpy()) <= 1
+
+
+# In the pipeline ------------------------------------------------------------------------------
+
+
+def network():
+    generator = torch.Generator().manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(32, 24), torch.nn.ReLU(), torch.nn.Linear(24, 16))
+    for parameter in net.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator)
+    x = torch.randn(4, 40, 32, generator=generator)
+    x[..., 3] *= 30  # a salient channel
+    return net, CalibrationData.from_tensors(list(x))
+
+
+@pytest.mark.parametrize("method", ["awq", "awq+gptq", "smoothquant", "smoothquant+awq+rtn"])
+def test_handlers_compose_with_rounders_and_keep_the_function(method):
+    net, data = network()
+    recipe = {"method": method, "scheme": {"num_bits": 4, "group_size": 8, "symmetric": False}}
+    result = qframe.quantize(net, recipe, calibration=data)
+    for layer in result.report.layers:
+        [kept] = [c for c in layer.certificates if c.claim == "function preserved"]
+        assert kept.holds
+        assert not [c for c in layer.certificates if not c.holds]
+    assert not result.report.fallbacks()
+
+
+def test_awq_saves_what_rounding_takes_from_a_salient_channel():
+    net, data = network()
+    scheme = {"num_bits": 4, "group_size": 8, "symmetric": False}
+    result = qframe.quantize(net, {"method": "awq", "scheme": scheme}, calibration=data)
+    first = result.report.layers[0]
+    assert first.error < first.rtn_error
+
+
+class Idle(torch.nn.Module):
+    """Its second layer is never called, as an expert may be that no token is sent to."""
+
+    def __init__(self):
+        super().__init__()
+        self.busy, self.idle = torch.nn.Linear(32, 24), torch.nn.Linear(32, 24)
+
+    def forward(self, x):
+        return self.busy(x)
+
+
+@pytest.mark.parametrize("name", ["awq", "smoothquant"])
+def test_without_tokens_layers_stay_as_they_are_and_the_report_says_so(name):
+    _, data = network()
+    recipe = {"method": name, "scheme": {"group_size": 8}, "max_fallback_frac": 1}
+    result = qframe.quantize(Idle(), recipe, calibration=data)
+    [event] = result.report.fallbacks()
+    assert event.layer == "idle"
+    assert f"not rewritten: {name}: no calibration token reached layer 'idle'" in event.message
+    assert getattr(result.module.idle, "input_scale", None) is None
+    assert result.module.busy.input_scale is not None
+    with pytest.raises(UncalibratedLayerError, match="layer 'idle'"):
+        qframe.quantize(Idle(), {**recipe, "on_fallback": "error"}, calibration=data)
