@@ -113,14 +113,19 @@ def prepare(folder: Path, settings: CalibrationSettings) -> CalibrationData:
     """Turn the text of `settings.dataset` into windows of tokens, some of them held out.
 
     Windows are cut from the documents one after another, and spread evenly over all of the
-    text. Raises CalibrationError when the text is shorter than two windows, or the windows longer
-    than the network was made for.
+    text. Unless a length was asked for, they are no longer than the network was made for.
+
+    Raises CalibrationError when the text is shorter than two windows, or the windows that were
+    asked for are longer than the network was made for.
     """
-    check_length(folder, settings.max_seq_length, "max_seq_length")
+    length = settings.max_seq_length
+    if "max_seq_length" in settings.model_fields_set:
+        check_length(folder, length, "max_seq_length")
+    else:
+        length = min(length, positions(folder) or length)
     documents = read_text(settings.dataset)
     text_hash = hashlib.sha256("\0".join(documents).encode()).hexdigest()
     tokens = tokenize(folder, documents)
-    length = settings.max_seq_length
     available = len(tokens) // length
     wanted = settings.num_calibration_samples
     share = settings.held_out_fraction
@@ -169,15 +174,20 @@ def check_length(folder: Path, length: int, name: str) -> None:
 
     name   what to call the length in the message
     """
+    most = positions(folder)
+    if most is not None and length > most:
+        raise CalibrationError(
+            f"{folder}: the network was made for {most} positions (config.json), fewer than "
+            f"{name}={length}; give at most {most}"
+        )
+
+
+def positions(folder: Path) -> int | None:
+    """Return how many tokens the network was made for, None where its folder does not say."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config = config.get("text_config") or config
     names = ("max_position_embeddings", "n_positions")
-    positions = next((config[n] for n in names if isinstance(config.get(n), int)), None)
-    if positions is not None and length > positions:
-        raise CalibrationError(
-            f"{folder}: the network was made for {positions} positions (config.json), fewer than "
-            f"{name}={length}; give at most {positions}"
-        )
+    return next((config[name] for name in names if isinstance(config.get(name), int)), None)
 
 
 def _from_jsonl(path: Path) -> list[str]:
