@@ -167,7 +167,7 @@ def tokenize(folder: Path, documents: Iterable[str]) -> np.ndarray[Any, np.dtype
     return np.concatenate([np.zeros(0, np.int64), *(np.asarray(p, np.int64) for p in parts)])
 
 
-def check_length(folder: Path, length: int, name: str) -> None:
+def check_length(folder: str | Path, length: int, name: str) -> None:
     """Raise CalibrationError for windows of more tokens than the network has positions.
 
     Some networks fail there; others, with rotary positions, go on and compute nonsense.
@@ -182,9 +182,9 @@ def check_length(folder: Path, length: int, name: str) -> None:
         )
 
 
-def positions(folder: Path) -> int | None:
+def positions(folder: str | Path) -> int | None:
     """Return how many tokens the network was made for, None where its folder does not say."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
     config = config.get("text_config") or config
     names = ("max_position_embeddings", "n_positions")
     return next((config[name] for name in names if isinstance(config.get(name), int)), None)

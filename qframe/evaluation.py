@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from qframe import parallel
-from qframe.calibration import check_length, read_text, tokenize
+from qframe.calibration import read_text, tokenize
 from qframe.errors import CalibrationError, NonFiniteError
 
 TOKENS_AT_ONCE = 16  # whose distributions over a large vocabulary still fit the caches
@@ -89,10 +89,8 @@ def windows_of(
     dataset   as for calibration; "topics" here means the half of Python's documentation that
               calibration never sees
 
-    Raises CalibrationError when the text is shorter than one window, or a window longer than the
-    network was made for.
+    Raises CalibrationError when the text is shorter than one window.
     """
-    check_length(folder, length, "window")
     documents = read_text(dataset, part="evaluation")
     tokens = tokenize(folder, documents)
     count = len(tokens) // length

@@ -8,7 +8,6 @@ from torch import nn
 
 from qframe.calibration import CalibrationData, Lockstep, Stop, prepare, read_text, tokenize
 from qframe.errors import CalibrationError, ModelError
-from qframe.evaluation import windows_of
 from qframe.pipeline import shortfall
 from qframe.recipe import CalibrationSettings
 
@@ -189,10 +188,7 @@ def test_windows_are_no_longer_than_the_network_was_made_for(tiny_llama, tmp_pat
     text.write_text("a few words, no more than that. " * 60, encoding="utf-8")
     asked = CalibrationSettings(dataset=str(text), max_seq_length=128)
     assert prepare(tiny_llama, asked).source["max_seq_length"] == 128
-    assert windows_of(tiny_llama, str(text), length=128)[1].window == 128
     unasked = CalibrationSettings(dataset=str(text))
     assert prepare(tiny_llama, unasked).source["max_seq_length"] == 128
     with pytest.raises(CalibrationError, match=r"128 positions .* max_seq_length=129"):
         prepare(tiny_llama, asked.model_copy(update={"max_seq_length": 129}))
-    with pytest.raises(CalibrationError, match="fewer than window=129"):
-        windows_of(tiny_llama, str(text), length=129)
