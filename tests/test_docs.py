@@ -108,7 +108,15 @@ def test_no_hook_is_missing_and_none_is_made_up():
 
 
 def contract_names():
-    used = {"Statistic", "Rewrite", "RoundingProblem", "QuantizedWeight", "Grid", "OpCall"}
+    used = {
+        "Statistic",
+        "Rewrite",
+        "RewriteProblem",
+        "RoundingProblem",
+        "QuantizedWeight",
+        "Grid",
+        "OpCall",
+    }
     used |= {"Unsupported", "LayerInfo", "InputGroup", "Capabilities", "Event"}
     used |= {"KVStore", "KVBlock", "KVAttention"}
     return sorted(used | {contract.__name__ for _, contract in KINDS.values()})
