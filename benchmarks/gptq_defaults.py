@@ -2,9 +2,8 @@
 
     python benchmarks/gptq_defaults.py
 
-Every setting quantizes the demonstration's model by its protocol (`qframe.demo`: block by block, on
-the inputs that the quantized network produces); what is compared is the mean KL divergence from
-full precision, on text that calibration never sees.
+Every setting quantizes the demonstration's model by its protocol (`qframe.demo`); what is compared
+is the mean KL divergence from full precision, on text that calibration never sees.
 """
 
 from __future__ import annotations

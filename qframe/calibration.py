@@ -28,6 +28,7 @@ import torch
 from torch import nn
 
 from qframe.errors import CalibrationError, MissingExtraError, ModelError
+from qframe.positions import CALIBRATION_WINDOW, window_length
 from qframe.recipe import CalibrationSettings
 
 CHUNK_TOKENS = 2048  # tokens of one chunk: large enough for full speed, small enough to spread
@@ -118,11 +119,7 @@ def prepare(folder: Path, settings: CalibrationSettings) -> CalibrationData:
     Raises CalibrationError when the text is shorter than two windows, or the windows that were
     asked for are longer than the network was made for.
     """
-    length = settings.max_seq_length
-    if "max_seq_length" in settings.model_fields_set:
-        check_length(folder, length, "max_seq_length")
-    else:
-        length = min(length, positions(folder) or length)
+    length = window_length(folder, settings.max_seq_length, CALIBRATION_WINDOW, "max_seq_length")
     documents = read_text(settings.dataset)
     text_hash = hashlib.sha256("\0".join(documents).encode()).hexdigest()
     tokens = tokenize(folder, documents)
@@ -165,29 +162,6 @@ def tokenize(folder: Path, documents: Iterable[str]) -> np.ndarray[Any, np.dtype
         raise CalibrationError(f"{folder}: its tokenizer cannot be loaded: {error}") from None
     parts = [tokenizer(d, add_special_tokens=False, verbose=False)["input_ids"] for d in documents]
     return np.concatenate([np.zeros(0, np.int64), *(np.asarray(p, np.int64) for p in parts)])
-
-
-def check_length(folder: str | Path, length: int, name: str) -> None:
-    """Raise CalibrationError for windows of more tokens than the network has positions.
-
-    Some networks fail there; others, with rotary positions, go on and compute nonsense.
-
-    name   what to call the length in the message
-    """
-    most = positions(folder)
-    if most is not None and length > most:
-        raise CalibrationError(
-            f"{folder}: the network was made for {most} positions (config.json), fewer than "
-            f"{name}={length}; give at most {most}"
-        )
-
-
-def positions(folder: str | Path) -> int | None:
-    """Return how many tokens the network was made for, None where its folder does not say."""
-    config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-    config = config.get("text_config") or config
-    names = ("max_position_embeddings", "n_positions")
-    return next((config[name] for name in names if isinstance(config.get(name), int)), None)
 
 
 def _from_jsonl(path: Path) -> list[str]:

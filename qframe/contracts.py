@@ -215,6 +215,11 @@ class RewriteProblem:
         """Calibration tokens behind the statistics (0 for a data-free run)."""
         return self.layers[self.name].tokens
 
+    def scaled(self, input_scale: torch.Tensor) -> Rewrite:
+        """Return the rewrite that multiplies every column by its scale, [columns]."""
+        weights = {name: weight * input_scale for name, weight in self.weights.items()}
+        return Rewrite(weights=weights, input_scale=input_scale)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rewrite:

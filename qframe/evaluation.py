@@ -27,6 +27,7 @@ from torch import nn
 from qframe import parallel
 from qframe.calibration import read_text, tokenize
 from qframe.errors import CalibrationError, NonFiniteError
+from qframe.positions import EVALUATION_WINDOW, window_length
 
 TOKENS_AT_ONCE = 16  # whose distributions over a large vocabulary still fit the caches
 
@@ -82,15 +83,18 @@ class TokenScores:
 
 
 def windows_of(
-    folder: Path, dataset: str = "topics", *, length: int = 512, limit: int | None = None
+    folder: Path, dataset: str = "topics", *, length: int | None = None, limit: int | None = None
 ) -> tuple[torch.Tensor, Protocol]:
     """Return evaluation windows [windows, length] int64 from the start of a text, and protocol.
 
     dataset   as for calibration; "topics" here means the half of Python's documentation that
               calibration never sees
+    length    tokens of a window; None: 512, or what the network was made for where that is less
 
-    Raises CalibrationError when the text is shorter than one window.
+    Raises CalibrationError when the text is shorter than one window, or a window that was asked for
+    longer than the network was made for.
     """
+    length = window_length(folder, length, EVALUATION_WINDOW, "window")
     documents = read_text(dataset, part="evaluation")
     tokens = tokenize(folder, documents)
     count = len(tokens) // length

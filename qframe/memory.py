@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qframe.contracts import Grid, LayerInfo
+from qframe.positions import CALIBRATION_WINDOW, window_length
 from qframe.report.layers import LayerReport, RunReport
 from qframe.scheme import Scheme
 
@@ -254,7 +255,7 @@ def _record_bytes(job: Job, tensors: Sequence[_Tensor]) -> int:
             held_out_error=error if held_out else None,
             rtn_held_out_error=rtn_error if held_out else None,
             sqnr_db=100 / 7,
-            tokens=settings.num_calibration_samples * settings.max_seq_length if error else 0,
+            tokens=settings.num_calibration_samples * _window(job) if error else 0,
             info={"damp": 0.01, "dead_columns": 0} if job.method.needs else {},
             certificates=_certificates(job, scheme),
             source="0" * 64,
@@ -397,9 +398,17 @@ def peak_memory(job: Job) -> dict[str, int]:
     }
     if calibrates(job):
         samples = settings.num_calibration_samples * (1 + settings.held_out_fraction)
-        tokens = round(samples) * settings.max_seq_length
+        tokens = round(samples) * _window(job)
         inputs = sum({network.layers[n].columns for n in job.plan.schemes})
         peak["embeddings"] = carried
         peak["activations"] = 4 * tokens * (inputs + (ACTIVATION_COPIES - 1) * widest)
         peak["statistics"] = STATISTICS_BYTES * widest * widest
     return peak | {"kept by the allocator": round(KEPT_SHARE * sum(peak.values()))}
+
+
+def _window(job: Job) -> int:
+    """Return the tokens of a calibration window."""
+    folder = job.network.folder
+    asked = job.recipe.calibration.max_seq_length
+    path = None if folder is None else folder.path
+    return window_length(path, asked, CALIBRATION_WINDOW, "max_seq_length")

@@ -201,12 +201,13 @@ def shortfall(calibration: CalibrationData | None) -> list[Event]:
 
 def check_fallbacks(report: RunReport, recipe: Recipe) -> None:
     """Raise FallbackError when more layers fell back than the recipe allows."""
-    fallen = report.fallbacks()
+    events = report.fallbacks()
+    fallen = {event.layer for event in events}  # a layer may be neither rewritten nor solved
     if len(fallen) > recipe.max_fallback_frac * len(report.layers):
         raise FallbackError(
-            f"{len(fallen)} of {len(report.layers)} layers fell back to rounding to nearest, more "
-            f"than max_fallback_frac={recipe.max_fallback_frac:g} allows; the first is "
-            f"{fallen[0].layer}: {fallen[0].message}"
+            f"{len(fallen)} of {len(report.layers)} layers got a weaker method than was asked for, "
+            f"more than max_fallback_frac={recipe.max_fallback_frac:g} allows; the first is "
+            f"{events[0].layer}: {events[0].message}"
         )
 
 

@@ -30,6 +30,8 @@ DEFAULT_ROUNDER = "rtn"  # what a method without a rounder, "awq" say, rounds wi
 class CalibrationSettings(Strict):
     """Which text, how much of it, and in which precision.
 
+    max_seq_length      tokens of a window; None: 2048, or what the network was made for where that
+                        is less (`qframe.positions`)
     held_out_fraction   windows kept aside, as a share of the samples; nothing is fitted on them
     compute_dtype       of matrix products in the calibration pass; statistics are those of the
                         inputs as these products take them, summed in at least float32. auto:
@@ -38,7 +40,7 @@ class CalibrationSettings(Strict):
 
     dataset: str = "topics"
     num_calibration_samples: Annotated[int, Field(ge=1)] = 128
-    max_seq_length: Annotated[int, Field(ge=2)] = 2048
+    max_seq_length: Annotated[int, Field(ge=2)] | None = None
     held_out_fraction: Annotated[float, Field(ge=0, le=0.5)] = 0.125
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 

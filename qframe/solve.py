@@ -147,10 +147,12 @@ class Solver:
         """
         clock = time.perf_counter()
         moments = self._second_moments(group, inputs)
-        rewritten, input_scale = self._rewrite(group, weights, schemes, inputs)
+        rewritten, input_scale = self._rewrite(group, weights, schemes, inputs, moments)
+        plain = input_scale is None
         if input_scale is not None:
             inputs = inputs.scaled(input_scale)
-        statistics = self._statistics(self._method.rounder.needs, group, inputs, moments)
+        needs = self._method.rounder.needs
+        statistics = self._statistics(needs, group, inputs, moments if plain else [])
         errors = OutputErrors([m.value().to(torch.float32) for m in moments])
         shared_seconds = (time.perf_counter() - clock) / len(group.layers)
 
@@ -299,12 +301,14 @@ class Solver:
         inputs: GroupInputs,
         moments: list[Statistic],
     ) -> dict[str, Any]:
-        """Return the values of the statistics that are needed, each observed once."""
-        rewritten = bool(self._method.handlers)
+        """Return the values of the statistics that are needed, each observed once.
+
+        moments   of these inputs, where they have been observed already
+        """
         return {
             name: (
                 moments[0]
-                if name == SECOND_MOMENTS and moments and not rewritten
+                if name == SECOND_MOMENTS and moments
                 else self._observe(name, group, inputs.fitted)
             ).value()
             for name in sorted(needs)
@@ -322,15 +326,28 @@ class Solver:
         weights: Mapping[str, torch.Tensor],
         schemes: Mapping[str, Scheme],
         inputs: GroupInputs,
+        moments: list[Statistic],
     ) -> tuple[Mapping[str, torch.Tensor], torch.Tensor | None]:
-        """Let the outlier handlers rewrite the group, one after another."""
+        """Let the outlier handlers rewrite the group, one after another.
+
+        A handler that needs statistics is not asked where no token reached the group.
+        """
         total = None
         for handler in self._method.handlers:
+            if handler.needs and not _count(inputs.fitted):
+                for name in weights:
+                    self._fall_back(
+                        UncalibratedLayerError(
+                            f"layer {name!r}: no calibration token reached it, and {handler.name} "
+                            f"needs {', '.join(sorted(handler.needs))}"
+                        ),
+                        name,
+                        "not rewritten",
+                    )
+                continue
+            plain = total is None
             seen = inputs if total is None else inputs.scaled(total)
-            statistics = {
-                name: self._observe(name, group, seen.fitted).value()
-                for name in sorted(handler.needs)
-            }
+            statistics = self._statistics(handler.needs, group, seen, moments if plain else [])
             problem = RewriteProblem(
                 layers={
                     name: RoundingProblem(
@@ -344,11 +361,7 @@ class Solver:
                     for name, weight in weights.items()
                 }
             )
-            try:
-                rewrite = handler.rewrite(problem, self._rng(group.name))
-            except UncalibratedLayerError as error:
-                self._fall_back(group.name, f"not rewritten: {error}", error)
-                continue
+            rewrite = handler.rewrite(problem, self._rng(group.name))
             check_finite(rewrite.input_scale, f"{handler.name}: input_scale of {group.name!r}")
             weights = rewrite.weights
             total = rewrite.input_scale if total is None else total * rewrite.input_scale
@@ -361,7 +374,7 @@ class Solver:
         try:
             quantized = rounder.round(problem, self._rng(problem.name))
         except (UncalibratedLayerError, HessianError) as error:
-            self._fall_back(problem.name, f"rounded to nearest instead: {error}", error)
+            self._fall_back(error, problem.name, "rounded to nearest instead")
             return rounding.to_nearest(problem), FALLBACK
         if not isinstance(quantized, QuantizedWeight):
             raise PluginError(
@@ -375,11 +388,11 @@ class Solver:
             )
         return quantized, self._recipe.method
 
-    def _fall_back(self, layer: str, message: str, error: QframeError) -> None:
+    def _fall_back(self, error: QframeError, layer: str, instead: str) -> None:
         """Record that a layer was not done as asked; raise the error where that must not be."""
         if self._recipe.on_fallback == "error":
             raise error
-        event = Event(kind="fallback", layer=layer, message=message)
+        event = Event(kind="fallback", layer=layer, message=f"{instead}: {error}")
         self.events.append(event)
         log.warning("%s: %s", event.layer, event.message)
 

@@ -8,7 +8,9 @@ from torch import nn
 
 from qframe.calibration import CalibrationData, Lockstep, Stop, prepare, read_text, tokenize
 from qframe.errors import CalibrationError, ModelError
+from qframe.evaluation import windows_of
 from qframe.pipeline import shortfall
+from qframe.positions import positions, window_length
 from qframe.recipe import CalibrationSettings
 
 
@@ -192,3 +194,33 @@ def test_windows_are_no_longer_than_the_network_was_made_for(tiny_llama, tmp_pat
     assert prepare(tiny_llama, unasked).source["max_seq_length"] == 128
     with pytest.raises(CalibrationError, match=r"128 positions .* max_seq_length=129"):
         prepare(tiny_llama, asked.model_copy(update={"max_seq_length": 129}))
+    assert windows_of(tiny_llama, str(text))[1].window == 128
+    assert windows_of(tiny_llama, str(text), length=100)[1].window == 100
+    with pytest.raises(CalibrationError, match=r"128 positions .* window=129"):
+        windows_of(tiny_llama, str(text), length=129)
+
+
+@pytest.mark.parametrize(
+    ("config", "found"),
+    [
+        ({"max_position_embeddings": 64}, 64),
+        ({"n_positions": 32}, 32),
+        ({"text_config": {"max_position_embeddings": 16}, "max_position_embeddings": 8}, 16),
+        ({"max_position_embeddings": -1}, None),
+        ({"max_position_embeddings": None}, None),
+        ({}, None),
+    ],
+)
+def test_positions_are_read_from_the_config(tmp_path, config, found):
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert positions(tmp_path) == found
+    assert window_length(tmp_path, None, 48, "window") == min(48, found or 48)
+
+
+def test_the_recipe_of_a_run_can_be_run_again(tiny_llama, tmp_path):
+    """The length that nobody asked for must not be asked for by what the run wrote."""
+    again = CalibrationSettings.model_validate(CalibrationSettings().model_dump())
+    text = tmp_path / "text.txt"
+    text.write_text("a few words, no more than that. " * 60, encoding="utf-8")
+    settings = again.model_copy(update={"dataset": str(text)})
+    assert prepare(tiny_llama, settings).source["max_seq_length"] == 128

@@ -21,7 +21,6 @@ from qframe import (
     Capabilities,
     Host,
     QuantizedWeight,
-    Rewrite,
     bounds,
     hookimpl,
     rounding,
@@ -246,8 +245,7 @@ def test_a_rewrite_keeps_the_function_and_reaches_the_rounder(tmp_path):
             seen[problem.name] = problem.statistics["absmax"]
             scale = torch.full((problem.columns,), 2.0)
             scale[::2] = 0.5
-            scaled = {name: weight * scale for name, weight in problem.weights.items()}
-            return Rewrite(weights=scaled, input_scale=scale)
+            return problem.scaled(scale)
 
     class Plugin:
         @hookimpl

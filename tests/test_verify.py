@@ -18,7 +18,6 @@ from qframe import (
     CalibrationData,
     Capabilities,
     Host,
-    Rewrite,
     checkpoint,
     hookimpl,
     pipeline,
@@ -55,9 +54,7 @@ class Stretch:
     capabilities: Capabilities = field(default=Capabilities())
 
     def rewrite(self, problem, rng):
-        scale = torch.linspace(0.3, 3, problem.columns)
-        scaled = {name: weight * scale for name, weight in problem.weights.items()}
-        return Rewrite(weights=scaled, input_scale=scale)
+        return problem.scaled(torch.linspace(0.3, 3, problem.columns))
 
 
 @dataclass(frozen=True)

@@ -35,8 +35,9 @@ def evaluate(
         ),
     ] = "topics",
     window: Annotated[
-        int, typer.Option("--window", min=2, help="Tokens that are scored together.")
-    ] = 512,
+        int | None,
+        typer.Option("--window", min=2, help="Tokens that are scored together. Default: 512."),
+    ] = None,
     limit: Annotated[
         int | None, typer.Option("--limit", min=1, help="At most this many windows. Default: all.")
     ] = None,
@@ -66,7 +67,9 @@ def evaluate(
         full.load(full.module, recurse=True)
         windows, protocol = windows_of(reference, dataset, length=window, limit=limit)
         count = len(networks) + 1
-        progress.step(f"scoring {count} networks on {len(windows)} windows of {window} tokens")
+        progress.step(
+            f"scoring {count} networks on {len(windows)} windows of {protocol.window} tokens"
+        )
         scores = score(networks, full.module, windows, threads=threads)
     rows = _rows(scores, reference, full)
     if as_json:

@@ -11,10 +11,10 @@ import sys
 
 import numpy as np
 import pytest
-from llvmlite.binding import get_host_cpu_features
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from llvmlite.binding import get_host_cpu_features
 
 from qframe import bounds
 from qframe_plugins.kernels.numba_cpu import hessian as kernel

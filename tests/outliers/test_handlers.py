@@ -1,5 +1,7 @@
-"""AWQ and SmoothQuant, held against float64, and in the pipeline. What any handler owes is the
-suite's business: `qframe check awq`."""
+"""AWQ and SmoothQuant, held against float64, and in the pipeline.
+
+What any handler owes is the suite's business: `qframe check awq`.
+"""
 
 import dataclasses
 
@@ -10,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import qframe
-from qframe import Grid, RewriteProblem, RoundingProblem, Scheme, bounds
+from qframe import Grid, Host, RewriteProblem, RoundingProblem, Scheme, bounds, hookimpl
 from qframe.calibration import CalibrationData
 from qframe.claims.handlers import Rewriting, root_of_loss
-from qframe.errors import UncalibratedLayerError
+from qframe.errors import FallbackError, UncalibratedLayerError
 from qframe_conformance import check_plugin
 from qframe_plugins.outliers.awq import AWQ
 from qframe_plugins.outliers.smoothquant import RANGE, SmoothQuant
@@ -159,7 +161,7 @@ def test_awq_saves_what_rounding_takes_from_a_salient_channel():
 
 
 class Idle(torch.nn.Module):
-    """Its second layer is never called, as an expert may be that no token is sent to."""
+    """One of its layers is never called, as an expert may be that no token is sent to."""
 
     def __init__(self):
         super().__init__()
@@ -169,15 +171,48 @@ class Idle(torch.nn.Module):
         return self.busy(x)
 
 
-@pytest.mark.parametrize("name", ["awq", "smoothquant"])
-def test_without_tokens_layers_stay_as_they_are_and_the_report_says_so(name):
+@pytest.mark.parametrize("method", ["awq", "smoothquant", "smoothquant+awq", "awq+gptq"])
+def test_without_tokens_layers_stay_as_they_are_and_the_report_says_so(method):
     _, data = network()
-    recipe = {"method": name, "scheme": {"group_size": 8}, "max_fallback_frac": 1}
-    result = qframe.quantize(Idle(), recipe, calibration=data)
-    [event] = result.report.fallbacks()
-    assert event.layer == "idle"
-    assert f"not rewritten: {name}: no calibration token reached layer 'idle'" in event.message
+    recipe = {"method": method, "scheme": {"group_size": 8}, "max_fallback_frac": 1 / 2}
+    net = Idle()
+    result = qframe.quantize(net, recipe, calibration=data)
+    said = [(event.layer, event.message.split(":")[0]) for event in result.report.fallbacks()]
+    solved = [("idle", "rounded to nearest instead")] if "gptq" in method else []
+    handlers = [part for part in method.split("+") if part != "gptq"]
+    assert said == [("idle", "not rewritten")] * len(handlers) + solved
+    assert all(name in str(result.report.fallbacks()) for name in handlers)
     assert getattr(result.module.idle, "input_scale", None) is None
     assert result.module.busy.input_scale is not None
+    with pytest.raises(FallbackError, match="1 of 2 layers got a weaker method"):
+        qframe.quantize(net, {**recipe, "max_fallback_frac": 0.4}, calibration=data)
     with pytest.raises(UncalibratedLayerError, match="layer 'idle'"):
-        qframe.quantize(Idle(), {**recipe, "on_fallback": "error"}, calibration=data)
+        qframe.quantize(net, {**recipe, "on_fallback": "error"}, calibration=data)
+
+
+@pytest.mark.parametrize(("method", "passes"), [("gptq", 1), ("awq", 1), ("awq+gptq", 2)])
+def test_second_moments_of_the_same_inputs_are_observed_once(method, passes):
+    """One pass for the handler and the report, another only for the rewritten inputs."""
+    started = []
+
+    @dataclasses.dataclass(frozen=True)
+    class Counting:
+        name: str = "hessian"
+        observer: object = None
+
+        def start(self, group):
+            started.append(group.name)
+            return self.observer.start(group)
+
+    host = Host.discover(disable=["hessian"])
+    installed = Host.discover().get("observer", "hessian")
+
+    class Plugin:
+        @hookimpl
+        def qframe_observers(self):
+            return [Counting(observer=installed)]
+
+    host.add(Plugin(), "counting")
+    net, data = network()
+    qframe.quantize(net, {"method": method, "scheme": W4}, calibration=data, host=host)
+    assert sorted(started) == sorted(["0", "2"] * passes)

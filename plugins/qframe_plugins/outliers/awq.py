@@ -15,14 +15,14 @@ here that is the scheme's observer, "mse".
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
 from qframe import Capabilities, Rewrite, RewriteProblem, RoundingProblem, claims, hookimpl
-from qframe.errors import NonFiniteError, UncalibratedLayerError
+from qframe.errors import NonFiniteError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -61,17 +61,11 @@ class AWQ:
     def rewrite(self, problem: RewriteProblem, rng: np.random.Generator) -> Rewrite:
         """Return the layers times the best scale. Needs statistics["hessian"].
 
-        Raises UncalibratedLayerError without calibration tokens, NonFiniteError for a Hessian that
-        is not finite.
+        Raises NonFiniteError for a Hessian that is not finite.
         """
         import torch
 
         hessian = problem.statistics["hessian"]
-        if problem.tokens == 0:
-            raise UncalibratedLayerError(
-                f"awq: no calibration token reached layer {problem.name!r}, and its scales come "
-                f"from them"
-            )
         if not bool(torch.isfinite(hessian).all()):
             raise NonFiniteError(
                 f"layer {problem.name!r}: the Hessian of its inputs is not finite; look at the "
@@ -83,7 +77,7 @@ class AWQ:
         scales = [_normalized(magnitude ** (k / self.candidates)) for k in range(self.candidates)]
         losses = [_loss(layers, scale, unit) for scale in scales]
         best = scales[min(range(len(scales)), key=losses.__getitem__)]  # the first of equals
-        return Rewrite(weights=_times(problem.weights, best), input_scale=best)
+        return problem.scaled(best)
 
 
 def _magnitude(hessian: torch.Tensor) -> torch.Tensor:
@@ -110,10 +104,6 @@ def _loss(layers: Iterable[RoundingProblem], scale: torch.Tensor, hessian: torch
         error = layer.weight - rounding.dequantize(rounding.to_nearest(scaled)) / scale
         total += float(((error @ hessian) * error).sum())
     return total
-
-
-def _times(weights: Mapping[str, torch.Tensor], scale: torch.Tensor) -> dict[str, torch.Tensor]:
-    return {name: weight * scale for name, weight in weights.items()}
 
 
 @hookimpl

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field
 
 from qframe import Capabilities, Rewrite, RewriteProblem, claims, hookimpl
-from qframe.errors import NonFiniteError, UncalibratedLayerError
+from qframe.errors import NonFiniteError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,16 +43,10 @@ class SmoothQuant:
 
         A channel without inputs, or without weights, stays as it is.
 
-        Raises UncalibratedLayerError without calibration tokens, NonFiniteError for a maximum that
-        is not finite.
+        Raises NonFiniteError for a maximum that is not finite.
         """
         import torch
 
-        if problem.tokens == 0:
-            raise UncalibratedLayerError(
-                f"smoothquant: no calibration token reached layer {problem.name!r}, and its scales "
-                f"come from them"
-            )
         x = problem.statistics["absmax"].double()
         if not bool(torch.isfinite(x).all()):
             raise NonFiniteError(
@@ -64,9 +58,7 @@ class SmoothQuant:
         ratio = torch.where(alive, x, 1.0) ** self.alpha / torch.where(alive, w, 1.0) ** (
             1 - self.alpha
         )
-        scale = ratio.clamp(1 / RANGE, RANGE).float()
-        weights = {name: weight * scale for name, weight in problem.weights.items()}
-        return Rewrite(weights=weights, input_scale=scale)
+        return problem.scaled(ratio.clamp(1 / RANGE, RANGE).float())
 
 
 @hookimpl
