@@ -477,7 +477,10 @@ def test_options_are_the_fields_of_the_dataclass(file):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"strenght": 2}, "has no option 'strenght'; did you mean 'strength'?"),
+        (
+            {"strenght": 2},
+            "has no option 'strenght'; did you mean 'strength'? known: strength, steps, mode",
+        ),
         ({"name": "other"}, "has no option 'name'"),
         ({"needs": []}, "has no option 'needs'"),
         ({"strength": "much"}, "option 'strength'"),

@@ -190,9 +190,11 @@ def test_without_tokens_layers_stay_as_they_are_and_the_report_says_so(method):
         qframe.quantize(net, {**recipe, "on_fallback": "error"}, calibration=data)
 
 
-@pytest.mark.parametrize(("method", "passes"), [("gptq", 1), ("awq", 1), ("awq+gptq", 2)])
+@pytest.mark.parametrize(
+    ("method", "passes"), [("gptq", 1), ("awq", 1), ("awq+gptq", 2), ("smoothquant+awq", 2)]
+)
 def test_second_moments_of_the_same_inputs_are_observed_once(method, passes):
-    """One pass for the handler and the report, another only for the rewritten inputs."""
+    """One pass for the first handler and the report, another for inputs that were rewritten."""
     started = []
 
     @dataclasses.dataclass(frozen=True)
