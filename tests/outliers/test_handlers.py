@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import qframe
-from qframe import Grid, Host, RewriteProblem, RoundingProblem, Scheme, bounds, hookimpl
+from qframe import Grid, Host, RewriteProblem, RoundingProblem, Scheme, bounds, hookimpl, rounding
 from qframe.calibration import CalibrationData
 from qframe.claims.handlers import Rewriting, root_of_loss
 from qframe.errors import FallbackError, UncalibratedLayerError
@@ -103,6 +103,18 @@ def test_a_hessian_beyond_float32_changes_no_choice():
     rng = np.random.default_rng(0)
     mine, loud = (AWQ().rewrite(p, rng) for p in (given, RewriteProblem(layers=scaled)))
     assert torch.equal(mine.input_scale, loud.input_scale)
+
+
+def test_a_candidate_whose_scales_cannot_be_stored_is_none():
+    """Float16 holds scales up to 65504, and the loudest channel has the largest weight."""
+    given = problem(3, rows=(3, 0))
+    loudest = int(given.statistics["hessian"].diagonal().argmax())
+    for layer in given.layers.values():
+        layer.weight[:, loudest] = 400_000
+    made = AWQ().rewrite(given, np.random.default_rng(0))
+    assert bool(torch.isfinite(made.input_scale).all())
+    layer = dataclasses.replace(given.layers["q"], weight=made.weights["q"])
+    assert bool(torch.isfinite(rounding.to_nearest(layer).scale).all())
 
 
 # SmoothQuant ----------------------------------------------------------------------------------

@@ -95,13 +95,17 @@ def _normalized(scale: torch.Tensor) -> torch.Tensor:
 
 
 def _loss(layers: Iterable[RoundingProblem], scale: torch.Tensor, hessian: torch.Tensor) -> float:
-    """Return tr(E H E^T) of all layers, E = W - Q(W s) / s, in float32."""
+    """Return tr(E H E^T) of all layers, E = W - Q(W s) / s, in float32; inf where W s has no Q."""
     from qframe import rounding
 
     total = 0.0
     for layer in layers:
         scaled = replace(layer, weight=layer.weight * scale)
-        error = layer.weight - rounding.dequantize(rounding.to_nearest(scaled)) / scale
+        try:
+            nearest = rounding.to_nearest(scaled)
+        except NonFiniteError:  # a scale that its dtype cannot hold: no candidate
+            return float("inf")
+        error = layer.weight - rounding.dequantize(nearest) / scale
         total += float(((error @ hessian) * error).sum())
     return total
 
