@@ -170,7 +170,7 @@ def test_fallbacks_are_named_and_too_many_are_an_error(run, tiny_llama, tmp_path
     arguments = [tiny_llama, "-o", tmp_path / "out", "-m", "fails", "--plugin", plugin, *SMALL]
     failed = run("quantize", *arguments)
     assert failed.code == 3
-    assert "14 of 14 layers fell back" in failed.said
+    assert "14 of 14 layers got a weaker method" in failed.said
     assert "made to fail" in failed.said
     assert not (tmp_path / "out").exists()
 
