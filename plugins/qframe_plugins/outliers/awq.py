@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+PART = 64  # rows that are rounded at a time
 QUIETEST = 2.0**-12  # of the loudest channel: those below count as this loud
 
 
@@ -75,7 +76,7 @@ class AWQ:
         largest = hessian.diagonal().max()
         unit = (hessian / largest if largest > 0 else hessian).float()  # so that none overflows
         scales = [_normalized(magnitude ** (k / self.candidates)) for k in range(self.candidates)]
-        losses = [_loss(layers, scale, unit) for scale in scales]
+        losses = _losses([part for layer in layers for part in _parts(layer)], scales, unit)
         best = scales[min(range(len(scales)), key=losses.__getitem__)]  # the first of equals
         return problem.scaled(best)
 
@@ -94,20 +95,40 @@ def _normalized(scale: torch.Tensor) -> torch.Tensor:
     return (scale / (scale.max() * scale.min()).sqrt()).float()
 
 
-def _loss(layers: Iterable[RoundingProblem], scale: torch.Tensor, hessian: torch.Tensor) -> float:
-    """Return tr(E H E^T) of all layers, E = W - Q(W s) / s, in float32; inf where W s has no Q."""
+def _parts(layer: RoundingProblem) -> list[RoundingProblem]:
+    """Return the layer in parts that are rounded alone, each a few rows that the caches hold."""
+    if layer.scheme.strategy == "tensor":
+        return [layer]
+    return [replace(layer, weight=rows) for rows in layer.weight.split(PART)]
+
+
+def _losses(
+    parts: list[RoundingProblem], scales: list[torch.Tensor], hessian: torch.Tensor
+) -> list[float]:
+    """Return tr(E H E^T) of all parts for each scale, E = W - Q(W s) / s.
+
+    Sums are float32 within a part, and float64 over parts in their order, whatever the threads.
+    """
+    from qframe import parallel
+
+    def lost(part: RoundingProblem) -> list[float]:
+        return [_loss(part, scale, hessian) for scale in scales]
+
+    with parallel.one_torch_thread():
+        found = parallel.spread(lost, parts, parallel.default_threads())
+    return [sum(losses) for losses in zip(*found, strict=True)] if found else [0.0] * len(scales)
+
+
+def _loss(part: RoundingProblem, scale: torch.Tensor, hessian: torch.Tensor) -> float:
+    """Return tr(E H E^T) of a part; inf where W s has no Q."""
     from qframe import rounding
 
-    total = 0.0
-    for layer in layers:
-        scaled = replace(layer, weight=layer.weight * scale)
-        try:
-            nearest = rounding.to_nearest(scaled)
-        except NonFiniteError:  # a scale that its dtype cannot hold: no candidate
-            return float("inf")
-        error = layer.weight - rounding.dequantize(nearest) / scale
-        total += float(((error @ hessian) * error).sum())
-    return total
+    try:
+        nearest = rounding.to_nearest(replace(part, weight=part.weight * scale))
+    except NonFiniteError:  # a scale that its dtype cannot hold: no candidate
+        return float("inf")
+    error = part.weight - rounding.dequantize(nearest) / scale
+    return float(((error @ hessian) * error).sum())
 
 
 @hookimpl
