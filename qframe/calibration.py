@@ -114,24 +114,43 @@ def prepare(folder: Path, settings: CalibrationSettings) -> CalibrationData:
     """Turn the text of `settings.dataset` into windows of tokens, some of them held out.
 
     Windows are cut from the documents one after another, and spread evenly over all of the
-    text. Unless a length was asked for, they are no longer than the network was made for.
+    text; of several data sets each gives its share. Unless a length was asked for, they are no
+    longer than the network was made for.
 
-    Raises CalibrationError when the text is shorter than two windows, or the windows that were
+    Raises CalibrationError when a text is shorter than two windows, or the windows that were
     asked for are longer than the network was made for.
     """
     length = window_length(folder, settings.max_seq_length, CALIBRATION_WINDOW, "max_seq_length")
-    documents = read_text(settings.dataset)
-    text_hash = hashlib.sha256("\0".join(documents).encode()).hexdigest()
+    wanted, datasets = settings.num_calibration_samples, settings.datasets
+    if wanted < len(datasets):
+        raise CalibrationError(
+            f"num_calibration_samples={wanted} is less than a window for each of "
+            f"{len(datasets)} data sets"
+        )
+    fitted, held_out, sources = [], [], []
+    for number, dataset in enumerate(datasets):
+        share = wanted // len(datasets) + (number < wanted % len(datasets))
+        kept, aside, source = _windows(folder, dataset, length, share, settings.held_out_fraction)
+        fitted.append(kept)
+        held_out.append(aside)
+        sources.append(source)
+    windows, aside = torch.cat(fitted), torch.cat(held_out)
+    return CalibrationData.from_tokens(windows, aside, _summary(sources, windows, aside))
+
+
+def _windows(
+    folder: Path, dataset: str, length: int, wanted: int, held_out_fraction: float
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+    """Return windows [windows, length] to fit on, those held out, and where they are from."""
+    documents = read_text(dataset)
     tokens = tokenize(folder, documents)
     available = len(tokens) // length
-    wanted = settings.num_calibration_samples
-    share = settings.held_out_fraction
-    held = max(1, round(wanted * share)) if share else 0
     if available < 2:
         raise CalibrationError(
-            f"calibration text {settings.dataset!r} has {len(tokens)} tokens, fewer than two "
+            f"calibration text {dataset!r} has {len(tokens)} tokens, fewer than two "
             f"windows of max_seq_length={length}; give more text or a smaller max_seq_length"
         )
+    held = max(1, round(wanted * held_out_fraction)) if held_out_fraction else 0
     chosen = min(available, wanted + held)
     starts = np.linspace(0, available - 1, chosen).round().astype(np.int64)
     windows = torch.from_numpy(tokens[: available * length].reshape(available, length)[starts])
@@ -140,16 +159,32 @@ def prepare(folder: Path, settings: CalibrationSettings) -> CalibrationData:
     if held:
         is_held[np.linspace(0, chosen - 1, held + 2).round().astype(np.int64)[1:-1]] = True
     source = {
-        "name": settings.dataset,
-        "sha256": text_hash,
+        "name": dataset,
+        "sha256": hashlib.sha256("\0".join(documents).encode()).hexdigest(),
         "tokens_in_text": len(tokens),
         "max_seq_length": length,
         "windows_wanted": wanted,
         "windows": int((~is_held).sum()),
         "windows_held_out": int(is_held.sum()),
-        "tokens_sha256": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
     }
-    return CalibrationData.from_tokens(windows[~is_held], windows[is_held], source)
+    return windows[~is_held], windows[is_held], source
+
+
+def _summary(
+    sources: list[dict[str, Any]], windows: torch.Tensor, held_out: torch.Tensor
+) -> dict[str, Any]:
+    """Return what the report says of all data sets; of several also what it says of each."""
+    digest = hashlib.sha256(windows.numpy().tobytes() + held_out.numpy().tobytes()).hexdigest()
+    if len(sources) == 1:
+        return {**sources[0], "tokens_sha256": digest}
+    counts = ("tokens_in_text", "windows_wanted", "windows", "windows_held_out")
+    return {
+        "name": " + ".join(source["name"] for source in sources),
+        "max_seq_length": sources[0]["max_seq_length"],
+        **{key: sum(source[key] for source in sources) for key in counts},
+        "sources": sources,
+        "tokens_sha256": digest,
+    }
 
 
 def tokenize(folder: Path, documents: Iterable[str]) -> np.ndarray[Any, np.dtype[np.int64]]:

@@ -258,6 +258,8 @@ class RoundingProblem:
     grid         the codes that exist: scheme's qmin, qmax
     statistics   observer name -> value, for the observers named in the rounder's `needs`
     tokens       calibration tokens behind the statistics (0 for a data-free run)
+    held_out     the same of tokens that are kept aside: to choose between candidates, never to fit
+                 one. Empty where none are
     """
 
     name: str
@@ -266,6 +268,7 @@ class RoundingProblem:
     grid: Grid
     statistics: Mapping[str, Any] = field(default_factory=dict)
     tokens: int = 0
+    held_out: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -78,6 +78,12 @@ class FallbackError(QframeError):
     exit_code = 3
 
 
+class OverfitError(QframeError):
+    """A layer is worse than one rounded to nearest on tokens that were held out."""
+
+    exit_code = 3
+
+
 class CertificateError(QframeError):
     """A layer breaks a bound that its method claims to keep."""
 

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 Float64 = npt.NDArray[np.float64]
 
 SECOND_MOMENTS = "hessian"  # the statistic that output errors are measured with
-_COLUMNS = 192  # of a triangular matrix at a time: zeros below them are left out
+ROWS_AT_ONCE = 256  # of a weight: what is made of them stays in the cache
+_COLUMNS = 192  # of a matrix at a time: of a triangular one zeros are left out
 
 
 def second_moments(problem: RoundingProblem) -> torch.Tensor:
@@ -165,3 +166,47 @@ def inverse_spread(upper: torch.Tensor, threads: int = 1) -> float:
     if not lost < 1:
         return math.inf
     return float(reach.square().cumsum(0)[-1]) / (1 - lost) ** 2
+
+
+def unit(moment: torch.Tensor) -> torch.Tensor:
+    """Return a moment with a largest diagonal of 1, float32: what is compared cannot overflow."""
+    largest = moment.diagonal().max() if len(moment) else 0
+    return (moment / largest if largest > 0 else moment).float()
+
+
+def energy(delta: torch.Tensor, moment: torch.Tensor) -> float:
+    """Return tr(delta M delta^T), the squared output error of a change of weights.
+
+    delta    [rows, columns] float32
+    moment   M, [columns, columns] float32, symmetric: its upper triangle will do, half of the work
+    """
+    pieces = delta.split(ROWS_AT_ONCE)
+    return max(sum(total(_upper_products(rows, moment).mul_(rows)) for rows in pieces), 0.0)
+
+
+def _upper_products(rows: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
+    """Return what, times rows and summed, is rows M rows^T, for a symmetric M.
+
+    That is the product with the square blocks on M's diagonal and twice what is above them.
+    """
+    import torch
+
+    found = torch.empty_like(rows)
+    for first in range(0, len(moment), _COLUMNS):
+        last = first + _COLUMNS
+        corner = moment[first:last, first:last]
+        part = found[:, first:last]
+        torch.mm(rows[:, first:last], corner, out=part)
+        if first:
+            part.addmm_(rows[:, :first], moment[:first, first:last], alpha=2)
+    return found
+
+
+def total(x: torch.Tensor) -> float:
+    """Return the sum of a matrix in float64: of each row, then of these in turn.
+
+    torch splits the sum over a whole tensor by threads, which may change its last bit.
+    """
+    import torch
+
+    return float(x.sum(1, dtype=torch.float64).cumsum(0)[-1]) if x.numel() else 0.0

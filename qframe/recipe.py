@@ -30,6 +30,7 @@ DEFAULT_ROUNDER = "rtn"  # what a method without a rounder, "awq" say, rounds wi
 class CalibrationSettings(Strict):
     """Which text, how much of it, and in which precision.
 
+    dataset             where text comes from; of several, each gives an equal share
     max_seq_length      tokens of a window; None: 2048, or what the network was made for where that
                         is less (`qframe.positions`)
     held_out_fraction   windows kept aside, as a share of the samples; nothing is fitted on them
@@ -38,7 +39,7 @@ class CalibrationSettings(Strict):
                         bfloat16 where the processor multiplies it natively, else float32
     """
 
-    dataset: str = "topics"
+    dataset: str | Annotated[tuple[str, ...], Field(min_length=1)] = "topics"
     num_calibration_samples: Annotated[int, Field(ge=1)] = 128
     max_seq_length: Annotated[int, Field(ge=2)] | None = None
     held_out_fraction: Annotated[float, Field(ge=0, le=0.5)] = 0.125
@@ -48,6 +49,16 @@ class CalibrationSettings(Strict):
         "nsamples": "num_calibration_samples",
         "seqlen": "max_seq_length",
     }
+
+    @field_validator("dataset")
+    @classmethod
+    def _one_is_a_string(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        return value[0] if isinstance(value, tuple) and len(value) == 1 else value
+
+    @property
+    def datasets(self) -> tuple[str, ...]:
+        """The data sets, one or more."""
+        return (self.dataset,) if isinstance(self.dataset, str) else self.dataset
 
 
 class Recipe(Strict):
@@ -61,6 +72,9 @@ class Recipe(Strict):
     ignore             which of those to leave
     overrides          pattern -> scheme fields that differ there
     on_fallback        what to do when a layer cannot be done as asked: warn or error
+    on_overfit         what to do when a layer's output error on held-out tokens is larger than that
+                       of rounding to nearest: warn in the report, rtn: round it to nearest, or
+                       error (exit code 3)
     max_fallback_frac  more fallbacks than this share of layers is an error (exit code 3)
     min_coverage       less than this share of matrix weights quantized is an error
     on_violated_certificate   what to do when a layer breaks a bound that its method claims to
@@ -79,6 +93,7 @@ class Recipe(Strict):
     calibration: CalibrationSettings = Field(default_factory=CalibrationSettings)
     seed: int = 42
     on_fallback: Literal["warn", "error"] = "warn"
+    on_overfit: Literal["warn", "rtn", "error"] = "warn"
     max_fallback_frac: Annotated[float, Field(ge=0, le=1)] = 0.05
     min_coverage: Annotated[float, Field(ge=0, le=1)] = 0.5
     on_violated_certificate: Literal["warn", "error"] = "error"

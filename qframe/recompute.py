@@ -18,13 +18,13 @@ from torch import nn
 from qframe.certificates import Certificate, Evidence, applicable, function_preserved
 from qframe.contracts import Event, QuantizedWeight, RoundingProblem
 from qframe.errors import QframeError, UncalibratedLayerError
+from qframe.fallbacks import FALLBACK, HOST_EVENTS, OVERFIT, claims_about
 from qframe.hessian import SECOND_MOMENTS
 from qframe.host import Host
 from qframe.manifest import ORDER, Manifest, fingerprint
 from qframe.model import Network
 from qframe.packing import PARTS
 from qframe.recipe import Method, parse_method
-from qframe.solve import HOST_EVENTS, claims_about
 from qframe.weights import ModelFolder
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ class _Bench:
                 function_preserved(weight, rewritten, layer.input_scale, handlers=handlers)
             )
             weight = rewritten
-        if self._method is None and not self._fell_back(name):
+        if self._method is None and layer.record.method not in (FALLBACK, OVERFIT):
             self._leave(name, _names(found), self._missing)
         else:
             found += self._claimed(name, layer, weight, _names(found))
@@ -163,9 +163,6 @@ class _Bench:
             self._report.add("certificate", name, f"{claim_name} ({theorem}) {state}")
         self._leave(name, known | _names(found), "its calibration statistics were not kept")
         return found
-
-    def _fell_back(self, name: str) -> bool:
-        return any(e.layer == name and e.kind == "fallback" for e in self._manifest.events)
 
     def _leave(self, name: str, done: Names, why: str) -> None:
         """Take down what was recorded and not computed once more."""

@@ -18,7 +18,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from qframe import claims, parallel, rounding
+from qframe import parallel, rounding
 from qframe.certificates import Certificate, Evidence, check_certificates, function_preserved
 from qframe.contracts import (
     Event,
@@ -26,11 +26,15 @@ from qframe.contracts import (
     InputGroup,
     QuantizedWeight,
     RewriteProblem,
-    Rounder,
     RoundingProblem,
     Statistic,
 )
-from qframe.errors import HessianError, PluginError, QframeError, UncalibratedLayerError
+from qframe.errors import (
+    HessianError,
+    PluginError,
+    UncalibratedLayerError,
+)
+from qframe.fallbacks import FALLBACK, OVERFIT, Fallbacks, claims_about, massive_token
 from qframe.hessian import SECOND_MOMENTS
 from qframe.host import Host
 from qframe.judging import Court
@@ -43,11 +47,6 @@ from qframe.scheme import Scheme
 from qframe.weights import check_finite
 
 log = logging.getLogger("qframe")
-
-FALLBACK = "round to nearest (fallback)"  # the method of a layer that could not be done as asked
-NEAREST_CLAIMS = (claims.HalfStep(), claims.SchemeScale(), claims.Covers())  # of that
-HOST_EVENTS = frozenset({"fallback", "untied", "runs again", "certificate violated"})
-"""Kinds of events that are not a rounder's own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +125,7 @@ class Solver:
         self._recipe, self._method, self._host, self.threads = recipe, method, host, threads
         self._court = Court(threads)
         self.events: list[Event] = []
+        self._falls = Fallbacks(recipe, self.events)
 
     def __enter__(self) -> Self:
         return self
@@ -152,8 +152,13 @@ class Solver:
         if input_scale is not None:
             inputs = inputs.scaled(input_scale)
         needs = self._method.rounder.needs
-        statistics = self._statistics(needs, group, inputs, moments if plain else [])
+        known = moments if plain else []
+        statistics = self._statistics(needs, group, inputs.fitted, known[:1])
+        held_out = (
+            self._statistics(needs, group, inputs.held_out, known[1:]) if inputs.held_out else {}
+        )
         errors = OutputErrors([m.value().to(torch.float32) for m in moments])
+        self.events.extend(massive_token(group.name, inputs.fitted))
         shared_seconds = (time.perf_counter() - clock) / len(group.layers)
 
         solved: dict[str, Solved] = {}
@@ -174,9 +179,13 @@ class Solver:
                 grid=grid_of(self._host, scheme),
                 statistics=statistics,
                 tokens=_count(inputs.fitted),
+                held_out=held_out,
             )
             clock = time.perf_counter()
             quantized, used = self._round(problem)
+            nearest = self._falls.overfit(problem, quantized, original, input_scale, errors)
+            if nearest is not None:
+                quantized, used = nearest, OVERFIT
             round_seconds = time.perf_counter() - clock
 
             clock = time.perf_counter()
@@ -225,7 +234,7 @@ class Solver:
         events = self._court.settle(still_waiting)
         for event in events:
             log.warning("%s: %s", event.layer, event.message)
-        self.events += events
+        self.events.extend(events)
 
     def _judge(self, judged: _Judged) -> list[Event]:
         """Complete the report of a layer: what it lost, and whether it keeps its claims."""
@@ -298,18 +307,18 @@ class Solver:
         self,
         needs: Iterable[str],
         group: InputGroup,
-        inputs: GroupInputs,
+        chunks: tuple[torch.Tensor, ...],
         moments: list[Statistic],
     ) -> dict[str, Any]:
         """Return the values of the statistics that are needed, each observed once.
 
-        moments   of these inputs, where they have been observed already
+        moments   of these chunks, where they have been observed already
         """
         return {
             name: (
                 moments[0]
                 if name == SECOND_MOMENTS and moments
-                else self._observe(name, group, inputs.fitted)
+                else self._observe(name, group, chunks)
             ).value()
             for name in sorted(needs)
         }
@@ -336,7 +345,7 @@ class Solver:
         for handler in self._method.handlers:
             if handler.needs and not _count(inputs.fitted):
                 for name in weights:
-                    self._fall_back(
+                    self._falls.record(
                         UncalibratedLayerError(
                             f"layer {name!r}: no calibration token reached it, and {handler.name} "
                             f"needs {', '.join(sorted(handler.needs))}"
@@ -347,7 +356,9 @@ class Solver:
                 continue
             plain = total is None
             seen = inputs if total is None else inputs.scaled(total)
-            statistics = self._statistics(handler.needs, group, seen, moments if plain else [])
+            statistics = self._statistics(
+                handler.needs, group, seen.fitted, moments[:1] if plain else []
+            )
             problem = RewriteProblem(
                 layers={
                     name: RoundingProblem(
@@ -374,7 +385,7 @@ class Solver:
         try:
             quantized = rounder.round(problem, self._rng(problem.name))
         except (UncalibratedLayerError, HessianError) as error:
-            self._fall_back(error, problem.name, "rounded to nearest instead")
+            self._falls.record(error, problem.name, "rounded to nearest instead")
             return rounding.to_nearest(problem), FALLBACK
         if not isinstance(quantized, QuantizedWeight):
             raise PluginError(
@@ -388,25 +399,9 @@ class Solver:
             )
         return quantized, self._recipe.method
 
-    def _fall_back(self, error: QframeError, layer: str, instead: str) -> None:
-        """Record that a layer was not done as asked; raise the error where that must not be."""
-        if self._recipe.on_fallback == "error":
-            raise error
-        event = Event(kind="fallback", layer=layer, message=f"{instead}: {error}")
-        self.events.append(event)
-        log.warning("%s: %s", event.layer, event.message)
-
     def _rng(self, layer: str) -> np.random.Generator:
         """Return the generator of a layer: it depends on the seed and the name alone."""
         return np.random.default_rng([self._recipe.seed, zlib.crc32(layer.encode())])
-
-
-def claims_about(rounder: Rounder | None, method: str) -> tuple[Any, ...]:
-    """Return what is claimed of a layer that was done by `method`: the rounder's, or nearest's.
-
-    rounder   None where it is not known; then it claims nothing
-    """
-    return NEAREST_CLAIMS if method == FALLBACK else claims.claims_of(rounder)
 
 
 def grid_of(host: Host, scheme: Scheme) -> Grid:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from qframe.calibration import CalibrationData, Lockstep, Stop, prepare, read_text, tokenize
-from qframe.errors import CalibrationError, ModelError
+from qframe.errors import CalibrationError, ModelError, RecipeError
 from qframe.evaluation import windows_of
 from qframe.pipeline import shortfall
 from qframe.positions import positions, window_length
@@ -171,6 +171,34 @@ def test_windows_are_disjoint_spread_and_accounted_for(tiny, tiny_llama, tmp_pat
     assert sorted(fitted + held) == sorted(spread)
     assert data.source["tokens_in_text"] == len(tokens)
     assert shortfall(data) == []
+
+
+def test_every_data_set_gives_its_share_of_windows(tiny_llama, tmp_path):
+    names = []
+    for kind in ("red", "green", "blue"):
+        file = tmp_path / f"{kind}.txt"
+        file.write_text(" ".join(f"{kind} word {i}." for i in range(400)), encoding="utf-8")
+        names.append(str(file))
+    asked = CalibrationSettings(
+        dataset=names, num_calibration_samples=16, max_seq_length=8, held_out_fraction=0.25
+    )
+    data = prepare(tiny_llama, asked)
+    assert [source["windows"] for source in data.source["sources"]] == [6, 5, 5]
+    assert [source["windows_held_out"] for source in data.source["sources"]] == [2, 1, 1]
+    assert (data.source["windows"], data.source["windows_held_out"]) == (16, 4)
+    assert data.source["name"] == " + ".join(names)
+    alone = prepare(
+        tiny_llama, asked.model_copy(update={"dataset": names[2], "num_calibration_samples": 5})
+    )
+    assert data.inputs[-1][0][-5:].tolist() == alone.inputs[0][0].tolist()
+    with pytest.raises(CalibrationError, match="less than a window for each of 3 data sets"):
+        prepare(tiny_llama, asked.model_copy(update={"num_calibration_samples": 2}))
+
+
+def test_one_data_set_in_a_list_is_that_data_set():
+    assert CalibrationSettings(dataset=["topics"]) == CalibrationSettings(dataset="topics")
+    with pytest.raises(RecipeError, match="dataset"):
+        CalibrationSettings.parse({"dataset": []}, "calibration")
 
 
 def test_too_little_text_is_told_and_almost_none_refused(tiny_llama, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -28,7 +29,8 @@ class Babai:
 
     Complete: what passes is GPTQ, or LDLQ, or Babai's nearest plane, up to ties.
 
-    dampening_frac   share of mean(diag H) on the diagonal; `info["damp"]` may name a higher one,
+    dampening_frac   share of mean(diag H) on the diagonal, or several to choose from: then
+                     `info["damp"]` says which. It may also name a higher one,
     dampening_cap    tenfold at a time up to this, and then an event must say so
     order            "natural": left to right. "falling": by falling diag H, what is equal up to
                      rounding in any order. "any": as `QuantizedWeight.order` says
@@ -38,7 +40,7 @@ class Babai:
     sums             the arithmetic in which errors w - q are fed back, and the factor is stored
     """
 
-    dampening_frac: float
+    dampening_frac: float | tuple[float, ...]
     dampening_cap: float = 1.0
     order: Literal["natural", "falling", "any"] = "any"
     dead: Literal["mean", "zero"] = "mean"
@@ -123,7 +125,11 @@ class Babai:
         return Replay(weight, order, feedback)
 
     def _damp(self, quantized: QuantizedWeight) -> float:
-        return float(quantized.info.get("damp", self.dampening_frac))
+        return float(quantized.info.get("damp", self._dampings()[0]))
+
+    def _dampings(self) -> tuple[float, ...]:
+        declared = self.dampening_frac
+        return declared if isinstance(declared, tuple) else (declared,)
 
     def _contradiction(
         self,
@@ -133,14 +139,19 @@ class Babai:
         moments: torch.Tensor,
     ) -> str:
         """Return what was done otherwise than declared, "" for nothing."""
-        ladder = [self.dampening_frac]
+        first = self._dampings()
+        ladder = [min(first)]
         while 0 < ladder[-1] < self.dampening_cap:
             ladder.append(min(ladder[-1] * 10, self.dampening_cap))
         rounding = bounds.gamma(2 * len(ladder), bounds.UNIT["float64"])
-        if not any(abs(damp - step) <= rounding * step for step in ladder):
-            declared = ", ".join(f"{step:g}" for step in ladder)
+
+        def among(steps: Iterable[float]) -> bool:
+            return any(abs(damp - step) <= rounding * step for step in steps)
+
+        if not among((*first, *ladder)):
+            declared = ", ".join(f"{step:g}" for step in sorted({*first, *ladder}))
             return f"damping {damp:g} is not one of the declared {declared}"
-        if damp > self.dampening_frac * (1 + rounding) and not quantized.events:
+        if not among(first) and not quantized.events:
             return f"damping was raised to {damp:g}, and no event says so"
         if not np.array_equal(np.sort(order), np.arange(len(order))):
             return "the order is not a permutation of the columns"

@@ -129,11 +129,11 @@ class RecipeFlags:
     ] = None
 
     dataset: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
             "--dataset",
             help="A .txt, .jsonl or .parquet file, a folder of them, hf:NAME, or topics (Python's "
-            "documentation, on every machine). Default: topics.",
+            "documentation, on every machine). Repeat for text of several kinds. Default: topics.",
             rich_help_panel=_DATA,
         ),
     ] = None
@@ -182,6 +182,16 @@ class RecipeFlags:
             rich_help_panel=_LIMITS,
         ),
     ] = None
+    on_overfit: Annotated[
+        str | None,
+        typer.Option(
+            "--on-overfit",
+            metavar="warn|rtn|error",
+            help="When a layer is worse than rounding to nearest on held-out tokens: say so, round "
+            "it to nearest, or stop. Default: warn.",
+            rich_help_panel=_LIMITS,
+        ),
+    ] = None
     max_fallback_frac: Annotated[
         float | None,
         typer.Option(
@@ -227,6 +237,7 @@ class RecipeFlags:
             ignore=self.ignore,
             seed=self.seed,
             on_fallback=self.on_fallback,
+            on_overfit=self.on_overfit,
             max_fallback_frac=self.max_fallback_frac,
             min_coverage=self.min_coverage,
             on_violated_certificate=self.on_violated_certificate,
@@ -240,7 +251,7 @@ class RecipeFlags:
         if self.override:
             changes["overrides"] = {**base.overrides, **parse_overrides(self.override)}
         calibration = _given(
-            dataset=self.dataset,
+            dataset=tuple(self.dataset) if self.dataset else None,
             num_calibration_samples=self.num_calibration_samples,
             max_seq_length=self.max_seq_length,
             compute_dtype=self.compute_dtype,

@@ -109,7 +109,8 @@ def _dry_run(
     if out is not None:
         check_output(out, overwrite=overwrite)
     if calibrates(job):
-        _check_dataset(recipe.calibration.dataset)
+        for dataset in recipe.calibration.datasets:
+            _check_dataset(dataset)
     if as_json:
         print_json(plan_record(job))
         return

@@ -10,9 +10,7 @@ import torch
 
 from qframe import rounding
 from qframe.contracts import Grid, QuantizedWeight
-
-COLUMNS_AT_ONCE = 192  # of a matrix of second moments
-ROWS_AT_ONCE = 256  # of a weight: what is made of them stays in the cache
+from qframe.hessian import ROWS_AT_ONCE, energy, total
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,40 +25,20 @@ class OutputErrors:
 
     moments: Sequence[torch.Tensor]
 
+    def held_out(self) -> OutputErrors:
+        """Return the same for the held-out tokens alone."""
+        return OutputErrors(self.moments[1:])
+
     def relative(
         self, original: torch.Tensor, quantized: Sequence[torch.Tensor]
     ) -> list[list[float]]:
         """Return, for each set of tokens, the relative error of each quantized weight."""
         found = []
         for moment in self.moments:
-            whole = self._energy(original, moment)
-            errors = [self._energy(original - q, moment) for q in quantized]
+            whole = energy(original, moment)
+            errors = [energy(original - q, moment) for q in quantized]
             found.append([math.sqrt(e / whole) if whole > 0 else 0.0 for e in errors])
         return found
-
-    def _energy(self, delta: torch.Tensor, moment: torch.Tensor) -> float:
-        """Return tr(delta M delta^T).
-
-        M is symmetric, so its upper triangle will do, which is half of the work.
-        """
-        pieces = delta.split(ROWS_AT_ONCE)
-        return max(sum(_total(_upper_products(rows, moment).mul_(rows)) for rows in pieces), 0.0)
-
-
-def _upper_products(rows: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
-    """Return what, times rows and summed, is rows M rows^T, for a symmetric M.
-
-    That is the product with the square blocks on M's diagonal and twice what is above them.
-    """
-    found = torch.empty_like(rows)
-    for first in range(0, len(moment), COLUMNS_AT_ONCE):
-        last = first + COLUMNS_AT_ONCE
-        corner = moment[first:last, first:last]
-        part = found[:, first:last]
-        torch.mm(rows[:, first:last], corner, out=part)
-        if first:
-            part.addmm_(rows[:, :first], moment[:first, first:last], alpha=2)
-    return found
 
 
 def sqnr_db(weight: torch.Tensor, change: torch.Tensor) -> float:
@@ -69,7 +47,7 @@ def sqnr_db(weight: torch.Tensor, change: torch.Tensor) -> float:
     change   Q - W
     """
     signal, noise = (
-        sum(_total(rows.square()) for rows in matrix.split(ROWS_AT_ONCE))
+        sum(total(rows.square()) for rows in matrix.split(ROWS_AT_ONCE))
         for matrix in (weight, change)
     )
     if noise == 0:
@@ -103,11 +81,3 @@ def clipped_share(
         values = (rounding.expand(each, index, len(rows)) for each in (scale, zero))
         clipped += int(outside(weight[rows], *values).sum())
     return clipped / weight.numel()
-
-
-def _total(x: torch.Tensor) -> float:
-    """Return the sum in float64: of each row, then of these in turn.
-
-    torch splits the sum over a whole tensor by threads, which may change its last bit.
-    """
-    return float(x.sum(1, dtype=torch.float64).cumsum(0)[-1]) if x.numel() else 0.0

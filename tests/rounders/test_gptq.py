@@ -13,7 +13,8 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from qframe import Scheme, bounds, reference, rounding
+from qframe import Scheme, bounds, claims, reference, rounding
+from qframe.certificates import Evidence
 from qframe.errors import HessianError, NonFiniteError, UncalibratedLayerError, UnsupportedError
 from qframe.host import objection
 from qframe_conformance.strategies import (
@@ -28,7 +29,7 @@ from qframe_conformance.strategies import (
     subnormal,
     white,
 )
-from qframe_plugins.rounders.gptq import GPTQ
+from qframe_plugins.rounders.gptq import DAMPINGS, GPTQ
 from qframe_plugins.rounders.rtn import RTN
 
 RNG = np.random.default_rng(0)  # GPTQ takes no random numbers
@@ -420,6 +421,78 @@ def test_damping_stops_at_its_cap_with_an_error_that_names_all_that_was_tried():
     with pytest.raises(HessianError, match=r"0\.1, 0\.5;"):
         run(drawn, 1 / 10, dampening_cap=1 / 2)
     assert certificate(drawn, run(drawn, 1 / 10, dampening_cap=10.0), 10.0) <= 1
+
+
+def with_held_out(drawn, seed):
+    """The same with tokens of another kind held out."""
+    columns = drawn.weight.shape[1]
+    held_out = torch.from_numpy(correlated(np.random.default_rng(seed), columns))
+    return dataclasses.replace(drawn, held_out={"hessian": held_out})
+
+
+@given(problems(), st.integers(0, 2**32), st.sampled_from(OPTIONS))
+def test_automatic_damping_does_best_on_held_out_tokens(drawn, seed, options):
+    drawn = with_held_out(drawn, seed)
+    moment = drawn.held_out["hessian"]
+    made = run(drawn, "auto", **options)
+    tried = [run(drawn, damping, **options) for damping in DAMPINGS]
+    assert any(same(made, each) and made.info == each.info for each in tried)
+    weight = drawn.weight.double()
+
+    def root_of_loss(each):
+        """B4.c's root, and its allowance for a loss that was summed in float32."""
+        values = rounding.dequantize(each).double()
+        loss = ((weight - values) @ moment * (weight - values)).sum()
+        sizes = (weight.abs() + values.abs(), (weight - values).abs())
+        weighed, missed = (float((a @ moment.abs() * a).sum()) for a in sizes)
+        length = 2 * weight.shape[1] + len(weight) + 4
+        return float(loss.clamp(min=0).sqrt()), bounds.search_slack(
+            weighed, missed, length, "float32"
+        )
+
+    found, sigma = root_of_loss(made)
+    for each in tried:
+        other, slack = root_of_loss(each)
+        assert bounds.ratio(found, other + sigma + slack) <= 1
+
+
+def test_automatic_damping_depends_on_the_tokens_held_out():
+    rng = np.random.default_rng(3)
+    weight = rng.normal(size=(8, 16))
+    drawn = problem(weight, correlated(rng, 16), Scheme(num_bits=3, group_size=8))
+    chosen = {run(with_held_out(drawn, seed), "auto").info["damp"] for seed in range(20)}
+    assert len(chosen) > 1
+
+
+def test_of_equals_the_least_damping_is_taken():
+    drawn = problem(np.ones((2, 4)), np.eye(4), Scheme(group_size=4))
+    nothing = {"hessian": torch.zeros(4, 4, dtype=torch.float64)}
+    made = run(dataclasses.replace(drawn, held_out=nothing), "auto")
+    assert made.info["damp"] == DAMPINGS[0]
+
+
+def test_of_several_declared_dampings_the_codes_must_be_those_of_one():
+    rng = np.random.default_rng(3)
+    drawn = problem(rng.normal(size=(8, 16)), correlated(rng, 16), Scheme(num_bits=3, group_size=8))
+    claim = claims.Babai((0.01, 0.1), order="falling")
+
+    def certify(made, **changes):
+        changed = dataclasses.replace(made, info={**made.info, **changes})
+        return claim.certify(Evidence(drawn, changed))
+
+    for damping in (0.01, 0.1):
+        assert certify(run(drawn, damping)).holds
+    assert not certify(run(drawn, 0.1), damp=0.01).holds
+    between = certify(run(drawn, 0.05))
+    assert between.note == "damping 0.05 is not one of the declared 0.01, 0.1, 1"
+    raised = certify(run(drawn, 1.0))
+    assert raised.note == "damping was raised to 1, and no event says so"
+
+
+def test_automatic_damping_without_held_out_tokens_is_refused():
+    drawn = problem(np.ones((2, 4)), np.eye(4), Scheme(group_size=4))
+    with pytest.raises(UnsupportedError, match=r"'block.up'.*held_out_fraction more than 0"):
+        run(drawn, "auto")
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

@@ -66,6 +66,8 @@ class AWQ:
         """
         import torch
 
+        from qframe.hessian import unit
+
         hessian = problem.statistics["hessian"]
         if not bool(torch.isfinite(hessian).all()):
             raise NonFiniteError(
@@ -73,10 +75,10 @@ class AWQ:
                 f"network before it"
             )
         layers, magnitude = problem.layers.values(), _magnitude(hessian)
-        largest = hessian.diagonal().max()
-        unit = (hessian / largest if largest > 0 else hessian).float()  # so that none overflows
         scales = [_normalized(magnitude ** (k / self.candidates)) for k in range(self.candidates)]
-        losses = _losses([part for layer in layers for part in _parts(layer)], scales, unit)
+        losses = _losses(
+            [part for layer in layers for part in _parts(layer)], scales, unit(hessian)
+        )
         best = scales[min(range(len(scales)), key=losses.__getitem__)]  # the first of equals
         return problem.scaled(best)
 
@@ -122,13 +124,13 @@ def _losses(
 def _loss(part: RoundingProblem, scale: torch.Tensor, hessian: torch.Tensor) -> float:
     """Return tr(E H E^T) of a part; inf where W s has no Q."""
     from qframe import rounding
+    from qframe.hessian import energy
 
     try:
         nearest = rounding.to_nearest(replace(part, weight=part.weight * scale))
     except NonFiniteError:  # a scale that its dtype cannot hold: no candidate
         return float("inf")
-    error = part.weight - rounding.dequantize(nearest) / scale
-    return float(((error @ hessian) * error).sum())
+    return energy(part.weight - rounding.dequantize(nearest) / scale, hessian)
 
 
 @hookimpl

@@ -17,13 +17,15 @@ Where the paper is silent:
   * a dead column (no token ever excited it, H_jj = 0) is rounded to nearest: its diagonal is set
     to the mean of the others, which keeps the damping independent of the scale of H;
   * when the factorization fails, damping is raised tenfold at a time up to `dampening_cap`, and
-    the final value is reported.
+    the final value is reported;
+  * how much damping a layer needs depends on how far its text is from that to come. "auto" tries
+    several and keeps the one with the least output error on held-out tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
@@ -38,11 +40,15 @@ if TYPE_CHECKING:
     from qframe_plugins.kernels.numba_cpu.cholesky import Feedback
 
 
+DAMPINGS = (0.01, 0.1, 1.0)  # what "auto" tries
+
+
 @dataclass(frozen=True)
 class GPTQ:
     """Round column by column with error compensation.
 
-    dampening_frac   share of the mean of diag(H) that is added to the diagonal
+    dampening_frac   share of the mean of diag(H) that is added to the diagonal; "auto": for each
+                     layer that of DAMPINGS which does best on tokens that were held out
     dampening_cap    the highest share that is tried when the factorization fails
     actorder         order of the columns. None: left to right. "static": by falling diag(H),
                      groups and scales as they were. "group": by falling diag(H), groups follow
@@ -55,7 +61,7 @@ class GPTQ:
                      which allows nothing else, else False
     """
 
-    dampening_frac: Annotated[float, Field(gt=0, le=1)] = 0.01
+    dampening_frac: Annotated[float, Field(gt=0, le=1)] | Literal["auto"] = 0.01
     dampening_cap: Annotated[float, Field(gt=0)] = 1.0
     actorder: Literal["static", "group"] | None = "static"
     block_size: Annotated[int, Field(ge=1)] = 128
@@ -80,7 +86,7 @@ class GPTQ:
         Not scale equivariance: a group of zeros has scale 1, whatever errors it makes up for.
         """
         babai = claims.Babai(
-            dampening_frac=self.dampening_frac,
+            dampening_frac=DAMPINGS if self.dampening_frac == "auto" else self.dampening_frac,
             dampening_cap=self.dampening_cap,
             order="natural" if self.actorder is None else "falling",
         )
@@ -99,8 +105,11 @@ class GPTQ:
         """Return the compensated codes. Needs statistics["hessian"], [columns, columns].
 
         Raises UncalibratedLayerError without tokens, NonFiniteError for a weight that is not
-        finite, HessianError when no damping up to the cap makes the Hessian positive definite.
+        finite, HessianError when no damping up to the cap makes the Hessian positive definite, and
+        UnsupportedError for dampening_frac="auto" when no tokens are held out.
         """
+        if self.dampening_frac == "auto":
+            return self._round_best(problem, rng)
         import torch
 
         from qframe import rounding
@@ -119,7 +128,7 @@ class GPTQ:
         order = torch.arange(columns)
         if self.actorder is not None:
             order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-        feedback, damp = self._factorize(hessian, order, problem)
+        feedback, damp = self._factorize(hessian, order, self.dampening_frac, problem)
         permuted = weight[:, order].contiguous().numpy()
         # A column's group goes by its place in the processing order, or by where it is stored.
         index = rounding.group_index(columns, scheme)
@@ -170,13 +179,29 @@ class GPTQ:
             events=events,
         )
 
+    def _round_best(self, problem: RoundingProblem, rng: np.random.Generator) -> QuantizedWeight:
+        """Return the codes of the damping with the least output error on held-out tokens."""
+        from qframe import parallel, rounding
+        from qframe.hessian import energy, unit
+
+        if "hessian" not in problem.held_out:
+            raise UnsupportedError(
+                f"layer {problem.name!r}: dampening_frac='auto' is chosen on held-out tokens, and "
+                f"there are none; give held_out_fraction more than 0, or dampening_frac a number"
+            )
+        moment = unit(problem.held_out["hessian"])
+        tried = [replace(self, dampening_frac=d).round(problem, rng) for d in DAMPINGS]
+        with parallel.one_torch_thread():
+            losses = [energy(rounding.dequantize(q) - problem.weight, moment) for q in tried]
+        return tried[losses.index(min(losses))]  # the first of equals
+
     def _factorize(
-        self, hessian: torch.Tensor, order: torch.Tensor, problem: RoundingProblem
+        self, hessian: torch.Tensor, order: torch.Tensor, damp: float, problem: RoundingProblem
     ) -> tuple[Feedback, float]:
         """Return the feedback of the damped Hessian in this order, and the damping that worked."""
         from qframe_plugins.kernels.numba_cpu import cholesky
 
-        damp, mean = self.dampening_frac, float(hessian.diagonal().mean())
+        mean = float(hessian.diagonal().mean())
         tried: list[str] = []
         while True:
             try:
