@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from qframe.pipeline import Result, quantize
     from qframe.recipe import Recipe
     from qframe.scheme import Scheme
+    from qframe.transforms import Rotation
     from qframe.verification import VerifyReport, verify
 
 _HOME = {
@@ -53,6 +54,7 @@ _HOME = {
     "Result": "pipeline",
     "Rewrite": "contracts",
     "RewriteProblem": "contracts",
+    "Rotation": "transforms",
     "RoundingProblem": "contracts",
     "Scheme": "scheme",
     "Unsupported": "contracts",
@@ -80,6 +82,7 @@ __all__ = [
     "Result",
     "Rewrite",
     "RewriteProblem",
+    "Rotation",
     "RoundingProblem",
     "Scheme",
     "Unsupported",

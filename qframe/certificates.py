@@ -20,6 +20,7 @@ from qframe.errors import CertificateError
 from qframe.hessian import Feedback, Float64, damped, processing_order, second_moments
 from qframe.pieces import Piece
 from qframe.scheme import Scheme
+from qframe.transforms import InputTransform
 
 if TYPE_CHECKING:
     import torch
@@ -346,29 +347,41 @@ def group_ranges(problem: RoundingProblem, group_index: torch.Tensor) -> tuple[F
 def function_preserved(
     original: torch.Tensor,
     rewritten: torch.Tensor,
-    input_scale: torch.Tensor,
+    transform: InputTransform,
     *,
     handlers: int = 1,
 ) -> Certificate:
-    """B4.a: W = W' diag(1 / s) element by element, up to the rounding of W' and s.
+    """B4.a, B4.f: the rewritten weight is the weight, scaled and rotated, up to roundings.
+
+    Without a rotation it is compared element by element, else block by block of a row.
 
     original, rewritten   W and W', [rows, columns] float32
-    input_scale           s, [columns] float32: what the input is divided by
     handlers              in a row; each may round twice: its product, and the scale so far
     """
-    scale = input_scale.numpy().astype(np.float64)
-    tiny = 2 * handlers * bounds.ETA["float32"] / scale  # where W' underflowed
-    height = max(1, _PIECE // max(original.shape[1], 1))
+    rotation, columns = transform.rotation, original.shape[1]
+    scale = np.ones(columns)
+    if transform.scale is not None:
+        scale = transform.scale.numpy().astype(np.float64)
+    height = max(1, _PIECE // max(columns, 1))
     found = []
     for first in range(0, len(original), height):
         weight = original[first : first + height].numpy().astype(np.float64)
-        error = np.abs(rewritten[first : first + height].numpy() / scale - weight)
-        allowed = bounds.gamma(2 * handlers) * np.abs(weight) + tiny
+        made = rewritten[first : first + height]
+        if rotation is None:
+            error = np.abs(made.numpy() / scale - weight)
+            tiny = 2 * handlers * bounds.ETA["float32"] / scale  # where W' underflowed
+            allowed = bounds.gamma(2 * handlers) * np.abs(weight) + tiny
+        else:
+            blocks = (len(weight), *rotation.signs.shape)
+            moved = rotation.undo(made.double()).numpy() - weight * scale
+            error = np.linalg.norm(moved.reshape(blocks), axis=2)
+            norms = np.linalg.norm((weight * scale).reshape(blocks), axis=2)
+            allowed = bounds.rotated_block(norms, rotation.block, 2 * handlers)
         found.append(Closest.of(error, allowed, first))
     worst = Closest.among(found)
     return Certificate(
         claim="function preserved",
-        theorem="B4.a",
+        theorem="B4.a" if rotation is None else "B4.f",
         ratio=worst.ratio,
         place=worst.place,
         error=worst.error,

@@ -1,9 +1,10 @@
 """Writing and loading quantized folders.
 
 Layout: that of the Hugging Face Hub. A quantized layer NAME is stored as NAME.weight_packed,
-NAME.weight_scale and, where the scheme needs them, NAME.weight_zero_point, NAME.weight_g_idx and
-NAME.input_scale; every other tensor and file is carried over as it was. `qframe.json` says what
-was done (`qframe.manifest`). Statistics that were asked to be kept have files of their own.
+NAME.weight_scale and, where the scheme or a rewrite needs them, NAME.weight_zero_point,
+NAME.weight_g_idx, NAME.input_scale and NAME.input_signs; every other tensor and file is carried
+over as it was. `qframe.json` says what was done (`qframe.manifest`). Statistics that were asked to
+be kept have files of their own.
 
 Everything is written to a temporary folder beside the output, which takes its name at the very
 end: a run that fails leaves nothing behind. Nothing in the folder depends on time, machine or
@@ -243,11 +244,11 @@ def load(
         source.config.pop("quantization_config", None)
         module = build(source)
     stored = source.tensors
-    for name, packed, scale in packed_layers(source, manifest):
+    for name, packed, transform in packed_layers(source, manifest):
         old = module.get_submodule(name)
         if dequantize:
             weight = packed.dequantize()
-            set_weight(old, weight if scale is None else weight / scale)
+            set_weight(old, weight if transform is None else transform.undo(weight))
             bias = stored.get(f"{name}.bias")
             if bias is not None:
                 old._parameters["bias"] = nn.Parameter(
@@ -255,7 +256,7 @@ def load(
                 )
         else:
             bias_values = source.read(f"{name}.bias").float() if f"{name}.bias" in stored else None
-            module = replace_module(module, name, QuantizedLinear(packed, bias_values, scale))
+            module = replace_module(module, name, QuantizedLinear(packed, bias_values, transform))
     _load_rest(module, source)
     return module.eval()
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from qframe.kv_scheme import KVScheme
     from qframe.scheme import Scheme
+    from qframe.transforms import Rotation
 
 
 # What the host knows about a layer ------------------------------------------------------------
@@ -220,21 +221,32 @@ class RewriteProblem:
         weights = {name: weight * input_scale for name, weight in self.weights.items()}
         return Rewrite(weights=weights, input_scale=input_scale)
 
+    def rotated(self, rotation: Rotation) -> Rewrite:
+        """Return the rewrite that rotates weights and input alike."""
+        weights = {name: rotation.apply(weight) for name, weight in self.weights.items()}
+        unscaled = self.layers[self.name].weight.new_ones(self.columns)
+        return Rewrite(weights=weights, input_scale=unscaled, rotation=rotation)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rewrite:
-    """W x = W' (x / input_scale), exactly in real numbers.
+    """W x = W' rotate(x / input_scale), exactly in real numbers.
 
     weights       layer name -> rewritten weight W' [rows, columns]
     input_scale   [columns], positive and finite: what the input is divided by at run time
+    rotation      how it is rotated after that; None: not at all
     """
 
     weights: Mapping[str, torch.Tensor]
     input_scale: torch.Tensor
+    rotation: Rotation | None = None
 
 
 class OutlierHandler(Protocol):
-    """Rewrites the layers of an input group so that outliers do no harm."""
+    """Rewrites the layers of an input group so that outliers do no harm.
+
+    One that rotates has an attribute `rotates`, which is True: what is stored is then known before.
+    """
 
     name: str
     needs: frozenset[str]

@@ -16,6 +16,7 @@ from qframe.contracts import Event, QuantizedWeight, Rounder, RoundingProblem
 from qframe.errors import OverfitError, QframeError
 from qframe.recipe import Recipe
 from qframe.report.measure import OutputErrors
+from qframe.transforms import InputTransform
 
 log = logging.getLogger("qframe")
 
@@ -53,7 +54,7 @@ class Fallbacks:
         problem: RoundingProblem,
         quantized: QuantizedWeight,
         original: torch.Tensor,
-        input_scale: torch.Tensor | None,
+        transform: InputTransform | None,
         errors: OutputErrors,
     ) -> QuantizedWeight | None:
         """Return the layer rounded to nearest, where that is to be preferred; else None.
@@ -66,8 +67,8 @@ class Fallbacks:
             return None
         nearest = rounding.to_nearest(problem)
         values = [rounding.dequantize(each) for each in (quantized, nearest)]
-        if input_scale is not None:
-            values = [each / input_scale for each in values]
+        if transform is not None:
+            values = [transform.undo(each) for each in values]
         [(found, plain)] = held_out.relative(original, values)
         if not found > plain:
             return None

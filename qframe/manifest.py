@@ -25,6 +25,7 @@ from qframe.recipe import Recipe
 from qframe.report.layers import LayerReport, words_for_infinities
 from qframe.scheme import Scheme
 from qframe.strict import Strict
+from qframe.transforms import SCALE, SIGNS, InputTransform
 from qframe.weights import ModelFolder, read_json
 
 MANIFEST = "qframe.json"
@@ -212,8 +213,8 @@ def parse_manifest(source: ModelFolder) -> Manifest:
 
 def packed_layers(
     source: ModelFolder, manifest: Mapping[str, Any]
-) -> Iterator[tuple[str, PackedWeight, torch.Tensor | None]]:
-    """Yield (layer name, packed weight, input_scale) for every quantized layer.
+) -> Iterator[tuple[str, PackedWeight, InputTransform | None]]:
+    """Yield (layer name, packed weight, transform of its input) for every quantized layer.
 
     manifest   as `read_manifest` returns it
     """
@@ -231,8 +232,8 @@ def packed_layers(
 
 def packed_layer(
     source: ModelFolder, name: str, record: LayerRecord
-) -> tuple[PackedWeight, torch.Tensor | None]:
-    """Return (packed weight, input_scale) of one layer.
+) -> tuple[PackedWeight, InputTransform | None]:
+    """Return (packed weight, transform of its input) of one layer.
 
     Raises WeightsError when a tensor is missing, or is not what it can be.
     """
@@ -250,5 +251,9 @@ def packed_layer(
         scheme=record.scheme,
         grid=record.scheme_grid(),
     )
-    scale_name = f"{prefix}input_scale"
-    return packed, source.read(scale_name) if scale_name in source.tensors else None
+    inputs = {
+        part: source.read(f"{prefix}{part}")
+        for part in (SCALE, SIGNS)
+        if f"{prefix}{part}" in source.tensors
+    }
+    return packed, InputTransform.stored(inputs)

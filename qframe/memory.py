@@ -15,6 +15,7 @@ from qframe.contracts import Grid, LayerInfo
 from qframe.positions import CALIBRATION_WINDOW, window_length
 from qframe.report.layers import LayerReport, RunReport
 from qframe.scheme import Scheme
+from qframe.transforms import SCALE, SIGNS
 
 if TYPE_CHECKING:
     from qframe.certificates import Certificate
@@ -202,8 +203,11 @@ def _quantized_tensors(job: Job, layer: str) -> Iterator[_Tensor]:
     # Groups that follow the order of activations need an index, the group of each column.
     if getattr(job.method.rounder, "actorder", None) == "group" and scales[1] > 1:
         yield _Tensor(f"{layer}.weight_g_idx", "I32", (info.columns,), 4 * info.columns)
-    if job.method.handlers:
-        yield _Tensor(f"{layer}.input_scale", "F32", (info.columns,), 4 * info.columns)
+    rotating = [getattr(handler, "rotates", False) for handler in job.method.handlers]
+    if not all(rotating):
+        yield _Tensor(f"{layer}.{SCALE}", "F32", (info.columns,), 4 * info.columns)
+    if any(rotating):
+        yield _Tensor(f"{layer}.{SIGNS}", "I8", (1, info.columns), info.columns)
 
 
 def _carried_tensors(job: Job, folder: ModelFolder) -> Iterator[_Tensor]:
@@ -350,7 +354,7 @@ def stored_bits_per_weight(folder: ModelFolder, layers: Mapping[str, int]) -> fl
     stored = 0
     for name, tensor in folder.tensors.items():
         layer, _, part = name.rpartition(".")
-        if layer in layers and (part.startswith("weight") or part == "input_scale"):
+        if layer in layers and (part.startswith("weight") or part in (SCALE, SIGNS)):
             stored += tensor.bytes
     return 8 * stored / sum(layers.values())
 

@@ -20,6 +20,7 @@ from torch import nn
 from qframe.contracts import LayerInfo
 from qframe.errors import ModelError
 from qframe.packing import PackedWeight
+from qframe.transforms import SCALE, SIGNS, InputTransform
 from qframe.weights import ModelFolder, check_finite
 
 
@@ -167,11 +168,11 @@ def stored_names(module: nn.Module, stored: Container[str]) -> dict[str, str]:
 
 
 class QuantizedLinear(nn.Module):
-    """A linear layer whose weight is stored as codes: y = Q(W) (x / input_scale) + b.
+    """A linear layer whose weight is stored as codes: y = Q(W) transform(x) + b.
 
-    packed        the codes, scales and zero points
-    bias          [rows] or None
-    input_scale   [columns] from a rewrite, or None
+    packed      the codes, scales and zero points
+    bias        [rows] or None
+    transform   of the input, from a rewrite; None for none
     """
 
     weight_packed: torch.Tensor
@@ -180,12 +181,13 @@ class QuantizedLinear(nn.Module):
     weight_g_idx: torch.Tensor | None
     bias: torch.Tensor | None
     input_scale: torch.Tensor | None
+    input_signs: torch.Tensor | None
 
     def __init__(
         self,
         packed: PackedWeight,
         bias: torch.Tensor | None = None,
-        input_scale: torch.Tensor | None = None,
+        transform: InputTransform | None = None,
     ) -> None:
         super().__init__()
         self._layout = packed
@@ -193,7 +195,9 @@ class QuantizedLinear(nn.Module):
         for suffix in ("weight_packed", "weight_scale", "weight_zero_point", "weight_g_idx"):
             self.register_buffer(suffix, packed.tensors().get(suffix))
         self.register_buffer("bias", bias)
-        self.register_buffer("input_scale", input_scale)
+        stored = {} if transform is None else transform.tensors()
+        for name in (SCALE, SIGNS):
+            self.register_buffer(name, stored.get(name))
 
     @property
     def packed(self) -> PackedWeight:
@@ -211,10 +215,17 @@ class QuantizedLinear(nn.Module):
         """The weight that the codes stand for, [rows, columns] float32."""
         return self.packed.dequantize()
 
+    @property
+    def transform(self) -> InputTransform | None:
+        """What is done to the input first, made of this module's buffers."""
+        found = {SCALE: self.input_scale, SIGNS: self.input_signs}
+        return InputTransform.stored({k: v for k, v in found.items() if v is not None})
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return Q(W) (x / input_scale) + b for x [..., columns]."""
-        if self.input_scale is not None:
-            x = x / self.input_scale
+        """Return Q(W) transform(x) + b for x [..., columns]."""
+        transform = self.transform
+        if transform is not None:
+            x = transform.apply(x)
         return nn.functional.linear(x, self.weight.to(x.dtype), self.bias)
 
     def extra_repr(self) -> str:

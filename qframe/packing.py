@@ -20,7 +20,10 @@ from qframe.errors import PluginError, QframeError, WeightsError
 from qframe.scheme import Scheme
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_g_idx", "input_scale")
+PARTS = (
+    *("weight_packed", "weight_scale", "weight_zero_point", "weight_g_idx"),
+    *("input_scale", "input_signs"),
+)
 """What a quantized layer may be stored as, after its name."""
 _CHUNK = 1 << 18  # codes at a time, so that intermediate results stay in the cache
 

@@ -121,16 +121,14 @@ class _Bench:
         weight   the original one, [rows, columns] float32
         """
         found: list[Certificate] = []
-        if layer.input_scale is not None:
-            rewritten = weight * layer.input_scale
+        if layer.transform is not None:
+            rewritten = layer.transform.rewrite(weight)
             if fingerprint(rewritten) != layer.record.rewritten:
-                why = "the rewritten weight is not W times input_scale, bit for bit, nor stored"
+                why = "the rewritten weight is not W transformed, bit for bit, nor stored"
                 self._leave(name, set(), why)
                 return
             handlers = sum(p.kind == "outlier handler" for p in self._manifest.plugins)
-            found.append(
-                function_preserved(weight, rewritten, layer.input_scale, handlers=handlers)
-            )
+            found.append(function_preserved(weight, rewritten, layer.transform, handlers=handlers))
             weight = rewritten
         if self._method is None and layer.record.method not in (FALLBACK, OVERFIT):
             self._leave(name, _names(found), self._missing)

@@ -44,6 +44,7 @@ from qframe.recipe import Method, Recipe
 from qframe.report.layers import LayerReport
 from qframe.report.measure import OutputErrors, clipped_share, sqnr_db
 from qframe.scheme import Scheme
+from qframe.transforms import InputTransform
 from qframe.weights import check_finite
 
 log = logging.getLogger("qframe")
@@ -80,11 +81,11 @@ class GroupInputs:
             tuple(x for i, x in flat.items() if i >= fitted),
         )
 
-    def scaled(self, input_scale: torch.Tensor) -> GroupInputs:
-        """Return what a rewritten layer sees: x / input_scale."""
+    def transformed(self, transform: InputTransform) -> GroupInputs:
+        """Return what a rewritten layer sees."""
         return GroupInputs(
-            tuple(x / input_scale for x in self.fitted),
-            tuple(x / input_scale for x in self.held_out),
+            tuple(transform.apply(x) for x in self.fitted),
+            tuple(transform.apply(x) for x in self.held_out),
         )
 
 
@@ -93,8 +94,8 @@ class Solved:
     """A layer after quantization: what is stored, what it computes with, what is reported."""
 
     packed: PackedWeight
-    input_scale: torch.Tensor | None
-    effective: torch.Tensor  # Q(W') / input_scale, [rows, columns]: its effect on plain inputs
+    transform: InputTransform | None
+    effective: torch.Tensor  # Q(W') undone, [rows, columns]: its effect on plain inputs
     report: LayerReport
 
 
@@ -105,7 +106,7 @@ class _Judged:
     evidence: Evidence
     original: torch.Tensor
     effective: torch.Tensor
-    input_scale: torch.Tensor | None
+    transform: InputTransform | None
     errors: OutputErrors
     report: LayerReport
 
@@ -147,12 +148,11 @@ class Solver:
         """
         clock = time.perf_counter()
         moments = self._second_moments(group, inputs)
-        rewritten, input_scale = self._rewrite(group, weights, schemes, inputs, moments)
-        plain = input_scale is None
-        if input_scale is not None:
-            inputs = inputs.scaled(input_scale)
+        rewritten, transform = self._rewrite(group, weights, schemes, inputs, moments)
+        if transform is not None:
+            inputs = inputs.transformed(transform)
         needs = self._method.rounder.needs
-        known = moments if plain else []
+        known = moments if transform is None else []
         statistics = self._statistics(needs, group, inputs.fitted, known[:1])
         held_out = (
             self._statistics(needs, group, inputs.held_out, known[1:]) if inputs.held_out else {}
@@ -183,7 +183,7 @@ class Solver:
             )
             clock = time.perf_counter()
             quantized, used = self._round(problem)
-            nearest = self._falls.overfit(problem, quantized, original, input_scale, errors)
+            nearest = self._falls.overfit(problem, quantized, original, transform, errors)
             if nearest is not None:
                 quantized, used = nearest, OVERFIT
             round_seconds = time.perf_counter() - clock
@@ -197,8 +197,8 @@ class Solver:
                 events=quantized.events,
             )
             effective = rounding.dequantize(stored)
-            if input_scale is not None:
-                effective = effective / input_scale
+            if transform is not None:
+                effective = transform.undo(effective)
             check_finite(effective, f"layer {layer.name!r}: the quantized weight")
             report = LayerReport(
                 name=layer.name,
@@ -218,12 +218,12 @@ class Solver:
                 },
             )
             evidence = Evidence(problem, stored, shared)
-            judged = _Judged(evidence, original, effective, input_scale, errors, report)
+            judged = _Judged(evidence, original, effective, transform, errors, report)
             self._court.hear(partial(self._judge, judged))
             if kept and quantized.order is not None:
                 kept[f"{layer.name}.{ORDER}"] = quantized.order.to(torch.int32)
             self.events.extend(quantized.events)
-            solved[layer.name] = Solved(packed, input_scale, effective, report)
+            solved[layer.name] = Solved(packed, transform, effective, report)
         return SolvedGroup(solved, kept)
 
     def settle(self, still_waiting: int = 0) -> None:
@@ -242,9 +242,9 @@ class Solver:
         report, problem = judged.report, judged.evidence.problem
         original, effective = judged.original, judged.effective
         report.source = fingerprint(original)
-        if judged.input_scale is not None:
+        if judged.transform is not None:
             report.rewritten = fingerprint(problem.weight)
-        if judged.input_scale is None:
+        if judged.transform is None:
             change = torch.from_numpy(judged.evidence.change())
         else:
             change = effective - original
@@ -263,7 +263,7 @@ class Solver:
 
         clock = time.perf_counter()
         report.certificates, events = self._certify(
-            judged.evidence, report.method, original, judged.input_scale
+            judged.evidence, report.method, original, judged.transform
         )
         report.seconds["certify"] = time.perf_counter() - clock
         return events
@@ -273,15 +273,15 @@ class Solver:
         evidence: Evidence,
         method: str,
         original: torch.Tensor,
-        input_scale: torch.Tensor | None,
+        transform: InputTransform | None,
     ) -> tuple[tuple[Certificate, ...], list[Event]]:
         """Hold a layer, as it is stored, against what its method claims."""
         problem = evidence.problem
         certificates: tuple[Certificate, ...] = ()
-        if input_scale is not None:
+        if transform is not None:
             certificates = (
                 function_preserved(
-                    original, problem.weight, input_scale, handlers=len(self._method.handlers)
+                    original, problem.weight, transform, handlers=len(self._method.handlers)
                 ),
             )
         certificates += evidence.certificates(claims_about(self._method.rounder, method))
@@ -336,12 +336,12 @@ class Solver:
         schemes: Mapping[str, Scheme],
         inputs: GroupInputs,
         moments: list[Statistic],
-    ) -> tuple[Mapping[str, torch.Tensor], torch.Tensor | None]:
+    ) -> tuple[Mapping[str, torch.Tensor], InputTransform | None]:
         """Let the outlier handlers rewrite the group, one after another.
 
         A handler that needs statistics is not asked where no token reached the group.
         """
-        total = None
+        total: InputTransform | None = None
         for handler in self._method.handlers:
             if handler.needs and not _count(inputs.fitted):
                 for name in weights:
@@ -354,10 +354,9 @@ class Solver:
                         "not rewritten",
                     )
                 continue
-            plain = total is None
-            seen = inputs if total is None else inputs.scaled(total)
+            seen = inputs if total is None else inputs.transformed(total)
             statistics = self._statistics(
-                handler.needs, group, seen.fitted, moments[:1] if plain else []
+                handler.needs, group, seen.fitted, moments[:1] if total is None else []
             )
             problem = RewriteProblem(
                 layers={
@@ -375,7 +374,7 @@ class Solver:
             rewrite = handler.rewrite(problem, self._rng(group.name))
             check_finite(rewrite.input_scale, f"{handler.name}: input_scale of {group.name!r}")
             weights = rewrite.weights
-            total = rewrite.input_scale if total is None else total * rewrite.input_scale
+            total = (total or InputTransform()).then(rewrite, handler.name)
         return weights, total
 
     def _round(self, problem: RoundingProblem) -> tuple[QuantizedWeight, str]:

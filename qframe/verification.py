@@ -33,6 +33,7 @@ from qframe.manifest import (
 )
 from qframe.packing import PackedWeight
 from qframe.report.layers import words_for_infinities
+from qframe.transforms import InputTransform
 from qframe.weights import ModelFolder, read_json
 
 Kind = Literal["file", "tensor", "layer", "config", "reference", "certificate"]
@@ -272,7 +273,7 @@ class StoredLayer:
 
     record: LayerRecord
     packed: PackedWeight
-    input_scale: torch.Tensor | None
+    transform: InputTransform | None
 
 
 def _sound_layers(
@@ -292,11 +293,11 @@ def _sound_layers(
     for name, record in manifest.layers.items():
         report.layers += 1
         try:
-            packed, scale = packed_layer(source, name, record)
+            packed, transform = packed_layer(source, name, record)
         except QframeError as error:
             report.add("layer", name, str(error))
             continue
-        layer = StoredLayer(record, packed, scale)
+        layer = StoredLayer(record, packed, transform)
         wrong = _layer_objection(layer)
         if f"{name}.weight" in stored and name not in untied:
             wrong = "is stored both as codes and as a plain weight"
@@ -308,17 +309,15 @@ def _sound_layers(
 
 def _layer_objection(layer: StoredLayer) -> str:
     """Return what is wrong with a layer that could be unpacked, "" for nothing."""
-    record, scale = layer.record, layer.input_scale
+    record, transform = layer.record, layer.transform
     columns, scheme = record.columns, record.scheme
     if record.scheme_grid().levels > 1 << scheme.num_bits:
         return f"its grid has more codes than {scheme.num_bits} bits can tell apart"
-    if (scale is None) != (record.rewritten is None):
-        return "input_scale and manifest disagree on whether it was rewritten"
-    if scale is not None:
-        if scale.dtype != torch.float32 or tuple(scale.shape) != (columns,):
-            return f"input_scale should be float32 [{columns}], got {scale.dtype} {[*scale.shape]}"
-        if not bool((torch.isfinite(scale) & (scale > 0)).all()):
-            return "input_scale must be positive and finite"
+    if (transform is None) != (record.rewritten is None):
+        return "its tensors and the manifest disagree on whether it was rewritten"
+    wrong = "" if transform is None else transform.fault(columns)
+    if wrong:
+        return wrong
     index = layer.packed.group_index
     if index is not None and scheme.strategy == "group" and columns:
         width = scheme.group_width(columns)

@@ -24,6 +24,7 @@ from qframe.model import Network, QuantizedLinear, replace_module, set_weight
 from qframe.recipe import Plan
 from qframe.report.layers import LayerReport
 from qframe.solve import GroupInputs, Solved, Solver
+from qframe.transforms import SCALE, SIGNS
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,8 +270,8 @@ class Walk:
         prefix = f"{name}." if name else ""
         if self._writer is not None:
             tensors = solved.packed.tensors()
-            if solved.input_scale is not None:
-                tensors["input_scale"] = solved.input_scale
+            if solved.transform is not None:
+                tensors |= solved.transform.tensors()
             self._writer.add({f"{prefix}{key}": value for key, value in tensors.items()})
         if not self._network.is_tied(name):  # else the other user still needs it
             self._written.add(self._network.stored_name(f"{prefix}weight"))
@@ -278,7 +279,7 @@ class Walk:
             old = self._network.module.get_submodule(name)
             bias = old._parameters.get("bias")
             new = QuantizedLinear(
-                solved.packed, None if bias is None else bias.data, solved.input_scale
+                solved.packed, None if bias is None else bias.data, solved.transform
             )
             self._network.module = replace_module(self._network.module, name, new)
 
@@ -297,7 +298,7 @@ class Walk:
             f"{name}.{key}".lstrip(".")
             for name, child in self._network.module.named_modules()
             if isinstance(child, QuantizedLinear)
-            for key in child.packed.tensors().keys() | {"input_scale"}
+            for key in child.packed.tensors().keys() | {SCALE, SIGNS}
         }
         for name, tensor in self._network.module.state_dict().items():
             if name not in packed:

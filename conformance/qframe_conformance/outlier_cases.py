@@ -17,11 +17,13 @@ from qframe import (
     LayerInfo,
     Rewrite,
     RewriteProblem,
+    Rotation,
     RoundingProblem,
     Scheme,
 )
 from qframe.claims.handlers import Rewriting
 from qframe.claims.observers import Float32
+from qframe.transforms import InputTransform
 from qframe_conformance.checks import Violation
 from qframe_conformance.engine import Refused
 from qframe_conformance.kinds import Float64
@@ -134,6 +136,11 @@ class HandlerCase:
     def input_scale(self) -> Float64:
         """What the input is divided by, float64."""
         return self.rewrite.input_scale.numpy().astype(np.float64)
+
+    @property
+    def transform(self) -> InputTransform:
+        """What becomes of the input."""
+        return InputTransform(self.rewrite.input_scale, self.rewrite.rotation)
 
     @cached_property
     def rewriting(self) -> Rewriting:
@@ -255,7 +262,11 @@ def fault(made: Any, weights: Mapping[str, torch.Tensor]) -> str:
         return f"input_scale {wrong}"
     if not bool((made.input_scale > 0).all()):
         return f"input_scale is {float(made.input_scale.min()):.9g} at its smallest, expected > 0"
-    return ""
+    if made.rotation is None:
+        return ""
+    if not isinstance(made.rotation, Rotation):
+        return f"rotation is {type(made.rotation).__name__}, expected qframe.Rotation"
+    return InputTransform(rotation=made.rotation).fault(columns)
 
 
 def _tensor_fault(tensor: Any, shape: tuple[int, ...]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -148,9 +149,7 @@ def order_of_rows(case: HandlerCase) -> Outcome:
     turned = {name: weight.flip(0).contiguous() for name, weight in reversed(case.weights.items())}
     made = case.again(turned)
     back = {name: weight.flip(0) for name, weight in made.weights.items()}
-    _same_rewrite(
-        case.rewrite, Rewrite(weights=back, input_scale=made.input_scale), "rows in another order"
-    )
+    _same_rewrite(case.rewrite, replace(made, weights=back), "rows in another order")
     return None
 
 
@@ -161,7 +160,7 @@ def signs_of_weights(case: HandlerCase) -> Outcome:
         return SKIPPED
     made = case.again({name: -weight for name, weight in case.weights.items()})
     back = {name: -weight for name, weight in made.weights.items()}
-    _same_rewrite(case.rewrite, Rewrite(weights=back, input_scale=made.input_scale), "-W")
+    _same_rewrite(case.rewrite, replace(made, weights=back), "-W")
     return None
 
 
@@ -173,13 +172,14 @@ def scales_of_weights(case: HandlerCase) -> Outcome:
     for power in (2.0**-5, 2.0**4):
         made = case.again({name: weight * power for name, weight in case.weights.items()})
         back = {name: weight / power for name, weight in made.weights.items()}
-        rewrite = Rewrite(weights=back, input_scale=made.input_scale)
-        _same_rewrite(case.rewrite, rewrite, f"weights times {power}")
+        _same_rewrite(case.rewrite, replace(made, weights=back), f"weights times {power}")
     return None
 
 
 def _same_rewrite(wanted: Rewrite, found: Rewrite, what: str) -> None:
     same_bits(wanted.input_scale, found.input_scale, f"{what}: input_scale")
+    one, other = (r.rotation.signs if r.rotation else torch.zeros(0) for r in (wanted, found))
+    same_bits(one, other, f"{what}: signs of the rotation")
     for name, weight in wanted.weights.items():
         # + 0.0: the sign of a zero says nothing
         same_bits(weight + 0.0, found.weights[name] + 0.0, f"{what}: the weight of {name!r}")
@@ -190,26 +190,37 @@ def _same_rewrite(wanted: Rewrite, found: Rewrite, what: str) -> None:
 
 @check(KIND, "bound", "B4.a", unless=_FINITE)
 def function_preserved(case: HandlerCase) -> Outcome:
-    """Every rewritten weight over its input scale is the weight that it was: W = W' / s."""
-    scale, ratios = case.input_scale, []
+    """Rewritten weights, rotated back and over the input scale, are what they were: W = W' / s."""
+    scale, rotation, ratios = case.input_scale, case.rewrite.rotation, []
     for name, (weight, made) in _pairs(case).items():
-        allowed = bounds.rewrite_element(weight, scale)
-        ratios.append(within(weight - made / scale, allowed, f"|W - W' / s| of {name!r}", "B4.a"))
+        if rotation is None:
+            allowed = bounds.rewrite_element(weight, scale)
+            error, what, theorem = weight - made / scale, "|W - W' / s|", "B4.a"
+        else:
+            blocks, wanted = (len(weight), *rotation.signs.shape), weight * scale
+            norms = np.linalg.norm(wanted.reshape(blocks), axis=2)
+            allowed = bounds.rotated_block(norms, rotation.block)
+            moved = rotation.undo(torch.from_numpy(made)).numpy() - wanted
+            error = np.linalg.norm(moved.reshape(blocks), axis=2)
+            what, theorem = "||W' Q^T - W s|| of a block", "B4.f"
+        ratios.append(within(error, allowed, f"{what} of {name!r}", theorem))
     return max(ratios)
 
 
 @check(KIND, "bound", "B4.a", unless=_FINITE)
 def output_preserved(case: HandlerCase) -> Outcome:
-    """The layers compute what they did from x / s, as float32 at run time: nothing overflows."""
-    scale, ratios = case.input_scale, []
+    """The layers compute what they did from what becomes of x in float32: nothing overflows."""
+    scale, rotation, ratios = case.input_scale, case.rewrite.rotation, []
     x = case.inputs.astype(np.float64)
-    with np.errstate(over="ignore"):
-        divided = (case.inputs / case.rewrite.input_scale.numpy()).astype(np.float64)
+    changed = case.transform.apply(torch.from_numpy(case.inputs)).double().numpy()
     for name, (weight, made) in _pairs(case).items():
         with np.errstate(invalid="ignore"):
-            error = x @ weight.T - divided @ made.T
-        allowed = bounds.rewrite_output(x, weight, scale)
-        ratios.append(within(error, allowed, f"|W x - W' (x / s)| of {name!r}", "B4.a"))
+            error = x @ weight.T - changed @ made.T
+        if rotation is None:
+            allowed, theorem = bounds.rewrite_output(x, weight, scale), "B4.a"
+        else:
+            allowed, theorem = bounds.rotated_output(x, weight, scale, rotation.block), "B4.f"
+        ratios.append(within(error, allowed, f"the outputs of {name!r}", theorem))
     return max(ratios)
 
 
@@ -224,7 +235,7 @@ def _pairs(case: HandlerCase) -> Mapping[str, tuple[Any, Any]]:
 # Objectives -----------------------------------------------------------------------------------
 
 
-@check(KIND, "objective", "B4.c", unless=_only("ordinary", "planted", claim=RewriteClaim))
+@check(KIND, "objective", "B4.c", unless=_only("ordinary", "planted", "wide", claim=RewriteClaim))
 def rewrite_is_as_claimed(case: HandlerCase) -> Outcome:
     """What the handler claims of its rewrites holds after rounding to nearest."""
     ratios = [

@@ -16,7 +16,8 @@ import torch
 from hypothesis import strategies as st
 
 from qframe import Scheme
-from qframe.claims import ProtectsSalient, claims_of
+from qframe.claims import Incoherent, ProtectsSalient, claims_of, has_claim
+from qframe.reference_ops import hadamard_matrix
 from qframe_conformance.engine import Scenario
 from qframe_conformance.kinds import Float64, on_grid
 from qframe_conformance.outlier_cases import HandlerCase
@@ -40,21 +41,26 @@ STEP = 2.0**-4
 LOUD = 2.0**8
 QUIET = 2.0**-4
 
+WIDE = 1024  # columns, so that B8.c says that no weight has a third of its row's length
+
 
 # Scenarios ------------------------------------------------------------------------------------
 
 
 def scenarios(handler: Any) -> list[Scenario]:
     """Return the scenarios: groups for the schemes that are declared, planted ones, not finite."""
-    found, planted = [], []
+    found, planted, declared = [], [], []
     gains = [claim.gain for claim in claims_of(handler) if isinstance(claim, ProtectsSalient)]
     for name, symmetric in (("symmetric", True), ("asymmetric", False)):
         schemes = [s for s in _schemes(symmetric) if handler.capabilities.objection(s) is None]
+        declared += schemes
         if schemes:
             found.append(Scenario(name, groups(handler, schemes), "ordinary"))
         roomy = [s for s in schemes if (1 << s.num_bits) >= 3 * max(gains, default=np.inf)]
         if roomy:
             planted.append(Scenario(f"planted-{name}", planted_groups(handler, roomy), "planted"))
+    if found and has_claim(handler, Incoherent):
+        found.append(Scenario("wide", wide_groups(handler, declared[0]), "wide"))
     if found and handler.needs:
         poisoned = st.builds(_poisoned, found[0].cases, st.integers(0, 15), st.sampled_from(_BAD))
         found.append(Scenario("not-finite", poisoned, "not finite"))
@@ -146,6 +152,26 @@ def planted_groups(draw: st.DrawFn, handler: Any, schemes: Sequence[Scheme]) -> 
         steps[:, list(loud)] = rng.choice([-0.5, 0.5], (rows, 1))
         weights[name] = torch.from_numpy(np.float32(STEP * steps))
     return HandlerCase(handler, weights, x, scheme, seed, loud, quiet)
+
+
+@st.composite
+def wide_groups(draw: st.DrawFn, handler: Any, scheme: Scheme) -> HandlerCase:
+    """Draw layers wide enough that a rotation spreads whatever stands out.
+
+    Rows are single weights, rows of the Hadamard matrix, which it turns into single weights where
+    no random signs come before it, and ordinary ones.
+    """
+    seed = draw(st.integers(0, 2**32))
+    rng = np.random.default_rng(seed)
+    weights = {}
+    for name in ("block.q", "block.k"):
+        weight = rng.normal(size=(4, WIDE))
+        weight[0] = 0
+        weight[0, rng.integers(WIDE)] = 1
+        weight[1:3] = hadamard_matrix(WIDE)[rng.integers(0, WIDE, 2)]
+        weights[name] = torch.from_numpy(weight.astype(np.float32))
+    x = rng.normal(size=(2, WIDE)).astype(np.float32)
+    return HandlerCase(handler, weights, x, scheme, seed)
 
 
 def _drawn(draw: st.DrawFn, schemes: Sequence[Scheme], group_size: int | None = None) -> Scheme:

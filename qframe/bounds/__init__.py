@@ -51,7 +51,13 @@ from qframe.bounds.kv import (
     softmax,
 )
 from qframe.bounds.methods import half_steps, no_worse, output_bound, radius
-from qframe.bounds.rewrites import rewrite_element, rewrite_output, search_slack
+from qframe.bounds.rewrites import (
+    rewrite_element,
+    rewrite_output,
+    rotated_block,
+    rotated_output,
+    search_slack,
+)
 from qframe.bounds.rotations import hadamard, incoherence, rotated_product
 from qframe.bounds.rounding import (
     coverage,
@@ -113,6 +119,8 @@ __all__ = [
     "representable",
     "rewrite_element",
     "rewrite_output",
+    "rotated_block",
+    "rotated_output",
     "rotated_product",
     "scale_rule",
     "search_slack",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from qframe.bounds.arithmetic import ETA, UNIT, Array, Numbers, as_array, gamma
+from qframe.bounds.rotations import hadamard, rotated_product
 
 
 def rewrite_element(weight: Numbers, input_scale: Numbers, roundings: int = 2) -> Array:
@@ -30,6 +31,42 @@ def rewrite_output(x: Numbers, weight: Numbers, input_scale: Numbers, roundings:
     reached = w + element
     unit = UNIT["float32"] + gamma(2 * w.shape[1] + 4, UNIT["float64"])
     return as_array(tokens @ (element + unit * reached).T + ETA["float32"] * (reached * s).sum(-1))
+
+
+def rotated_block(norm: Numbers, block: int, roundings: int = 2) -> Array:
+    """B4.f: the error ||W' Q^T - W diag(s)|| of a block of a row, scaled and then rotated.
+
+    norm        of the block of W diag(s)
+    block       its size, a power of two
+    roundings   of W diag(s)
+    """
+    lost = (roundings + 2) * block**0.5 * ETA["float32"]
+    moved = hadamard(norm, block, inputs=gamma(roundings)) + lost
+    undone = hadamard(norm + moved, block, UNIT["float64"])
+    return as_array((1 + gamma(block + 2, UNIT["float64"])) * (moved + undone))
+
+
+def rotated_output(
+    x: Numbers, weight: Numbers, input_scale: Numbers, block: int, roundings: int = 2
+) -> Array:
+    """B4.f: the error |W x - W' fl((x / s) Q)| of a token, the quotient in float32, [tokens, rows].
+
+    x                          [tokens, columns]
+    weight, input_scale        W [rows, columns], and s [columns]
+    block, roundings           as for `rotated_block`
+    """
+    tokens, w, s = as_array(x), as_array(weight), as_array(input_scale)
+    blocks = w.shape[1] // block
+
+    def norms(rows: Array) -> Array:
+        return as_array(np.linalg.norm(rows.reshape(len(rows), blocks, block), axis=2))
+
+    x_norm, w_norm = norms(tokens / s), norms(w * s)
+    w_error = rotated_block(w_norm, block, roundings)
+    x_error = rotated_block(x_norm, block, 1)
+    total = rotated_product(x_norm[:, None], w_norm[None], x_error[:, None], w_error[None])
+    own = gamma(2 * w.shape[1] + 4, UNIT["float64"]) * (x_norm @ w_norm.T + total.sum(-1))
+    return as_array(total.sum(-1) + own)
 
 
 def search_slack(weighed: Numbers, missed: Numbers, length: int, dtype: str = "float32") -> Array:

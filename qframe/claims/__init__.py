@@ -27,7 +27,7 @@ from qframe.claims.flags import (
 )
 from qframe.claims.formats import Codebook, FloatingPoint, UniformGrid
 from qframe.claims.gptq import Babai
-from qframe.claims.handlers import NoWorseThanUnscaled, ProtectsSalient
+from qframe.claims.handlers import Incoherent, NoWorseThanUnscaled, ProtectsSalient
 from qframe.claims.nearest import HalfStep, Radius
 from qframe.claims.objective import NoWorseThan, OutputBound
 from qframe.claims.observers import ChannelAbsmax, SecondMoments
@@ -43,6 +43,7 @@ __all__ = [
     "FunctionPreserving",
     "HalfStep",
     "Idempotent",
+    "Incoherent",
     "Mergeable",
     "NoWorseThan",
     "NoWorseThanUnscaled",

@@ -18,6 +18,7 @@ from qframe import bounds
 from qframe.certificates import Certificate
 from qframe.contracts import Grid, Rewrite, RoundingProblem
 from qframe.scheme import Scheme
+from qframe.transforms import InputTransform
 
 if TYPE_CHECKING:
     import torch
@@ -59,18 +60,24 @@ class Rewriting:
         return np.concatenate([w.numpy().astype(np.float64) for w in self.weights.values()])
 
     def effective(self) -> Float64:
-        """Return what the layers compute after rounding to nearest: Q(W') / input_scale."""
+        """Return what the layers compute after rounding to nearest, of plain inputs."""
+        import torch
+
         from qframe import rounding
 
-        scale = self.rewrite.input_scale.numpy().astype(np.float64)
-        parts = []
+        parts: list[Float64] = []
+        transform = self.transform()
         for name in self.weights:
             problem = RoundingProblem(
                 name=name, weight=self.rewrite.weights[name], scheme=self.scheme, grid=self.grid
             )
             values = rounding.dequantize(rounding.to_nearest(problem))
-            parts.append(values.numpy().astype(np.float64) / scale)
+            parts.append(transform.undo(values.to(torch.float64)).numpy())
         return np.concatenate(parts)
+
+    def transform(self) -> InputTransform:
+        """Return what becomes of the input."""
+        return InputTransform(self.rewrite.input_scale, self.rewrite.rotation)
 
     def steps(self) -> Float64:
         """Return the most that the scheme's scales of the original weights can be, per weight."""
@@ -168,6 +175,47 @@ class ProtectsSalient:
         sigma += _slack(rewriting, 2 * weight + reach, reach, self.sums)
         ratio = bounds.ratio(found, candidate + sigma)
         return Certificate(claim=self.name, theorem=self.theorem, ratio=ratio)
+
+
+@dataclass(frozen=True, slots=True)
+class Incoherent:
+    """B8.c: random signs come before the transform, in blocks as large as the columns allow.
+
+    So no weight stands out in its block, whatever the weights were, but with probability 2^-60.
+    """
+
+    name = "incoherence"
+    theorem = "B8.c"
+
+    def objection(self, rewriting: Rewriting) -> str | None:
+        """Small blocks have too little room to spread anything."""
+        columns = len(rewriting.hessian)
+        if bounds.incoherence(1.0, columns & -columns, _count(rewriting), _UNLIKELY) < 1:
+            return None
+        return f"in blocks of {columns & -columns} columns any weight may stand out"
+
+    def certify(self, rewriting: Rewriting) -> Certificate:
+        """Compare the largest weight of each block with the block's length."""
+        rotation, columns = rewriting.rewrite.rotation, len(rewriting.hessian)
+        block = 1 if rotation is None else rotation.block
+        if block < columns & -columns:
+            note = f"blocks of {block} columns, where {columns & -columns} are possible"
+            return Certificate(claim=self.name, theorem=self.theorem, ratio=np.inf, note=note)
+        scale = rewriting.rewrite.input_scale.numpy().astype(np.float64)
+        before = (rewriting.original() * scale).reshape(-1, block)
+        made = np.concatenate([w.double().numpy() for w in rewriting.rewrite.weights.values()])
+        norms = np.linalg.norm(before, axis=1)
+        allowed = bounds.incoherence(norms, block, made.size, _UNLIKELY)
+        allowed = allowed + bounds.rotated_block(norms, block)
+        ratio = bounds.ratio(np.abs(made.reshape(-1, block)).max(1, initial=0.0), allowed)
+        return Certificate(claim=self.name, theorem=self.theorem, ratio=ratio)
+
+
+_UNLIKELY = 2.0**-60  # how probable a false alarm may be
+
+
+def _count(rewriting: Rewriting) -> int:
+    return sum(weight.numel() for weight in rewriting.weights.values())
 
 
 def root_of_loss(rewriting: Rewriting, sums: str) -> tuple[float, float]:

@@ -19,12 +19,14 @@ from qframe import (
     Grid,
     Rewrite,
     RewriteProblem,
+    Rotation,
     RoundingProblem,
     Scheme,
     rounding,
 )
 from qframe.claims import (
     FunctionPreserving,
+    Incoherent,
     NoWorseThanUnscaled,
     ProtectsSalient,
     RowOrderFree,
@@ -32,6 +34,7 @@ from qframe.claims import (
     SignSymmetric,
 )
 from qframe.errors import NonFiniteError
+from qframe.reference_ops import hadamard_matrix
 from tests.mutants.mutant import Mutant, Twin
 
 ANY_SCHEME = Capabilities()
@@ -373,8 +376,135 @@ class ReturnsATuple(SmoothQuant):
         return {n: w * scale for n, w in weights.items()}, scale
 
 
+# Rotations ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rotated:
+    """x diag(signs) H / sqrt(n) with the matrix as it is."""
+
+    name: str = "rotated"
+    needs: frozenset[str] = frozenset()
+    capabilities: Capabilities = ANY_SCHEME
+    claims: tuple[Any, ...] = (FunctionPreserving(), Incoherent(), RowOrderFree(), SignSymmetric())
+
+    def rewrite(self, problem, rng):
+        signs = self.signs(problem.columns, rng)
+        turned = {n: self.turned(w, signs) for n, w in problem.weights.items()}
+        return Rewrite(
+            weights=turned, input_scale=torch.ones(problem.columns), rotation=Rotation(signs)
+        )
+
+    def block(self, columns):
+        return columns & -columns
+
+    def signs(self, columns, rng):
+        block = self.block(columns)
+        return torch.from_numpy(rng.choice([-1.0, 1.0], (columns // block, block))).float()
+
+    def turned(self, weight, signs):
+        blocks = weight.double().unflatten(1, signs.shape) * signs
+        return (blocks @ self.matrix(signs.shape[1])).flatten(1).float()
+
+    def matrix(self, block):
+        return torch.from_numpy(hadamard_matrix(block)) / block**0.5
+
+
+class SignsAfterwards(Rotated):
+    """Q = H diag(signs): orthogonal as well, but not what is done to the input."""
+
+    def turned(self, weight, signs):
+        blocks = weight.double().unflatten(1, signs.shape) @ self.matrix(signs.shape[1])
+        return (blocks * signs).flatten(1).float()
+
+
+class NotNormalized(Rotated):
+    def matrix(self, block):
+        return super().matrix(block) * block**0.5
+
+
+class InputNotRotated(Rotated):
+    def rewrite(self, problem, rng):
+        return replace(super().rewrite(problem, rng), rotation=None)
+
+
+class SignsOfAnotherDraw(Rotated):
+    """Weights and input are rotated with generators that went different ways."""
+
+    def rewrite(self, problem, rng):
+        made = super().rewrite(problem, rng)
+        return replace(made, rotation=Rotation(self.signs(problem.columns, rng)))
+
+
+class NoRandomSigns(Rotated):
+    """A plain Hadamard transform: the weights that are its rows become single spikes."""
+
+    def signs(self, columns, rng):
+        return torch.ones_like(super().signs(columns, rng))
+
+
+class SmallBlocks(Rotated):
+    """Blocks of 32 columns, whatever is possible: outliers are spread over few."""
+
+    def block(self, columns):
+        return min(super().block(columns), 32)
+
+
+class InterleavedBlocks(Rotated):
+    """Takes every so many-th column for a block, where the input takes neighbours."""
+
+    def turned(self, weight, signs):
+        count, block = signs.shape
+        mixed = weight.unflatten(1, (block, count)).transpose(1, 2).flatten(1)
+        turned = super().turned(mixed, signs)
+        return turned.unflatten(1, (count, block)).transpose(1, 2).flatten(1).contiguous()
+
+
+class WalshOrder(Rotated):
+    """Rows of the matrix by rising number of sign changes, as signal processing has them."""
+
+    def matrix(self, block):
+        matrix = super().matrix(block)
+        changes = (matrix[:, 1:] * matrix[:, :-1] < 0).sum(1)
+        return matrix[torch.argsort(changes, stable=True)]
+
+
+class SignsOfTheGlobalGenerator(Rotated):
+    def signs(self, columns, rng):
+        block = self.block(columns)
+        return torch.randint(0, 2, (columns // block, block)).float() * 2 - 1
+
+
+class RotatedInHalf(Rotated):
+    def turned(self, weight, signs):
+        return super().turned(weight, signs).half().float()
+
+
+class SignsOfZero(Rotated):
+    """sign(normal number rounded to an integer) is 0 now and then."""
+
+    def signs(self, columns, rng):
+        block = self.block(columns)
+        drawn = rng.normal(size=(columns // block, block))
+        return torch.from_numpy(np.sign(np.rint(drawn))).float()
+
+
+class FewerRows(Rotated):
+    """Rotates outputs, not inputs, which keeps W only where it is square and symmetric."""
+
+    def turned(self, weight, signs):
+        rows = len(weight)
+        block = rows & -rows
+        turned = self.matrix(block) @ weight.double().unflatten(0, (rows // block, block))
+        return turned.flatten(0, 1).float()
+
+
+def _original(make):
+    return next(right for right in (SmoothQuant, Rotated, AWQ) if issubclass(make, right))
+
+
 def _wrong(name, make, killed_by, bug):
-    right = SmoothQuant if issubclass(make, SmoothQuant) else AWQ
+    right = _original(make)
     return Mutant(
         name=name,
         kind="outlier handler",
@@ -553,6 +683,73 @@ MUTANTS = (
         killed_by="powers_of_two",
     ),
     _wrong("returns_a_tuple", ReturnsATuple, "rewrite_fits", "Not a Rewrite."),
+    _wrong(
+        "signs_after_the_transform",
+        SignsAfterwards,
+        "function_preserved",
+        "Q = H diag(signs): orthogonal, but not what becomes of the input.",
+    ),
+    _wrong(
+        "rotation_not_normalized",
+        NotNormalized,
+        "function_preserved",
+        "The matrix of +1 and -1 as it is: weights grow by sqrt(n).",
+    ),
+    _wrong(
+        "input_not_rotated",
+        InputNotRotated,
+        "function_preserved",
+        "Weights are rotated, the input is not.",
+    ),
+    _wrong(
+        "signs_of_another_draw",
+        SignsOfAnotherDraw,
+        "function_preserved",
+        "Weights and input have signs from different states of the generator.",
+    ),
+    _wrong(
+        "no_random_signs",
+        NoRandomSigns,
+        "rewrite_is_as_claimed",
+        "A plain Hadamard transform makes spikes of weights that are its rows.",
+    ),
+    _wrong(
+        "small_blocks",
+        SmallBlocks,
+        "rewrite_is_as_claimed",
+        "Blocks of 32 columns, whatever is possible: outliers stay large.",
+    ),
+    _wrong(
+        "interleaved_blocks",
+        InterleavedBlocks,
+        "function_preserved",
+        "A block of weights is every so many-th column, one of the input is neighbours.",
+    ),
+    _wrong(
+        "walsh_order",
+        WalshOrder,
+        "function_preserved",
+        "Walsh's order of the matrix for weights, Sylvester's for the input.",
+    ),
+    _wrong(
+        "signs_of_the_global_generator",
+        SignsOfTheGlobalGenerator,
+        "rewriting_leaves_global_rng",
+        "Signs come from torch's global generator.",
+    ),
+    _wrong(
+        "rotated_in_half",
+        RotatedInHalf,
+        "function_preserved",
+        "Rotated weights are rounded to float16.",
+    ),
+    _wrong("signs_of_zero", SignsOfZero, "rewrite_fits", "The sign of a drawn 0 is 0."),
+    _wrong(
+        "rotated_rows",
+        FewerRows,
+        "function_preserved",
+        "Outputs are rotated and not inputs: the wrong side of the weight.",
+    ),
 )
 
 
@@ -661,6 +858,7 @@ TWINS = (
         lambda: SmoothQuant(claims=(), capabilities=Capabilities(num_bits=frozenset({8}))),
         "Claims nothing, and does eight bits only.",
     ),
+    _right("rotated", Rotated, "The matrix as it is, in float64, in place of butterflies."),
 )
 
 
