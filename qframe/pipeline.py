@@ -138,7 +138,7 @@ def quantize(
             if calibration is None:
                 way.without_data()
             else:
-                dtype = _compute_dtype(job.recipe.calibration.compute_dtype)
+                dtype = compute_dtype(job.recipe.calibration.compute_dtype)
                 way.with_data(calibration, threads=threads, dtype=dtype)
         report = RunReport(
             layers=[way.reports[name] for name in job.plan.schemes],
@@ -227,7 +227,7 @@ def _write_records(writer: CheckpointWriter, job: Job, report: RunReport) -> dic
             "manifest_version": MANIFEST_VERSION,
             "qframe": qframe.__version__,
             "recipe": job.recipe.model_dump(mode="json"),
-            "plugins": _plugins_used(job),
+            "plugins": plugins_used(job),
             "calibration": report.calibration,
             "events": [dataclasses.asdict(event) for event in report.events],
             "layers": {
@@ -238,7 +238,7 @@ def _write_records(writer: CheckpointWriter, job: Job, report: RunReport) -> dic
     )
 
 
-def _plugins_used(job: Job) -> list[dict[str, str]]:
+def plugins_used(job: Job) -> list[dict[str, str]]:
     """Return which plugin provided each object of the run, with its version."""
     formats = sorted({scheme.format_name for scheme in job.plan.schemes.values()})
     used = [
@@ -272,7 +272,8 @@ def _default_calibration(job: Job) -> CalibrationData:
     return prepare(job.network.folder.path, job.recipe.calibration)
 
 
-def _compute_dtype(name: str) -> torch.dtype:
+def compute_dtype(name: str) -> torch.dtype:
+    """Return the dtype of matrix products that a recipe's compute_dtype means on this machine."""
     if name == "auto":
         native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         return torch.bfloat16 if native else torch.float32

@@ -8,6 +8,7 @@ import typer
 
 from qframe import __version__
 from qframe.cli.command import Command
+from qframe.cli.compare import compare
 from qframe.cli.demo import demo
 from qframe.cli.doctor import doctor
 from qframe.cli.eval import evaluate
@@ -51,6 +52,7 @@ def _qframe(
 
 for _function, _name in (
     (quantize, "quantize"),
+    (compare, "compare"),
     (evaluate, "eval"),
     (verify, "verify"),
     (demo, "demo"),

@@ -276,9 +276,16 @@ class RecipeFlags:
         return scheme.replace(**changes) if changes else scheme
 
 
-def takes_recipe_flags(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options of RecipeFlags; it gets their values as `flags`."""
-    fields = dataclasses.fields(RecipeFlags)
+def takes_recipe_flags(
+    command: Callable[..., None] | None = None, *, without: Sequence[str] = ()
+) -> Any:
+    """Give a command the options of RecipeFlags; it gets their values as `flags`.
+
+    without   fields that are no options of this command
+    """
+    if command is None:
+        return functools.partial(takes_recipe_flags, without=without)
+    fields = [f for f in dataclasses.fields(RecipeFlags) if f.name not in without]
     hints = get_type_hints(RecipeFlags, include_extras=True)
 
     @functools.wraps(command)

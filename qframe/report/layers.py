@@ -127,8 +127,8 @@ class RunReport:
         """Return the events in which a layer got a weaker method than asked for."""
         return [event for event in self.events if event.kind == "fallback"]
 
-    def to_json(self, *, timings: bool = True) -> str:
-        """Return the report as JSON text."""
+    def record(self, *, timings: bool = True) -> dict[str, Any]:
+        """Return the report as plain values."""
         content: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
             "coverage": dataclasses.asdict(self.coverage),
@@ -138,7 +138,11 @@ class RunReport:
         }
         if timings:
             content["seconds"] = dict(self.seconds)
-        return json.dumps(content, indent=2) + "\n"
+        return content
+
+    def to_json(self, *, timings: bool = True) -> str:
+        """Return the report as JSON text."""
+        return json.dumps(self.record(timings=timings), indent=2) + "\n"
 
     def to_csv(self, *, timings: bool = True) -> str:
         """Return one line per layer."""

@@ -10,6 +10,7 @@ import pytest
 
 COMMANDS = (
     "quantize",
+    "compare",
     "eval",
     "verify",
     "demo",
@@ -50,7 +51,7 @@ def test_version(run):
     assert run("--version").out.startswith("qframe 0.")
 
 
-LISTINGS = (["--help"], ["plugins"], ["plugins", "--json"], ["quantize", "-h"])
+LISTINGS = (["--help"], ["plugins"], ["plugins", "--json"], ["quantize", "-h"], ["compare", "-h"])
 
 
 @pytest.mark.parametrize("arguments", LISTINGS)
