@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import hypothesis
 import pytest
@@ -43,3 +45,15 @@ def tiny() -> ModuleType:
 def tiny_llama(tiny: ModuleType, tmp_path: Path) -> Path:
     """A fresh folder with a tiny Llama, which the test may damage."""
     return tiny.write_llama(tmp_path / "model")
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """A headless Chromium; without one the test is skipped."""
+    module = _neighbour("browser")
+    program = module.find()
+    if program is None:
+        pytest.skip("no Chromium on this machine; QFRAME_TEST_BROWSER may name one")
+    tab = module.Browser(program)
+    yield tab
+    tab.close()

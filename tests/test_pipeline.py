@@ -280,6 +280,17 @@ def test_a_rewrite_keeps_the_function_and_reaches_the_rounder(tmp_path):
     assert torch.equal(again(x), result.module(x))
 
 
+@pytest.mark.parametrize("method", ["awq", "smoothquant+gptq"])
+def test_layers_that_share_an_input_scale_are_written_and_read(llama, tmp_path, method):
+    """A handler gives them one tensor, and a safetensors file holds none twice."""
+    recipe = {"method": method, "scheme": {"num_bits": 4, "group_size": 32}}
+    qframe.quantize(llama, recipe, out=tmp_path / "out", calibration=token_data())
+    network = qframe.load(tmp_path / "out")
+    q, k = (network.get_submodule(f"model.layers.0.self_attn.{n}_proj") for n in "qk")
+    assert torch.equal(q.input_scale, k.input_scale)
+    assert not torch.equal(q.input_scale, torch.ones(64))
+
+
 @pytest.mark.parametrize("method", ["rtn", "gptq"])
 def test_a_bert_encoder_needs_no_code_of_its_own(tmp_path, method):
     config = transformers.BertConfig(

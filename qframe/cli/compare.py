@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 _MATRIX, _EVALUATION = "Matrix", "Evaluation"
 
 
-@takes_recipe_flags(without=("method", "scheme", "keep_statistics"))
+@functools.partial(takes_recipe_flags, without=("method", "scheme", "keep_statistics"))
 def compare(
     model: Annotated[
         str,
@@ -124,6 +125,7 @@ def compare(
         with progress_shown(every=10) as progress:
             progress.step("loading libraries")
             from qframe.comparison import matrix
+            from qframe.comparison.reference import DISK_BYTES
 
             host = flags.to_host()
             base = flags.to_recipe()
@@ -139,9 +141,7 @@ def compare(
                     dataset=text, window=window, limit=limit or matrix.EVALUATION_WINDOWS
                 ),
                 distributions=not no_distributions,
-                disk_bytes=(
-                    matrix.DISK_BYTES if reference_disk is None else int(1e9 * reference_disk)
-                ),
+                disk_bytes=(DISK_BYTES if reference_disk is None else int(1e9 * reference_disk)),
                 threads=threads,
                 say=progress.step,
                 progress=progress.block,

@@ -277,14 +277,12 @@ class RecipeFlags:
 
 
 def takes_recipe_flags(
-    command: Callable[..., None] | None = None, *, without: Sequence[str] = ()
-) -> Any:
+    command: Callable[..., None], *, without: Sequence[str] = ()
+) -> Callable[..., None]:
     """Give a command the options of RecipeFlags; it gets their values as `flags`.
 
     without   fields that are no options of this command
     """
-    if command is None:
-        return functools.partial(takes_recipe_flags, without=without)
     fields = [f for f in dataclasses.fields(RecipeFlags) if f.name not in without]
     hints = get_type_hints(RecipeFlags, include_extras=True)
 

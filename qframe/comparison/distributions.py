@@ -5,9 +5,9 @@ there at once, and its mean and standard deviation are known before anything is 
 loaded and freed in turn. No more than TOKENS tokens are looked at; what is kept of a layer is
 about a hundred numbers.
 
-Values are counted in units of the layer's standard deviation sigma, on a scale that is linear around
-zero and logarithmic far out: bin k holds z = (x - mean) / sigma with asinh(z) within BIN / 2 of
-k * BIN.
+Values are counted in units of the layer's standard deviation sigma, on a scale that is linear
+around zero and logarithmic far out: bin k holds z = (x - mean) / sigma with asinh(z) within BIN / 2
+of k * BIN.
 
 An outlier lies more than SIGMAS sigma from the mean. LLM.int8() (Dettmers et al., NeurIPS 2022,
 arXiv:2208.07339, section 3.1) instead takes columns that hold a magnitude of at least 6.0, in the
@@ -67,7 +67,7 @@ def observe(
             steps.watch(Stop("block", name), network.blocks[name])
         for layer in members:
             steps.watch(Stop("layer", layer), network.module.get_submodule(layer))
-    last: tuple[list[int], dict[str, Any]] = ([], {})
+    last: tuple[list[torch.Tensor], dict[str, Any]] = ([], {})
     block = ""
 
     def on_stop(stop: Stop, arrivals: Mapping[int, Arrival]) -> bool:
@@ -79,9 +79,8 @@ def observe(
             network.load(network.blocks[block], recurse=True)
         elif stop.name not in found:
             inputs = [layer_input(a.args, a.kwargs) for a in arrivals.values()]
-            same = [id(x) for x in inputs]  # layers that read one input get one look
-            if same != last[0]:
-                last = (same, record(inputs))
+            if not _same(inputs, last[0]):  # layers that read one input get one look
+                last = (inputs, record(inputs))
             found[stop.name] = {"weight": record([network.weight(stop.name)]), "input": last[1]}
             done(len(found), len(layers))
         return len(found) < len(layers)
@@ -109,8 +108,8 @@ def record(parts: Iterable[torch.Tensor]) -> dict[str, Any]:
     columns        share of columns that hold a magnitude of at least MAGNITUDE
     counts         2 BINS + 1 numbers of values
     """
-    flat = [part.detach().reshape(-1, part.shape[-1]).split(_ROWS) for part in parts]
-    pieces = [piece for part in flat for piece in part if piece.numel()]
+    flat = [p.detach().reshape(-1, p.shape[-1]).split(_ROWS) for p in parts if p.numel()]
+    pieces = [piece for part in flat for piece in part]
     count = sum(piece.numel() for piece in pieces)
     if not count:
         return {"mean": 0.0, "sigma": 0.0, "absmax": 0.0, "outliers": 0.0, "columns": 0.0,
@@ -133,6 +132,11 @@ def record(parts: Iterable[torch.Tensor]) -> dict[str, Any]:
         "columns": float((largest >= MAGNITUDE).double().mean()),
         "counts": counts.tolist(),
     }
+
+
+def _same(some: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> bool:
+    """Return whether these are the very same tensors; both are alive, so identities differ."""
+    return len(some) == len(others) and all(a is b for a, b in zip(some, others, strict=True))
 
 
 def _chosen(inputs: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]:

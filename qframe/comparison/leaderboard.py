@@ -71,15 +71,19 @@ def row_of(method: str, scheme: str, described: str, key: str, content: Mapping[
 
     content   of the cell in the store
     """
-    shared = {"number": 0, "method": method, "scheme": scheme, "described": described, "key": key}
+    shared: dict[str, Any] = {
+        "number": 0,
+        "method": method,
+        "scheme": scheme,
+        "described": described,
+        "key": key,
+    }
     measured = content.get("measured", {})
     shared["seconds"] = measured.get("seconds")
     shared["peak_memory"] = measured.get("peak_memory")
     if content["status"] != DONE:
         error = content["error"]
-        return Row(
-            **shared, status=FAILED, message=error["message"], exit_code=error["exit_code"]
-        )
+        return Row(**shared, status=FAILED, message=error["message"], exit_code=error["exit_code"])
     score = {name: number(value) for name, value in content["score"].items()}
     report = content["report"]
     certificates = [c for layer in report["layers"] for c in layer["certificates"]]
@@ -98,7 +102,7 @@ def row_of(method: str, scheme: str, described: str, key: str, content: Mapping[
         seconds_scoring=measured["seconds_scoring"],
         certificates=len(certificates),
         violated=sum(not ratio <= 1 for ratio in ratios),  # NaN never holds
-        closest=max(ratios, key=lambda r: math.inf if math.isnan(r) else r, default=None),
+        closest=max(ratios, key=badness, default=None),
         fallbacks=len({e["layer"] for e in report["events"] if e["kind"] == "fallback"}),
     )
 
@@ -110,7 +114,7 @@ def ranked(rows: Sequence[Row], baseline: str) -> list[Row]:
     """
     schemes = list(dict.fromkeys(row.scheme for row in rows))
     base = {row.scheme: row.kl_mean for row in rows if row.method == baseline}
-    ordered = sorted(rows, key=lambda row: (schemes.index(row.scheme), *_badness(row)))
+    ordered = sorted(rows, key=lambda row: (schemes.index(row.scheme), *_place(row)))
     return [
         dataclasses.replace(
             row,
@@ -128,9 +132,7 @@ def is_optimal(row: Row, rows: Sequence[Row]) -> bool:
     if mine is None:
         return False
     others = [point for other in rows if (point := _point(other)) is not None]
-    return not any(
-        bits <= mine[0] and kl <= mine[1] and (bits, kl) != mine for bits, kl in others
-    )
+    return not any(bits <= mine[0] and kl <= mine[1] and (bits, kl) != mine for bits, kl in others)
 
 
 def _point(row: Row) -> tuple[float, float] | None:
@@ -140,7 +142,8 @@ def _point(row: Row) -> tuple[float, float] | None:
     return row.bits_per_weight, row.kl_mean
 
 
-def _badness(row: Row) -> tuple[int, float]:
+def _place(row: Row) -> tuple[int, float]:
+    """Return what rows of a scheme are sorted by: what has no KL comes last."""
     point = _point(row)
     if point is None:
         return (2 if row.status == FAILED else 1, 0.0)
@@ -153,6 +156,11 @@ def _gain(base: float | None, kl: float | None) -> float | None:
     if kl <= 0:  # an exact copy, up to the rounding of its logits
         return 1.0 if base <= 0 else math.inf
     return base / kl
+
+
+def badness(ratio: float) -> float:
+    """Return a certificate's ratio; NaN, which never holds, is the worst."""
+    return math.inf if math.isnan(ratio) else ratio
 
 
 def number(value: Any) -> float:

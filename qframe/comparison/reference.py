@@ -46,7 +46,8 @@ class KeptLogits(nn.Module):
         self._store, self._key, self._limit = store, key_of(identity), disk_bytes
         self._windows = windows
         self._numbers = {_name(window): i for i, window in enumerate(windows.split(1))}
-        self._make, self._network = network, None
+        self._make = network
+        self._network: nn.Module | None = None
         self._lock = threading.Lock()
         self._kept: dict[int, torch.Tensor] = {}
 

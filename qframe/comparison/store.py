@@ -70,15 +70,19 @@ class Store:
         except FileNotFoundError:
             return None
         except (OSError, UnicodeDecodeError) as error:
-            return self._damaged(file, f"cannot be read: {error}")
+            self._damaged(file, f"cannot be read: {error}")
+            return None
         try:
             entry = json.loads(text)
         except json.JSONDecodeError as error:
-            return self._damaged(file, f"is no JSON: {error}")
+            self._damaged(file, f"is no JSON: {error}")
+            return None
         if not isinstance(entry, dict) or entry.pop("sha256", None) != digest(entry):
-            return self._damaged(file, "is not what was written: its hash differs")
+            self._damaged(file, "is not what was written: its hash differs")
+            return None
         if entry.get("identity") != plain(identity):
-            return self._damaged(file, "is the result of something else")
+            self._damaged(file, "is the result of something else")
+            return None
         content: dict[str, Any] = entry["content"]
         return content
 
@@ -140,10 +144,12 @@ class Store:
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:  # an empty file cannot be mapped
-            return self._damaged(file, f"cannot be read: {error}")
+            self._damaged(file, f"cannot be read: {error}")
+            return None
         data = stored[_HASH_BYTES:]
         if len(data) % 4 or stored[:_HASH_BYTES].tobytes() != _hash_of(data):
-            return self._damaged(file, "is not what was written: its hash differs")
+            self._damaged(file, "is not what was written: its hash differs")
+            return None
         return data.view(np.float32)
 
     # Claims ------------------------------------------------------------------------------------

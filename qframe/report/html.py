@@ -39,7 +39,7 @@ def page(found: Comparison) -> str:
         keep_trailing_newline=True,
     )
     environment.filters |= {
-        "figures": lambda value, count=3: figures(_known(value), count),
+        "figures": _figures,
         "percent": lambda value: percent(_known(value)),
         "bytes": lambda value: "" if value is None else readable_bytes(value),
         "pretty": lambda value: json.dumps(value, indent=2, ensure_ascii=False),
@@ -197,7 +197,9 @@ def _worst(found: Comparison) -> list[dict[str, Any]]:
         ordered = sorted(layers, key=lambda m: (-(_error(m) or 0.0), number(m["sqnr_db"])))
         for layer in ordered[:each]:
             ratios = [(number(c["ratio"]), c) for c in layer["certificates"]]
-            closest = max(ratios, key=lambda r: r[0] if r[0] == r[0] else float("inf"), default=None)
+            closest = max(
+                ratios, key=lambda r: r[0] if r[0] == r[0] else float("inf"), default=None
+            )
             made.append(
                 {
                     "row": row,
@@ -206,6 +208,7 @@ def _worst(found: Comparison) -> list[dict[str, Any]]:
                     "rtn": _error(layer, "rtn_"),
                     "gain": layer["held_out_gain"] or layer["gain"],
                     "sqnr": number(layer["sqnr_db"]),
+                    "certificates": len(ratios),
                     "certificate": closest[1] if closest else None,
                     "holds": closest is None or closest[0] <= 1,
                     "method": layer["method"],
@@ -266,7 +269,9 @@ def _distributions(found: Comparison) -> dict[str, Any] | None:
         "maps": maps,
         "scale": scale,
         "layers": layers,
-        "largest": {n: {w: _in_sigmas(m[w]) if m[w] else None for w in m} for n, m in layers.items()},
+        "largest": {
+            n: {w: _in_sigmas(m[w]) if m[w] else None for w in m} for n, m in layers.items()
+        },
     }
 
 
@@ -297,6 +302,10 @@ def _machines(found: Comparison) -> list[dict[str, str]]:
 def _recipes(found: Comparison) -> list[tuple[str, Mapping[str, Any]]]:
     """Return (label, recipe) of every cell."""
     return [(row.label, recipe) for row, recipe in zip(found.rows, found.recipes, strict=True)]
+
+
+def _figures(value: Any, count: int = 3) -> str:
+    return figures(_known(value), count)
 
 
 def _known(value: Any) -> float | None:

@@ -36,8 +36,9 @@ def leaderboard(
     )
     legend = (
         f"{PARETO} Pareto-optimal: no cell has fewer bits and less KL. KL in nats from full "
-        f"precision; ppl: perplexity; top-1: percent; gain is RTN's KL over the method's, with the same scheme; s: of quantizing; "
-        f"memory: of the process, at its peak; certs: certificates; fb: layers that fell back."
+        f"precision; ppl: perplexity; top-1: percent; gain is RTN's KL over the method's, with the "
+        f"same scheme; s: of quantizing; memory: of the process, at its peak; certs: certificates; "
+        f"fb: layers that fell back."
     )
     schemes = {row.scheme: row.described for row in rows if row.scheme != row.described}
     lines = {"full precision": full, **schemes, "protocol": protocol.line(), **notes}

@@ -61,7 +61,9 @@ class Scale:
             return "z"
         if self.high <= self.low:
             return f"h{STEPS // 2}"
-        share = math.log(value / self.low) / math.log(self.high / self.low) if value < math.inf else 1
+        share = (
+            math.log(value / self.low) / math.log(self.high / self.low) if value < math.inf else 1
+        )
         return f"h{min(STEPS - 1, max(0, int(share * STEPS)))}"
 
     def edges(self) -> list[float]:
@@ -127,7 +129,7 @@ def scatter(
     places = [(at_x(p.x), at_y(p.y)) for p in points]
     labels = _labels(points, places, width, height - bottom)
     for point, (x, y), (label_x, label_y, anchor) in zip(points, places, labels, strict=True):
-        moved = abs(label_y - 4 - y) > _LINE / 3
+        moved = abs(label_y - 4 - y) > _LINE
         line = Markup('<line class="lead" x1="{}" y1="{}" x2="{}" y2="{}"/>').format(
             _n(x), _n(y), _n(label_x - (3 if anchor == "start" else -3)), _n(label_y - 4)
         )
@@ -178,9 +180,11 @@ def _labels(
         anchor = "start" if x + 14 + long < width else "end"
         begin = x + 14 if anchor == "start" else x - 14
         left = begin if anchor == "start" else begin - long
-        wanted = y + 4
+        wanted = y - 5 if points[i].marked else y + 4  # the line between marked ones runs there
         taken = [b for b in boxes if b[0] < left + long and left < b[1]]
-        tries = sorted((wanted + _LINE / 3 * k for k in range(-60, 61)), key=lambda t: abs(t - wanted))
+        tries = sorted(
+            (wanted + _LINE / 3 * k for k in range(-60, 61)), key=lambda t: abs(t - wanted)
+        )
         free = (
             t
             for t in tries
@@ -203,7 +207,7 @@ def heat(
     first   the number of the first column, for the axis below
     """
     columns = max((len(tiles) for _, tiles in rows), default=0)
-    label = 8 + 5.6 * min(_LABEL, max((len(text) for text, _ in rows), default=0))
+    label = 9 + 6.3 * min(_LABEL, max((len(text) for text, _ in rows), default=0))
     width, tall, bottom = 360.0, 17.0, 18.0
     wide = (width - label - 2) / max(columns, 1)
     parts = []
@@ -273,11 +277,12 @@ def histogram(counts: Sequence[int], *, width: float, sigmas: float, name: str) 
             continue
         marked = abs(z) == sigmas
         parts.append(
-            Markup('{}<text class="tick small" x="{}" y="{}" text-anchor="middle">{}</text>').format(
+            Markup('{}<text class="tick small" x="{}" y="{}" text-anchor="middle">{}</text>')
+            .format(
                 Markup('<line class="limit" x1="{x}" x2="{x}" y1="{}" y2="{}"/>').format(
                     top, _n(tall - bottom), x=_n(at(place))
                 ) if marked else "",
-                _n(at(place)), _n(tall - 6), f"{z:g}σ" if z else "0",
+                _n(at(place)), _n(tall - 6), f"{z:g}\N{GREEK SMALL LETTER SIGMA}" if z else "0",
             )
         )  # fmt: skip
     return _svg(wide, tall, name, join(parts))
