@@ -29,7 +29,7 @@ from qframe.model import Network
 from qframe.walk import accepted, load_on_demand
 from qframe.weights import ModelFolder
 
-TOKENS = 16_384
+TOKENS = 4096
 SIGMAS = 6.0
 MAGNITUDE = 6.0  # of LLM.int8(), in the units of the network
 BIN = 0.25
