@@ -61,8 +61,6 @@ class Shards:
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """Take in a tensor; a file is written when enough have come."""
         tensor = tensor.detach().contiguous()
-        if any(_storage(tensor) == _storage(other) for other in self._pending.values()):
-            tensor = tensor.clone()  # safetensors stores no tensor that shares its memory
         if self._pending and self._pending_bytes() + tensor.nbytes > self._limit:
             self._flush()
         self._pending[name] = tensor
@@ -199,10 +197,6 @@ class CheckpointWriter:
             os.replace(self._folder, self.out)
         self._done = True
         return sizes
-
-
-def _storage(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:

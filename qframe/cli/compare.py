@@ -211,9 +211,10 @@ def _show(found: Comparison, files: dict[str, Path], *, as_json: bool, as_csv: b
         print_plain(csv_text(found.rows).rstrip("\n"))
         return
     used = found.calibration
+    hashes = ", ".join(f"sha256 {text['sha256'][:12]}" for text in used.get("sources", [used]))
     notes = {
         "calibration": f"{used['windows']} windows of {used['max_seq_length']} tokens of "
-        f"{used['name']} (sha256 {str(used['sha256'])[:12]}), {used['windows_held_out']} held out",
+        f"{used['name']} ({hashes}), {used['windows_held_out']} held out",
         "report": str(files["report"]),
     }
     if found.others:

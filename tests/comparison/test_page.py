@@ -58,7 +58,7 @@ def found(model, texts, finished):
 
     flags = RecipeFlags(
         group_size=32,
-        dataset=options["--dataset"],
+        dataset=[options["--dataset"]],
         num_calibration_samples=6,
         max_seq_length=48,
     )
