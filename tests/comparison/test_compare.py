@@ -184,6 +184,18 @@ def test_methods_and_schemes_may_have_options_of_their_own(compare, tmp_path):
     assert {cell["method"] for cell in cells(out)} == {"rtn", "gptq"}
 
 
+def test_several_calibration_texts_are_all_named(compare, tmp_path):
+    text, out = tmp_path / "second.txt", tmp_path / "out"
+    text.write_text("Something else altogether, and something more of it.\n" * 60)
+    done = compare(out, "--dataset", str(text), methods=["awq+gptq"], schemes=["W4A16"])
+    assert done.code == 0, done.err
+    used = json.loads((out / "results.json").read_text())["calibration"]
+    assert len(used["sources"]) == 2
+    for source in used["sources"]:
+        assert source["sha256"][:12] in " ".join(done.out.split())
+        assert source["sha256"] in (out / "report.html").read_text()
+
+
 # What goes wrong --------------------------------------------------------------------------------
 
 
