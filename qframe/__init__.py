@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from qframe.evaluation import evaluate
     from qframe.hookspecs import hookimpl
     from qframe.host import Host
-    from qframe.kv_scheme import KVScheme
+    from qframe.kv_scheme import KVCacheScheme, KVScheme
     from qframe.pipeline import Result, quantize
     from qframe.recipe import Recipe
     from qframe.scheme import Scheme
@@ -46,6 +46,7 @@ _HOME = {
     "Host": "host",
     "InputGroup": "contracts",
     "KVBlock": "contracts",
+    "KVCacheScheme": "kv_scheme",
     "KVScheme": "kv_scheme",
     "LayerInfo": "contracts",
     "OpCall": "contracts",
@@ -74,6 +75,7 @@ __all__ = [
     "Host",
     "InputGroup",
     "KVBlock",
+    "KVCacheScheme",
     "KVScheme",
     "LayerInfo",
     "OpCall",

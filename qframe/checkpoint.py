@@ -28,6 +28,7 @@ from torch import nn
 
 import qframe
 from qframe.errors import OutputError, VerifyError
+from qframe.kv_scheme import KVCacheScheme
 from qframe.manifest import (
     MANIFEST,
     STATISTICS,
@@ -214,15 +215,19 @@ def check_output(out: Path, *, overwrite: bool) -> None:
         )
 
 
-def quantized_config(config: Mapping[str, Any], schemes: Mapping[str, Scheme]) -> dict[str, Any]:
+def quantized_config(
+    config: Mapping[str, Any], schemes: Mapping[str, Scheme], kv_cache: KVCacheScheme | None = None
+) -> dict[str, Any]:
     """Return config.json with a quantization_config that names qframe as the reader."""
     distinct = sorted({scheme.describe() for scheme in schemes.values()})
-    section = {
+    section: dict[str, Any] = {
         "quant_method": "qframe",
         "version": qframe.__version__,
         "schemes": distinct,
         "note": "load with qframe.load(folder)",
     }
+    if kv_cache is not None:
+        section["kv_cache_scheme"] = kv_cache.model_dump(mode="json")
     return {**config, "quantization_config": section}
 
 

@@ -34,7 +34,10 @@ TOKENS_AT_ONCE = 16  # whose distributions over a large vocabulary still fit the
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """Everything that a perplexity depends on besides the weights."""
+    """Everything that a perplexity depends on besides the weights.
+
+    kv_chunk   tokens that networks with a quantized KV cache read at a time; 0: there are none
+    """
 
     text: str
     text_sha256: str
@@ -46,6 +49,7 @@ class Protocol:
     special_tokens: str = "none"
     normalization: str = "per token"
     compute_dtype: str = "float32"
+    kv_chunk: int = 0
 
     def line(self) -> str:
         """Return the protocol as one line."""
@@ -54,6 +58,7 @@ class Protocol:
             f"{self.windows} windows of {self.window} tokens, stride {self.stride}, "
             f"{self.tokens_scored} tokens scored, special tokens: {self.special_tokens}, "
             f"{self.normalization}, {self.compute_dtype}"
+            + (f", through a KV cache {self.kv_chunk} tokens at a time" if self.kv_chunk else "")
         )
 
 

@@ -1,6 +1,6 @@
 """What to quantize a KV cache to: axis, bits, and which tokens are kept as they came.
 
-One scheme says how the keys, or the values, of a layer are stored; keys and values have one each.
+One scheme says how the keys, or the values, of a layer are stored; a cache's scheme has both.
 The words are those of design and field: KIVI (Liu et al., ICML 2024, arXiv:2402.02750) quantizes
 keys per channel and values per token, and keeps the last `residual_length` tokens; attention
 sinks (Xiao et al., ICLR 2024, arXiv:2309.17453) are the first tokens of a text.
@@ -11,14 +11,31 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from qframe.contracts import Grid
 from qframe.scheme import ScaleDtype
-from qframe.strict import Strict
+from qframe.strict import Strict, suggestion
 
 _SCALE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _WORD = 32  # rows of codes are padded to whole words of so many bits, at most
+
+KV_CHUNK = 16  # tokens that are read through a cache at a time, where a network is scored
+
+DEFAULT_METHOD = "kivi"
+DEFAULT_PRESET = "KV4"
+KV_PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
+    name: {
+        kind: {"num_bits": bits, "axis": axis, "group_size": size, "residual_length": residual}
+        for kind, axis, size in (("key", "channel", keys), ("value", "token", values))
+    }
+    for name, bits, keys, values, residual in (
+        ("KV8", 8, 128, None, 0),
+        ("KV4", 4, 64, 64, 32),
+        ("KV2", 2, 32, 32, 128),
+    )
+}
+"""KIVI's setting, keys per channel and values per token, for 8, 4 and 2 bits."""
 
 
 class KVScheme(Strict):
@@ -134,3 +151,75 @@ class KVScheme(Strict):
             f"int{self.num_bits} {kind}, per {self.axis}{size}, last {self.residual_length} "
             f"tokens and first {self.sink_tokens} kept"
         )
+
+
+_BOTH = (*KVScheme.model_fields, *KVScheme.aliases)
+_AXES = {"axis_key": "key", "axis_value": "value"}
+
+
+class KVCacheScheme(Strict):
+    """How the KV cache of a network is stored.
+
+    key, value   a scheme each; fields that are left out are those of the preset
+    method       which plugin stores them; `qframe plugins` lists those with KV caches
+    options      options of the plugin
+
+    May be given by the name of a preset, alone or as `preset` beside fields that differ. A field of
+    a scheme that stands beside `key` and `value` goes to both. `axis_key` and `axis_value`, which
+    other tools have, are the axes of the two.
+
+    >>> KVCacheScheme.preset("KV2", residual_length=32).key.describe()
+    'int2 asymmetric, per channel, group 32, last 32 tokens and first 0 kept'
+    """
+
+    key: KVScheme
+    value: KVScheme
+    method: str = DEFAULT_METHOD
+    options: Mapping[str, Any] = Field(default_factory=dict)
+
+    shared: ClassVar[tuple[str, ...]] = ("preset", *_BOTH, *_AXES)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _parts_from_preset(cls, data: Any) -> Any:
+        given = {"preset": data} if isinstance(data, str) else data
+        if not isinstance(given, Mapping):
+            return data
+        given = dict(given)
+        name = str(given.pop("preset", DEFAULT_PRESET))
+        if name.upper() not in KV_PRESETS:
+            raise ValueError(f"unknown preset {name!r}{suggestion(name.upper(), KV_PRESETS)}")
+        both = KVScheme.canonical({key: given.pop(key) for key in _BOTH if key in given})
+        axes = {part: given.pop(word) for word, part in _AXES.items() if word in given}
+        for part, preset in KV_PRESETS[name.upper()].items():
+            own = given.get(part, {})
+            if isinstance(own, KVScheme):
+                own = own.model_dump()
+            if isinstance(own, Mapping):
+                own = KVScheme.canonical(own)
+                if part in axes:
+                    if "axis" in own:
+                        raise ValueError(f"'axis_{part}' and the axis of {part!r} are both given")
+                    own["axis"] = axes[part]
+                given[part] = {**preset, **both, **own}
+        return given
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> Self:
+        """Return a preset, with changes. Raises RecipeError."""
+        return cls.parse({"preset": name, **changes}, "kv_cache_scheme")
+
+    @property
+    def parts(self) -> Mapping[str, KVScheme]:
+        """The schemes by the kind of store: "key" and "value"."""
+        return {"key": self.key, "value": self.value}
+
+    @property
+    def bits(self) -> str:
+        """The bits of keys and of values, e.g. "int8/int4", or "int4" where they are the same."""
+        return "/".join(dict.fromkeys(f"int{part.num_bits}" for part in self.parts.values()))
+
+    def describe(self) -> str:
+        """Return a description, e.g. for reports."""
+        options = "".join(f", {key}={value}" for key, value in self.options.items())
+        return f"{self.method}{options}; keys {self.key.describe()}; values {self.value.describe()}"

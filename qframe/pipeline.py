@@ -27,7 +27,7 @@ from qframe.errors import CalibrationError, FallbackError, RecipeError
 from qframe.host import Host
 from qframe.manifest import MANIFEST_VERSION, layer_record
 from qframe.model import Network, left_weights
-from qframe.recipe import Method, Plan, Recipe, check_supported, parse_method, resolve
+from qframe.recipe import Method, Plan, Recipe, check_supported, kv_quantizer, parse_method, resolve
 from qframe.report.layers import Coverage, RunReport
 from qframe.solve import Solver, grid_of
 from qframe.walk import Progress, Walk
@@ -74,6 +74,8 @@ def plan_job(
     recipe = _as_recipe(recipe)
     host = host or Host.discover()
     method = parse_method(host, recipe)
+    if recipe.kv_cache_scheme is not None:
+        kv_quantizer(recipe.kv_cache_scheme, host)  # raises for what it cannot do
     network = _as_network(model)
     plan = resolve(recipe, network.layers)
     check_supported(method, plan, host)
@@ -215,7 +217,7 @@ def _write_records(writer: CheckpointWriter, job: Job, report: RunReport) -> dic
     """Write everything that is not a tensor, and give the folder its name."""
     folder = job.network.folder
     if folder is not None:
-        config = quantized_config(folder.config, job.plan.schemes)
+        config = quantized_config(folder.config, job.plan.schemes, job.recipe.kv_cache_scheme)
         if any(event.kind == "untied" for event in report.events):
             config["tie_word_embeddings"] = False
         writer.copy_side_files(folder, config)
@@ -247,6 +249,8 @@ def plugins_used(job: Job) -> list[dict[str, str]]:
         *(("observer", name) for name in sorted(job.method.needs)),
         *(("number format", name) for name in formats),
     ]
+    if job.recipe.kv_cache_scheme is not None:
+        used.append(("kv cache", job.recipe.kv_cache_scheme.method))
     records = []
     for kind, name in used:
         record = job.host.origin(kind, name)

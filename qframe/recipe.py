@@ -18,9 +18,10 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from qframe.contracts import LayerInfo, OutlierHandler, Rounder
+from qframe.contracts import KVCacheQuantizer, LayerInfo, OutlierHandler, Rounder
 from qframe.errors import RecipeError, UnsupportedError
 from qframe.host import Host, option_hint, option_names
+from qframe.kv_scheme import KVCacheScheme
 from qframe.scheme import Scheme
 from qframe.strict import Strict, explain, suggestion
 
@@ -81,6 +82,9 @@ class Recipe(Strict):
                               keep: error (exit code 3) or warn
     keep_statistics    store what the rounder was calibrated with, once for each input, so that
                        `qframe verify` can recompute every certificate
+    kv_cache_scheme    how keys and values are to be stored when the network generates: a preset's
+                       name, or the fields of a KVCacheScheme; None for as they come. It changes no
+                       weight, and is kept for those who run the network
     """
 
     version: Literal[1] = 1
@@ -98,6 +102,7 @@ class Recipe(Strict):
     min_coverage: Annotated[float, Field(ge=0, le=1)] = 0.5
     on_violated_certificate: Literal["warn", "error"] = "error"
     keep_statistics: bool = False
+    kv_cache_scheme: KVCacheScheme | None = None
 
     aliases: ClassVar[Mapping[str, str]] = {"modules_to_not_convert": "ignore"}
 
@@ -331,3 +336,18 @@ def check_supported(method: Method, plan: Plan, host: Host) -> None:
                 for reason, names in objections.items()
             )
         )
+
+
+def kv_quantizer(scheme: KVCacheScheme, host: Host) -> KVCacheQuantizer:
+    """Return the quantizer that a scheme names, with its options.
+
+    Raises UnknownNameError, RecipeError for an option, UnsupportedError for a scheme of keys or
+    values that it cannot do.
+    """
+    where = "kv_cache_scheme"
+    quantizer: KVCacheQuantizer = host.configured("kv cache", scheme.method, scheme.options, where)
+    for kind, part in scheme.parts.items():
+        reason = quantizer.capabilities.objection(part)
+        if reason:
+            raise UnsupportedError(f"{where}.{kind}: {scheme.method}: {reason}")
+    return quantizer

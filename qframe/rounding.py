@@ -51,6 +51,23 @@ def round_up(scale: torch.Tensor, dtype: ScaleDtype) -> torch.Tensor:
     return torch.where(scale <= largest, up, torch.inf)  # inf for NaN too, whatever its bits
 
 
+def round_down(x: torch.Tensor, dtype: ScaleDtype) -> torch.Tensor:
+    """Return the largest number of `dtype` that is <= x, as float32; -inf where none is.
+
+    x   any shape, float32, finite, of any sign
+
+    >>> round_down(torch.tensor([1.0001, -1.0001]), "float16")
+    tensor([ 1.0000, -1.0010])
+    """
+    if dtype == "float32":
+        return x
+    dropped, normal, tiny, largest = _STORAGE[dtype]
+    cut = (x.contiguous().view(torch.int32) & ~((1 << dropped) - 1)).view(torch.float32)
+    if dtype == "float16":
+        cut = torch.where(x < normal, torch.floor(x * (1 / tiny)) * tiny, cut)
+    return torch.where(x < 0, -round_up(-x, dtype), cut.clamp(max=largest))
+
+
 def smallest_positive(dtype: ScaleDtype) -> float:
     """Return the smallest positive number of a scale dtype."""
     return 2.0**-149 if dtype == "float32" else _STORAGE[dtype][2]

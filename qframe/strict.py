@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
@@ -29,12 +29,16 @@ class Strict(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     aliases: ClassVar[Mapping[str, str]] = {}
+    shared: ClassVar[tuple[str, ...]] = ()  # further words that are taken, for suggestions
 
     @model_validator(mode="before")
     @classmethod
     def _canonical_names(cls, data: Any) -> Any:
-        if not isinstance(data, Mapping):
-            return data
+        return cls.canonical(data) if isinstance(data, Mapping) else data
+
+    @classmethod
+    def canonical(cls, data: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a mapping with aliases replaced. Raises ValueError for what is given twice."""
         out: dict[str, Any] = {}
         for key, value in data.items():
             name = cls.aliases.get(str(key), str(key))
@@ -75,7 +79,8 @@ def _fields_at(model: type[Strict], path: tuple[int | str, ...]) -> list[str]:
     """Return the field names (and aliases) of the model nested at `path`."""
     for part in path:
         field = model.model_fields.get(str(part))
-        nested = field.annotation if field else None
-        if isinstance(nested, type) and issubclass(nested, Strict):
-            model = nested
-    return [*model.model_fields, *model.aliases]
+        annotation = field.annotation if field else None
+        for nested in (annotation, *get_args(annotation)):  # "Model | None" has the model inside
+            if isinstance(nested, type) and issubclass(nested, Strict):
+                model = nested
+    return [*model.model_fields, *model.aliases, *model.shared]

@@ -28,6 +28,14 @@ from qframe.claims.flags import (
 from qframe.claims.formats import Codebook, FloatingPoint, UniformGrid
 from qframe.claims.gptq import Babai
 from qframe.claims.handlers import Incoherent, NoWorseThanUnscaled, ProtectsSalient
+from qframe.claims.kv import (
+    ExactWindow,
+    FusedAttention,
+    KVHalfStep,
+    KVScale,
+    PackedCodes,
+    Streaming,
+)
 from qframe.claims.nearest import HalfStep, Radius
 from qframe.claims.objective import NoWorseThan, OutputBound
 from qframe.claims.observers import ChannelAbsmax, SecondMoments
@@ -39,15 +47,20 @@ __all__ = [
     "Codebook",
     "CompensatedScale",
     "Covers",
+    "ExactWindow",
     "FloatingPoint",
     "FunctionPreserving",
+    "FusedAttention",
     "HalfStep",
     "Idempotent",
     "Incoherent",
+    "KVHalfStep",
+    "KVScale",
     "Mergeable",
     "NoWorseThan",
     "NoWorseThanUnscaled",
     "OutputBound",
+    "PackedCodes",
     "ProtectsSalient",
     "Radius",
     "Reproducible",
@@ -57,6 +70,7 @@ __all__ = [
     "SecondMoments",
     "SignBlind",
     "SignSymmetric",
+    "Streaming",
     "UniformGrid",
     "claims_of",
     "has_claim",

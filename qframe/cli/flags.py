@@ -21,6 +21,7 @@ import yaml
 from qframe.cli.screen import warn
 from qframe.errors import RecipeError
 from qframe.host import Host
+from qframe.kv_scheme import KV_PRESETS
 from qframe.recipe import Recipe
 from qframe.scheme import PRESETS, Scheme
 
@@ -92,6 +93,14 @@ class RecipeFlags:
             "--set",
             metavar="KEY=VALUE",
             help="An option of the method, typed as in YAML: --set dampening_frac=0.05. Repeat.",
+            rich_help_panel=_SCHEME,
+        ),
+    ] = None
+    kv_scheme: Annotated[
+        str | None,
+        typer.Option(
+            "--kv-scheme",
+            help=f"Of the KV cache, kept with the weights: {', '.join(KV_PRESETS)}. Default: none.",
             rich_help_panel=_SCHEME,
         ),
     ] = None
@@ -242,6 +251,7 @@ class RecipeFlags:
             min_coverage=self.min_coverage,
             on_violated_certificate=self.on_violated_certificate,
             keep_statistics=self.keep_statistics,
+            kv_cache_scheme=self.kv_scheme,
         )
         scheme = self._scheme(base)
         if scheme is not None:

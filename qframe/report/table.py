@@ -371,6 +371,7 @@ class ScoreRow:
 
     kl_mean, kl_p99   nats
     gain              KL of round-to-nearest over KL of this method, both with the same bits
+    kv_cache          bytes of the KV cache over those of one in 16 bits, `KVMemory.ratio`
     """
 
     name: str
@@ -383,6 +384,7 @@ class ScoreRow:
     weights_bytes: float | None = None
     folder_bytes: float | None = None
     gain: float | None = None
+    kv_cache: float | None = None
 
 
 def score_table(rows: Sequence[ScoreRow]) -> Table:
@@ -393,6 +395,7 @@ def score_table(rows: Sequence[ScoreRow]) -> Table:
         "KL p99": lambda r: figures(r.kl_p99),
         "top-1 %": lambda r: "" if r.top1 is None else f"{100 * r.top1:.1f}",
         "gain": lambda r: times(r.gain),
+        "KV %": lambda r: percent(r.kv_cache),
         "bits": lambda r: "" if r.bits_per_weight is None else f"{r.bits_per_weight:.2f}",
         "weights": lambda r: "" if r.weights_bytes is None else readable_bytes(r.weights_bytes),
         "folder": lambda r: "" if r.folder_bytes is None else readable_bytes(r.folder_bytes),

@@ -1,0 +1,1 @@
+"""KV-cache quantizers: how keys and values are stored."""
