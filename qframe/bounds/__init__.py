@@ -43,11 +43,13 @@ from qframe.bounds.gptq import (
 )
 from qframe.bounds.kv import (
     kv_attention,
+    kv_butterflies,
     kv_decode,
     kv_element,
     kv_logits,
     kv_offset,
     kv_output,
+    kv_returned,
     softmax,
 )
 from qframe.bounds.methods import half_steps, no_worse, output_bound, radius
@@ -104,11 +106,13 @@ __all__ = [
     "int8_output",
     "int32_columns",
     "kv_attention",
+    "kv_butterflies",
     "kv_decode",
     "kv_element",
     "kv_logits",
     "kv_offset",
     "kv_output",
+    "kv_returned",
     "nearest",
     "nearest_code",
     "nearest_value",

@@ -48,9 +48,23 @@ def kv_decode(scale: Numbers, codes: Numbers, offset: Numbers, dtype: str = "flo
     """
     product, shift = as_array(scale) * as_array(codes), as_array(offset)
     own = gamma(2) * (np.abs(product) + np.abs(shift)) + ETA["float32"]
+    return kv_returned(product + shift, own, dtype)
+
+
+def kv_returned(x: Numbers, own: Numbers, dtype: str = "float32") -> Array:
+    """B7.a: the error of x, off by `own` in float32, once it is returned in `dtype`."""
+    lost = as_array(own)
     if dtype == "float32":
-        return as_array(own)
-    return as_array(own + UNIT[dtype] * (np.abs(product + shift) + own) + ETA[dtype])
+        return lost
+    return as_array(lost + UNIT[dtype] * (np.abs(as_array(x)) + lost) + ETA[dtype])
+
+
+def kv_butterflies(size: Numbers, block: int) -> Array:
+    """B7.h: the error of x H by butterflies in float32, over blocks of n = 2^m channels.
+
+    size    sum of |x| over the block; that of |x| / n where the result is divided by n
+    """
+    return as_array(gamma(block.bit_length() + 2) * as_array(size) + ETA["float32"])
 
 
 def kv_offset(lo: Numbers, scale_dtype: str) -> tuple[Array, Array]:

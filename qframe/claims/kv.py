@@ -73,6 +73,87 @@ class KVHalfStep:
 
 
 @dataclass(frozen=True, slots=True)
+class KVRotatedHalfStep(KVHalfStep):
+    """B7.h: codes are the nearest to x H / n, and what is read is that, times H.
+
+    H is Hadamard's matrix (Sylvester's) over blocks of n channels, n the largest power of two that
+    divides head_dim; both products are made by butterflies in float32.
+    """
+
+    name = "kv rotated half step"
+    theorem = "B7.h"
+
+    def certify(self, evidence: KVEvidence) -> Certificate:
+        """Compare each rotated number with what its code stands for."""
+        grid = evidence.scheme.grid
+        gamma = bounds.gamma(self.roundings + 1, bounds.UNIT[self.dtype])
+
+        def judge(part: KVPart) -> tuple[Float64, Float64]:
+            rotated, lost = self._rotated(part)
+            weight = rotated - part.offset
+            delta = part.scale * part.codes - weight
+            slack = gamma * np.abs(weight) + lost
+            return bounds.nearest(delta, part.codes, part.scale, grid, slack)
+
+        ratio, place = evidence.worst(judge)
+        return Certificate(claim=self.name, theorem=self.theorem, ratio=ratio, place=place)
+
+    def certify_values(self, evidence: KVEvidence) -> Certificate:
+        """Compare what is read with what the codes stand for, turned back."""
+
+        def judge(part: KVPart) -> tuple[Float64, Float64]:
+            stored = part.scale * part.codes + part.offset
+            return part.read - hadamard(stored), self._turned(part, evidence.dtype)
+
+        ratio, place = evidence.worst(judge)
+        return Certificate(claim="kv values", theorem=self.theorem, ratio=ratio, place=place)
+
+    def element(self, evidence: KVEvidence) -> Float64:
+        """Return what each number that is read may be off by, [batch, heads, tokens, head_dim]."""
+        allowed = np.zeros(tuple(evidence.read.shape))
+        for part in evidence.parts:
+            rotated, lost = self._rotated(part)
+            stored = bounds.kv_element(
+                rotated, part.scale, part.offset, evidence.scheme.grid, self.roundings, self.dtype
+            )
+            where = slice(part.start, part.start + part.x.shape[2])
+            turned = hadamard(stored + lost, signs=False)
+            allowed[:, :, where] = turned + self._turned(part, evidence.dtype)
+        return allowed
+
+    def _rotated(self, part: KVPart) -> tuple[Float64, Float64]:
+        """Return x H / n, and what its computation may be off by."""
+        n = hadamard_block(part.x.shape[-1])
+        size = hadamard(np.abs(part.x), signs=False) / n
+        return hadamard(part.x) / n, bounds.kv_butterflies(size, n)
+
+    def _turned(self, part: KVPart, dtype: str) -> Float64:
+        """Return what (s c + m) H may be off by where it is read."""
+        n = hadamard_block(part.x.shape[-1])
+        stored = part.scale * part.codes + part.offset
+        own = bounds.kv_decode(part.scale, part.codes, part.offset)
+        size = hadamard(np.abs(stored) + own, signs=False)
+        lost = hadamard(own, signs=False) + bounds.kv_butterflies(size, n)
+        return bounds.kv_returned(hadamard(stored), lost, dtype)
+
+
+def hadamard_block(head_dim: int) -> int:
+    """Return the largest power of two that divides head_dim."""
+    return max(head_dim & -head_dim, 1)
+
+
+def hadamard(x: Float64, *, signs: bool = True) -> Float64:
+    """Return x H over blocks of `hadamard_block` channels; without `signs`, all of H is 1."""
+    n = hadamard_block(x.shape[-1])
+    blocks = x.reshape(*x.shape[:-1], -1, n)
+    matrix = np.ones((1, 1))
+    while len(matrix) < n:
+        matrix = np.kron(matrix, np.array([[1, 1], [1, -1 if signs else 1]]))
+    turned: Float64 = (blocks @ matrix).reshape(x.shape)
+    return turned
+
+
+@dataclass(frozen=True, slots=True)
 class KVScale:
     """B7.f: scales and offsets are those of the smallest and largest number of each group.
 

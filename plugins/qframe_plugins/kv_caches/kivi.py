@@ -15,7 +15,7 @@ keys wait until R tokens are kept and go all at once (`flush="residual"`). Codes
 
 The rotation is QuaRot's (Ashkboos et al., NeurIPS 2024, arXiv:2404.00456, section 4): Hadamard's
 matrix spreads an outlier over the channels of its token before codes are chosen, and is undone when
-they are read. Codes are then those of rotated numbers, so half a step is not claimed.
+they are read. Codes are then the nearest to rotated numbers (B7.h).
 """
 
 from __future__ import annotations
@@ -373,10 +373,12 @@ class KIVI:
 
     @property
     def claims(self) -> tuple[object, ...]:
-        """Which tokens are codes, and how they are packed; without a rotation also their error."""
+        """Which tokens are codes, how they are packed, and their error."""
         window = claims.ExactWindow(flush=self.flush)
         found = (window, claims.Streaming(), claims.PackedCodes())
-        return found if self.rotate else (claims.KVHalfStep(), claims.KVScale(), *found)
+        if self.rotate:
+            return (claims.KVRotatedHalfStep(), *found)
+        return (claims.KVHalfStep(), claims.KVScale(), *found)
 
     def start(self, kind: str, scheme: KVScheme, rng: np.random.Generator) -> Store:
         """Return an empty store; keys and values differ only in their scheme."""
