@@ -119,6 +119,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--windows", type=int, default=4, help="of evaluation text")
     parser.add_argument("--chunk", type=int, default=KV_CHUNK, help="tokens read at a time")
+    parser.add_argument("--only", nargs="+", default=list(SETTINGS), help="with --dry-run")
     parser.add_argument("--dry-run", action="store_true", help="print, and write nothing")
     given = parser.parse_args()
     folder = model_folder()
@@ -129,7 +130,7 @@ def main() -> None:
     found: dict[str, Found] = {}
     alike: dict[str, list[int]] = {}
     full = None
-    for name in SETTINGS:
+    for name in given.only:
         scheme = scheme_of(name)
         start = partial(QuantizedKVCache, scheme)
         scores = evaluate({name: CachedNetwork(network, start, given.chunk)}, network, windows)

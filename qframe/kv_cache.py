@@ -99,7 +99,7 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]
         if store.length:
             found = torch.cat((store.read().to(states.device), states), dim=2)
         try:
-            store.append(states.detach().cpu())
+            store.append(states.detach().cpu().contiguous())
         except NonFiniteError as error:
             message = f"KV cache, layer {self._number}, {kind}: {error}"
             raise NonFiniteError(message) from error

@@ -30,7 +30,7 @@ KV_PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         for kind, axis, size in (("key", "channel", keys), ("value", "token", values))
     }
     for name, bits, keys, values, residual in (
-        ("KV8", 8, 128, None, 0),
+        ("KV8", 8, 128, None, 32),
         ("KV4", 4, 64, 64, 32),
         ("KV2", 2, 32, 32, 128),
     )

@@ -220,6 +220,43 @@ def test_eval_prints_the_protocol_with_the_numbers(run, tiny_llama, tmp_path):
     assert w8["folder_bytes"] == sum(file.stat().st_size for file in outs[0].iterdir())
 
 
+def test_eval_through_a_kv_cache(run, tiny_llama, tmp_path):
+    out = tmp_path / "out"
+    made = run("quantize", tiny_llama, "-o", out, "--scheme", "W8A16", "--kv-scheme", "KV4")
+    assert made.code == 0, made.err
+    small = ["--reference", tiny_llama, "--window", "128", "--limit", "2"]
+    shown = run("eval", out, *small, "--kv-chunk", "8")
+    assert shown.code == 0, shown.err
+    for word in ("KV cache int4", "KV %", "8 tokens at a time", "keys int4 asymmetric"):
+        assert word in " ".join(shown.out.split())
+    own = json.loads(run("eval", out, *small, "--json").out)
+    assert own["protocol"]["kv_chunk"] == 16
+    assert [row["kv_cache"] is None for row in own["networks"]] == [True, False]
+
+    without = json.loads(run("eval", out, *small, "--kv-scheme", "none", "--json").out)
+    assert without["protocol"]["kv_chunk"] == 0
+    assert without["networks"][1]["kl_mean"] < own["networks"][1]["kl_mean"]
+
+    alone = json.loads(run("eval", *small, "--kv-scheme", "kv8", "--json").out)
+    full, cached = alone["networks"]
+    assert cached["name"] == f"{full['name']}, KV cache int8"
+    assert cached["kl_mean"] < own["networks"][1]["kl_mean"]
+    assert cached["weights_bytes"] == full["weights_bytes"]
+
+    both = json.loads(run("eval", out, *small, "--kv-scheme", "KV2", "--json").out)
+    names = [row["name"] for row in both["networks"]]
+    assert [name.rpartition(", KV cache ")[2] for name in names[1:]] == ["int2", "int2"]
+
+
+def test_eval_needs_something_to_score(run, tiny_llama):
+    failed = run("eval", "--reference", tiny_llama)
+    assert failed.code == 2
+    assert "--kv-scheme" in failed.said
+    unknown = run("eval", "--reference", tiny_llama, "--kv-scheme", "KV9")
+    assert unknown.code == 2
+    assert "did you mean 'KV8'" in unknown.said
+
+
 def test_demo_writes_its_table(run, tiny, tmp_path, monkeypatch):
     from qframe import demo
 
