@@ -275,8 +275,9 @@ class Evidence:
         even = groups > 0 and columns % groups == 0
         if even and np.array_equal(index, np.arange(columns) // (columns // groups)):
             shape = (count, groups, columns // groups)
-            return Piece(w.reshape(shape), codes.reshape(shape), scale[..., None], zero[..., None])
-        return Piece(w, codes, scale[:, index], zero[:, index])
+            w, codes = w.reshape(shape), codes.reshape(shape)
+            return Piece(w, codes, scale[..., None], zero[..., None], self.problem.grid)
+        return Piece(w, codes, scale[:, index], zero[:, index], self.problem.grid)
 
     def closest(self, judge: Callable[[Piece], tuple[Float64, Float64]]) -> Closest:
         """Return where the layer comes closest to a bound.

@@ -7,7 +7,7 @@ the field's words: a linear layer has `rows` outputs and `columns` inputs, its w
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
@@ -75,6 +75,7 @@ class Capabilities:
 
     num_bits: frozenset[int] | None = None
     types: frozenset[str] = frozenset({"int"})
+    scale_dtypes: frozenset[str] = frozenset({"float32", "float16", "bfloat16"})
     strategies: frozenset[str] = frozenset({"tensor", "channel", "group"})
     symmetric: frozenset[bool] = frozenset({True, False})
     deterministic: bool = True
@@ -85,6 +86,7 @@ class Capabilities:
         wanted: tuple[tuple[str, object, frozenset[Any] | None], ...] = (
             ("num_bits", scheme.num_bits, self.num_bits),
             ("type", scheme.type, self.types),
+            ("scale_dtype", scheme.scale_dtype, self.scale_dtypes),
             ("strategy", scheme.strategy, self.strategies),
             ("symmetric", scheme.symmetric, self.symmetric),
         )
@@ -115,23 +117,52 @@ class Grid:
 
     >>> Grid(-8, 7).levels
     16
+    >>> Grid.of([-1.0, 0.0, 0.5, 1.0])
+    Grid(qmin=-1, qmax=2, values=(-1.0, 0.0, 0.5, 1.0))
     """
 
     qmin: int
     qmax: int
     values: tuple[float, ...] | None = None
 
+    @classmethod
+    def of(cls, values: Iterable[float]) -> Self:
+        """Return the grid of some values, ascending and with 0 among them, which gets code 0."""
+        every = tuple(float(value) for value in values)
+        below = sum(value < 0 for value in every)
+        return cls(-below, len(every) - below - 1, every)
+
     @property
     def levels(self) -> int:
         """How many codes there are."""
         return self.qmax - self.qmin + 1
 
+    @property
+    def reach(self) -> float:
+        """How many scales the largest weight of a symmetric group is; 0 or less where none fits.
+
+        Half of the range of integers, so that the full grid ends half a step before its largest
+        weight; of values the nearer end, so that nothing lies beyond either.
+        """
+        if self.values is None:
+            return (self.qmax - self.qmin) / 2
+        return min(self.values[-1], -self.values[0])
+
+    @property
+    def mirrored(self) -> bool:
+        """Whether it is its own mirror image, and -c stands for the negative of what c does."""
+        if self.qmin != -self.qmax:
+            return False
+        values = self.values
+        return values is None or values == tuple(-value for value in reversed(values))
+
 
 class NumberFormat(Protocol):
     """A number format: which values exist.
 
-    name       e.g. "int4"; what a scheme's `type` and `num_bits` select
-    type       "int" or "float"
+    name       what a scheme's `format` names: "nf4"; or type and bits, "int4", for schemes that
+               name none
+    type       "int", codes stand for themselves; or "float", they stand for the grid's `values`
     num_bits   bits of a stored code
     """
 
@@ -140,7 +171,10 @@ class NumberFormat(Protocol):
     num_bits: int
 
     def grid(self, *, symmetric: bool, scale_rule: str) -> Grid:
-        """Return the grid of codes for symmetric or asymmetric use."""
+        """Return the grid of codes for symmetric or asymmetric use.
+
+        Raises UnsupportedError for a use that the format does not have.
+        """
         ...
 
 
@@ -287,9 +321,14 @@ class RoundingProblem:
 class QuantizedWeight:
     """The codes of a layer and what they mean: w = scale * (code - zero_point).
 
+    On a grid with `values` w = scale * values[code - qmin].
+
     codes         [rows, columns] int16, each in [qmin, qmax]
     scale         [rows or 1, groups] float32, > 0, already rounded to the scheme's scale_dtype
     zero_point    like scale, int16, in [qmin, qmax]; all zero for symmetric schemes
+    grid          the problem's, where it has `values`; None where codes stand for themselves
+    global_scale  [1] float32, of the whole tensor: scales are numbers of scale_dtype "e4m3" times
+                  this one (`qframe.rounding.tensor_scale`); None for other dtypes
     group_index   [columns] int32: which group a column belongs to, usually column // group_size
     order         [columns] int32: the order in which columns were rounded; None for left to right
     info          what the report should show, e.g. {"damp": 0.01}
@@ -300,6 +339,8 @@ class QuantizedWeight:
     scale: torch.Tensor
     zero_point: torch.Tensor
     group_index: torch.Tensor
+    grid: Grid | None = None
+    global_scale: torch.Tensor | None = None
     order: torch.Tensor | None = None
     info: Mapping[str, float | int | str] = field(default_factory=dict)
     events: tuple[Event, ...] = ()

@@ -19,7 +19,7 @@ from torch import nn
 
 from qframe.contracts import LayerInfo
 from qframe.errors import ModelError
-from qframe.packing import PackedWeight
+from qframe.packing import WEIGHT_PARTS, PackedWeight
 from qframe.transforms import SCALE, SIGNS, InputTransform
 from qframe.weights import ModelFolder, check_finite
 
@@ -179,6 +179,7 @@ class QuantizedLinear(nn.Module):
     weight_scale: torch.Tensor
     weight_zero_point: torch.Tensor | None
     weight_g_idx: torch.Tensor | None
+    weight_global_scale: torch.Tensor | None
     bias: torch.Tensor | None
     input_scale: torch.Tensor | None
     input_signs: torch.Tensor | None
@@ -192,7 +193,7 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         self._layout = packed
         self.in_features, self.out_features = packed.columns, packed.rows
-        for suffix in ("weight_packed", "weight_scale", "weight_zero_point", "weight_g_idx"):
+        for suffix in WEIGHT_PARTS:
             self.register_buffer(suffix, packed.tensors().get(suffix))
         self.register_buffer("bias", bias)
         stored = {} if transform is None else transform.tensors()
@@ -208,6 +209,7 @@ class QuantizedLinear(nn.Module):
             scale=self.weight_scale,
             zero_point=self.weight_zero_point,
             group_index=self.weight_g_idx,
+            global_scale=self.weight_global_scale,
         )
 
     @property

@@ -3,7 +3,8 @@
 The layout: the codes of a row one after the other, lowest bit first, as one stream of bits, cut
 into little-endian 32-bit words; each row is padded with zero bits to whole words. For 2, 4 and 8
 bits this is the int32 packing of compressed-tensors and GPTQ; codes of 3, 5, 6 and 7 bits cross
-words, so that 32 codes are always b words. Stored codes are unsigned: code - qmin.
+words, so that 32 codes are always b words. Stored codes are unsigned: code - qmin, for a grid with
+values the rank of the value.
 """
 
 from __future__ import annotations
@@ -14,16 +15,19 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from qframe import rounding
+from qframe import rounding, scales
 from qframe.contracts import Grid, QuantizedWeight
 from qframe.errors import PluginError, QframeError, WeightsError
 from qframe.scheme import Scheme
 
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-PARTS = (
-    *("weight_packed", "weight_scale", "weight_zero_point", "weight_g_idx"),
-    *("input_scale", "input_signs"),
+WEIGHT_PARTS = (
+    "weight_packed",
+    "weight_scale",
+    "weight_zero_point",
+    "weight_g_idx",
+    "weight_global_scale",
 )
+PARTS = (*WEIGHT_PARTS, "input_scale", "input_signs")
 """What a quantized layer may be stored as, after its name."""
 _CHUNK = 1 << 18  # codes at a time, so that intermediate results stay in the cache
 
@@ -105,10 +109,11 @@ class PackedWeight:
     rows, columns   of the layer
     scheme, grid    what the bits mean
     words           [rows, ceil(columns * num_bits / 32)] int32, packed code - qmin
-    scale           [rows or 1, groups] in the scheme's scale_dtype, > 0
+    scale           [rows or 1, groups] in the scheme's scale_dtype (`qframe.scales`), > 0
     zero_point      [rows or 1, ceil(groups * num_bits / 32)] int32, packed zero point - qmin;
                     None for a symmetric scheme, whose zero points are 0
     group_index     [columns] int32, the group of each column; None for contiguous groups
+    global_scale    [1] float32 > 0, what scales are multiples of; None but for two-level schemes
     """
 
     rows: int
@@ -119,6 +124,7 @@ class PackedWeight:
     scale: torch.Tensor
     zero_point: torch.Tensor | None = None
     group_index: torch.Tensor | None = None
+    global_scale: torch.Tensor | None = None
 
     @classmethod
     def pack(
@@ -131,10 +137,18 @@ class PackedWeight:
         Raises PluginError when it is not what `QuantizedWeight` promises.
         """
         rows, columns = quantized.codes.shape
-        scale = quantized.scale.to(_DTYPES[scheme.scale_dtype])
+        own = None if quantized.grid is None else quantized.grid.values
+        if own != grid.values:
+            raise PluginError(
+                f"layer {name!r}: the codes do not say for which values they stand; return "
+                f"QuantizedWeight(..., grid=problem.grid) where problem.grid has values"
+            )
+        whole = quantized.global_scale
+        _check_global(whole, scheme, name, PluginError)
+        scale = scales.store(quantized.scale, scheme.scale_dtype, whole)
         index: torch.Tensor | None = quantized.group_index.to(torch.int32)
         _check_scale(scale, rows, columns, scheme, name, PluginError)
-        if not torch.equal(scale.float(), quantized.scale.float()):
+        if not torch.equal(scales.read(scale, scheme.scale_dtype, whole), quantized.scale.float()):
             raise PluginError(
                 f"layer {name!r}: scales are not numbers of scale_dtype={scheme.scale_dtype!r}; "
                 f"round them with qframe.rounding.round_up before codes are chosen"
@@ -156,6 +170,7 @@ class PackedWeight:
             scale=scale.contiguous(),
             zero_point=None if scheme.symmetric else pack_codes(zero_point, scheme.num_bits),
             group_index=index,
+            global_scale=whole,
         )
 
     def unpack(self) -> QuantizedWeight:
@@ -171,7 +186,12 @@ class PackedWeight:
         if index is None:
             index = rounding.group_index(self.columns, self.scheme)
         return QuantizedWeight(
-            codes=codes, scale=self.scale.float(), zero_point=zero_point, group_index=index
+            codes=codes,
+            scale=scales.read(self.scale, self.scheme.scale_dtype, self.global_scale),
+            zero_point=zero_point,
+            group_index=index,
+            grid=None if self.grid.values is None else self.grid,
+            global_scale=self.global_scale,
         )
 
     def dequantize(self) -> torch.Tensor:
@@ -190,6 +210,7 @@ class PackedWeight:
             "weight_scale": self.scale,
             "weight_zero_point": self.zero_point,
             "weight_g_idx": self.group_index,
+            "weight_global_scale": self.global_scale,
         }
         return {suffix: tensor for suffix, tensor in stored.items() if tensor is not None}
 
@@ -216,11 +237,14 @@ class PackedWeight:
             needed.append("weight_zero_point")
         elif "weight_zero_point" in tensors:
             raise WeightsError(f"layer {name!r}: weight_zero_point with a symmetric scheme")
+        if scheme.two_level:
+            needed.append("weight_global_scale")
         missing = [suffix for suffix in needed if suffix not in tensors]
         if missing:
             raise WeightsError(f"layer {name!r}: {' and '.join(missing)} missing")
         scale, zero_point = tensors["weight_scale"], tensors.get("weight_zero_point")
-        index = tensors.get("weight_g_idx")
+        index, whole = tensors.get("weight_g_idx"), tensors.get("weight_global_scale")
+        _check_global(whole, scheme, name, WeightsError)
         _check_scale(scale, rows, columns, scheme, name, WeightsError)
         _check_words(tensors["weight_packed"], (rows, columns), scheme, grid, "weight_packed", name)
         if zero_point is not None:
@@ -237,7 +261,24 @@ class PackedWeight:
             scale=scale,
             zero_point=zero_point,
             group_index=index,
+            global_scale=whole,
         )
+
+
+def _check_global(
+    whole: torch.Tensor | None, scheme: Scheme, name: str, error: type[QframeError]
+) -> None:
+    """Raise `error` unless a tensor has a scale exactly where its scheme wants one."""
+    if (whole is not None) != scheme.two_level:
+        wanted = "needs" if scheme.two_level else "has no"
+        raise error(
+            f"layer {name!r}: scale_dtype={scheme.scale_dtype!r} {wanted} global_scale of the "
+            f"tensor (qframe.rounding.tensor_scale), got {None if whole is None else [*whole]}"
+        )
+    if whole is not None:
+        _check_tensor(whole, (1,), torch.float32, "global scale", name, error)
+        if not bool(torch.isfinite(whole) & (whole > 0)):
+            raise error(f"layer {name!r}: the global scale is {float(whole)}, expected > 0")
 
 
 def _check_scale(
@@ -249,14 +290,14 @@ def _check_scale(
     error: type[QframeError],
 ) -> None:
     """Raise `error` unless scales have their shape and dtype and are positive and finite."""
-    _check_tensor(
-        scale, scheme.scale_shape(rows, columns), _DTYPES[scheme.scale_dtype], "scale", name, error
-    )
-    good = torch.isfinite(scale) & (scale > 0)
+    dtype = scheme.scale_dtype
+    shape = scheme.scale_shape(rows, columns)
+    _check_tensor(scale, shape, scales.stored_dtype(dtype), "scale", name, error)
+    own = scales.read(scale, dtype)
+    good = torch.isfinite(own) & (own > 0)
     if not bool(good.all()):
         raise error(
-            f"layer {name!r}: a scale is {float(scale[~good][0])}; "
-            f"scales must be positive and finite"
+            f"layer {name!r}: a scale is {float(own[~good][0])}; scales must be positive and finite"
         )
 
 

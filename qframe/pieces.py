@@ -8,7 +8,7 @@ most, so that the exact bound is worked out only for the few groups that may com
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,9 @@ import numpy.typing as npt
 from qframe import bounds
 from qframe.contracts import Grid
 from qframe.hessian import Float64
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,12 +28,14 @@ class Piece:
     weight   float32; arrays are [rows, columns], or [rows, groups, columns of a group]
     codes    int16
     scale, zero_point   float64, of each weight
+    grid     what codes stand for where it has values; None where they stand for themselves
     """
 
     weight: npt.NDArray[np.float32]
     codes: npt.NDArray[np.int16]
     scale: Float64
     zero_point: Float64
+    grid: Grid | None = None
 
     @property
     def width(self) -> int:
@@ -41,7 +46,7 @@ class Piece:
         """Return what the codes stand for minus the weight; the product is exact in float64."""
         import torch
 
-        values = torch.from_numpy(self.codes).double()
+        values = self._steps().double()
         if self.zero_point.any():
             values -= torch.from_numpy(self.zero_point)
         values *= torch.from_numpy(self.scale)
@@ -53,13 +58,23 @@ class Piece:
         """Return the same in float32, which is twice as fast and rounds."""
         import torch
 
-        values = torch.from_numpy(self.codes).float()
+        values = self._steps().float()
         if self.zero_point.any():
             values -= torch.from_numpy(self.zero_point).float()
         values *= torch.from_numpy(self.scale).float()
         values -= torch.from_numpy(self.weight)
         found: npt.NDArray[np.float32] = values.numpy()
         return found
+
+    def _steps(self) -> torch.Tensor:
+        """Return what codes stand for at scale 1, before zero points; the caller may change it."""
+        import torch
+
+        codes = torch.from_numpy(self.codes)
+        if self.grid is None or self.grid.values is None:
+            return codes
+        values = torch.tensor(self.grid.values, dtype=torch.float64)
+        return values[(codes - self.grid.qmin).int()]
 
     def strips(self, chosen: npt.NDArray[np.bool_]) -> Piece:
         """Return some rows, or groups of rows, as rows of their own.
@@ -77,6 +92,7 @@ class Piece:
             pick(self.codes, shape),
             pick(self.scale, wide),
             pick(self.zero_point, wide),
+            self.grid,
         )
 
 

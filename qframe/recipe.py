@@ -324,9 +324,8 @@ def check_supported(method: Method, plan: Plan, host: Host) -> None:
             reason = part.capabilities.objection(scheme)
             if reason:
                 objections.setdefault(f"{part.name}: {reason}", []).append(name)
-        if scheme.format_name not in host.names("number format"):
-            known = ", ".join(host.names("number format"))
-            reason = f"no number format {scheme.format_name!r} (known: {known})"
+        reason = _format_objection(scheme, host)
+        if reason:
             objections.setdefault(reason, []).append(name)
     if objections:
         raise UnsupportedError(
@@ -351,3 +350,21 @@ def kv_quantizer(scheme: KVCacheScheme, host: Host) -> KVCacheQuantizer:
         if reason:
             raise UnsupportedError(f"{where}.{kind}: {scheme.method}: {reason}")
     return quantizer
+
+
+def _format_objection(scheme: Scheme, host: Host) -> str | None:
+    """Return why no number format serves a scheme, or None."""
+    name = scheme.format_name
+    if name not in host.names("number format"):
+        return f"no number format {name!r} (known: {', '.join(host.names('number format'))})"
+    made = host.get("number format", name)
+    if (made.type, made.num_bits) != (scheme.type, scheme.num_bits):
+        return (
+            f"number format {name!r} has type={made.type!r} and num_bits={made.num_bits}, the "
+            f"scheme says {scheme.type!r} and {scheme.num_bits}"
+        )
+    try:
+        made.grid(symmetric=scheme.symmetric, scale_rule=scheme.scale_rule)
+    except UnsupportedError as error:
+        return str(error)
+    return None

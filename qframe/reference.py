@@ -27,7 +27,13 @@ Float64: TypeAlias = npt.NDArray[np.float64]
 Int64: TypeAlias = npt.NDArray[np.int64]
 
 # Significand bits (the leading one included), exponent of the smallest normal, largest finite.
-_STORAGE = {"float16": (11, -14, 65504.0), "bfloat16": (8, -126, (2 - 2.0**-7) * 2.0**127)}
+_STORAGE = {
+    "float16": (11, -14, 65504.0),
+    "bfloat16": (8, -126, (2 - 2.0**-7) * 2.0**127),
+    "e8m0": (1, -127, 2.0**127),
+    "e4m3": (4, -6, 448.0),
+    "tensor": (16, -117, math.inf),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +47,8 @@ class Rounded:
     order         [columns] int64: the columns in the order in which they were rounded
     target        [rows, columns] float64: the number that each code is nearest to. The weight
                   itself for round-to-nearest, the compensated weight for GPTQ.
+    grid          what codes stand for
+    global_scale  what scales are multiples of in a two-level scheme, else 1
     """
 
     codes: Int64
@@ -49,10 +57,12 @@ class Rounded:
     group_index: Int64
     order: Int64
     target: Float64
+    grid: Grid | None = None
+    global_scale: float = 1.0
 
     def values(self) -> Float32:
         """Return scale * (code - zero_point), [rows, columns], rounded once to float32."""
-        return dequantize(self.codes, self.scale, self.zero_point, self.group_index)
+        return dequantize(self.codes, self.scale, self.zero_point, self.group_index, self.grid)
 
 
 def dequantize(
@@ -60,10 +70,12 @@ def dequantize(
     scale: npt.ArrayLike,
     zero_point: npt.ArrayLike,
     group_index: npt.ArrayLike,
+    grid: Grid | None = None,
 ) -> Float32:
-    """Return scale * (code - zero_point), [rows, columns] float32.
+    """Return scale * (code - zero_point), or scale * value, [rows, columns] float32.
 
     scale, zero_point   [rows or 1, groups]
+    grid                what codes stand for; None for themselves
     """
     c, index = np.asarray(codes, np.int64), np.asarray(group_index, np.int64)
     s, z = np.asarray(scale, np.float32), np.asarray(zero_point, np.int64)
@@ -71,7 +83,10 @@ def dequantize(
     for i in range(c.shape[0]):
         k = i if len(s) > 1 else 0  # one row of scales serves all rows
         for j in range(c.shape[1]):
-            out[i, j] = s[k, index[j]] * np.float32(c[i, j] - z[k, index[j]])
+            step = c[i, j] - z[k, index[j]]
+            if grid is not None and grid.values is not None:
+                step = grid.values[step - grid.qmin]
+            out[i, j] = s[k, index[j]] * np.float32(step)
     return out
 
 
@@ -81,9 +96,13 @@ def dequantize(
 def round_up(scale: float, dtype: str) -> float:
     """Return the least number of `dtype` that is >= scale, inf where there is none.
 
+    0 becomes the least number of e8m0, which has no 0.
+
     >>> round_up(1.0001, "float16"), round_up(1e-30, "float16") == 2.0**-24
     (1.0009765625, True)
     """
+    if dtype == "e8m0":
+        scale = max(scale, 2.0**-127)
     if dtype == "float32" or scale == 0 or math.isinf(scale):
         return scale
     digits, smallest_exponent, largest = _STORAGE[dtype]
@@ -94,9 +113,11 @@ def round_up(scale: float, dtype: str) -> float:
 
 
 def scale_of_range(
-    lo: np.float32, hi: np.float32, scheme: Scheme, grid: Grid
+    lo: np.float32, hi: np.float32, scheme: Scheme, grid: Grid, unit: float | None = None
 ) -> tuple[np.float32, int]:
     """Return (scale, zero_point) that cover [lo, hi].
+
+    unit   what scales are multiples of in a two-level scheme
 
     The operations are float32, in the order of qframe.rounding.scale_of_range.
     """
@@ -104,20 +125,53 @@ def scale_of_range(
     with np.errstate(over="ignore", under="ignore"):
         if scheme.symmetric:
             extent = max(abs(lo), abs(hi))
-            quotient = extent / np.float32((grid.qmax - grid.qmin) / 2)
+            quotient = extent / np.float32(reach(grid))
         else:
             lo, hi = min(lo, zero), max(hi, zero)
             extent = hi - lo
             quotient = extent / np.float32(grid.qmax - grid.qmin)
-        scale = np.float32(round_up(float(quotient), scheme.scale_dtype))
+        if unit is not None:
+            quotient = min(quotient / np.float32(unit), np.float32(448))
+        if scheme.scale_rule == "ocp" and extent > 0:
+            power = math.floor(math.log2(extent)) - math.floor(math.log2(reach(grid)))
+            scale = np.float32(2.0 ** max(power, -127))
+        else:
+            scale = np.float32(round_up(float(quotient), scheme.scale_dtype))
         if extent == 0:
-            return np.float32(1), 0 if scheme.symmetric else grid.qmin
+            return np.float32(unit or 1), 0 if scheme.symmetric else grid.qmin
         if scale == 0:
             scale = np.float32(smallest_positive(scheme.scale_dtype))
+        scale = scale * np.float32(unit or 1)
         if scheme.symmetric:
             return scale, 0
         zero_point = np.rint(np.float32(grid.qmin) - lo / scale)
     return scale, int(min(max(zero_point, grid.qmin), grid.qmax))
+
+
+def reach(grid: Grid) -> float:
+    """Return how many scales the largest weight of a symmetric group is."""
+    if grid.values is None:
+        return (grid.qmax - grid.qmin) / 2
+    return min(max(grid.values), -min(grid.values))
+
+
+def scale_of_tensor(weight: Float32, index: Int64, scheme: Scheme, grid: Grid) -> float:
+    """Return what the scales of a two-level scheme are multiples of."""
+    plain = scheme.replace(scale_dtype="float32", observer="minmax")
+    largest, _ = _fit_all(weight, index, plain, grid)
+    if not weight.any():
+        return 1.0
+    with np.errstate(under="ignore"):
+        whole = float(largest[_used(weight, index, scheme)].max() / np.float32(448))
+    return max(round_up(whole, "tensor"), 2.0**-117)
+
+
+def _used(weight: Float32, index: Int64, scheme: Scheme) -> npt.NDArray[np.bool_]:
+    """Return which groups have a weight other than 0, [rows or 1, groups]."""
+    if scheme.strategy == "tensor":
+        return np.array([[bool(weight.any())]])
+    groups = int(index.max(initial=-1)) + 1
+    return np.array([[bool(row[index == g].any()) for g in range(groups)] for row in weight])
 
 
 def smallest_positive(dtype: str) -> float:
@@ -129,7 +183,7 @@ def smallest_positive(dtype: str) -> float:
 
 
 def candidates(
-    values: npt.ArrayLike, scheme: Scheme, grid: Grid
+    values: npt.ArrayLike, scheme: Scheme, grid: Grid, unit: float | None = None
 ) -> list[tuple[np.float32, int, float]]:
     """Return (scale, zero_point, squared error) of the mse observer's 80 clippings of a group.
 
@@ -140,14 +194,20 @@ def candidates(
     out = []
     for k in range(80):
         kept = np.float32(1 - k / 100)
-        scale, zero = scale_of_range(group.min() * kept, group.max() * kept, scheme, grid)
+        scale, zero = scale_of_range(group.min() * kept, group.max() * kept, scheme, grid, unit)
         codes = nearest(group, scale, zero, grid)
-        error = group - scale * (codes - zero).astype(np.float32)
+        if grid.values is None:
+            steps = (codes - zero).astype(np.float32)
+        else:
+            steps = np.array(grid.values, np.float32)[codes - grid.qmin]
+        error = group - scale * steps
         out.append((scale, zero, math.fsum(float(e) for e in error * error)))
     return out
 
 
-def fit(values: npt.ArrayLike, scheme: Scheme, grid: Grid) -> tuple[np.float32, int]:
+def fit(
+    values: npt.ArrayLike, scheme: Scheme, grid: Grid, unit: float | None = None
+) -> tuple[np.float32, int]:
     """Return (scale, zero_point) of one group of weights, by the scheme's observer.
 
     For mse the winner of a float64 sum may be another one where two sums are that close.
@@ -157,9 +217,9 @@ def fit(values: npt.ArrayLike, scheme: Scheme, grid: Grid) -> tuple[np.float32, 
     if group.size == 0:
         group = np.zeros(1, np.float32)
     if scheme.observer == "mse":
-        scale, zero, _ = min(candidates(group, scheme, grid), key=lambda each: each[2])
+        scale, zero, _ = min(candidates(group, scheme, grid, unit), key=lambda each: each[2])
     else:
-        scale, zero = scale_of_range(group.min(), group.max(), scheme, grid)
+        scale, zero = scale_of_range(group.min(), group.max(), scheme, grid, unit)
     if not np.isfinite(scale):
         raise NonFiniteError(f"a scale does not fit {scheme.scale_dtype}")
     return scale, zero
@@ -169,10 +229,28 @@ def fit(values: npt.ArrayLike, scheme: Scheme, grid: Grid) -> tuple[np.float32, 
 
 
 def nearest(weight: npt.NDArray[Any], scale: np.float32, zero_point: int, grid: Grid) -> Int64:
-    """Return clip(rint(w / scale) + zero_point), ties to even, in the precision of the weight."""
+    """Return clip(rint(w / scale) + zero_point), ties to even, in the precision of the weight.
+
+    On a grid with values: the code of the value nearest to w / scale, of two the even one.
+    """
     with np.errstate(over="ignore", under="ignore"):
-        codes = np.rint(weight / scale) + zero_point
-    return np.asarray(np.clip(codes, grid.qmin, grid.qmax), np.int64)
+        quotient = weight / scale
+    if grid.values is not None:
+        codes = range(grid.qmin, grid.qmax + 1)
+
+        def of_one(place: float) -> int:
+            far = {c: abs(place - v) for c, v in zip(codes, grid.values or (), strict=True)}
+            return min(codes, key=lambda c: (far[c], c % 2))
+
+        # What float64 cannot tell apart lies beyond all values.
+        ends = 2 * max(map(abs, grid.values))
+        clipped = np.clip(np.float64(quotient), -ends, ends)
+        return np.array([of_one(float(x)) for x in clipped.ravel()], np.int64).reshape(
+            np.shape(weight)
+        )
+    with np.errstate(over="ignore", under="ignore"):
+        steps = np.rint(quotient) + zero_point
+    return np.asarray(np.clip(steps, grid.qmin, grid.qmax), np.int64)
 
 
 def rtn(weight: npt.ArrayLike, scheme: Scheme, grid: Grid) -> Rounded:
@@ -183,7 +261,8 @@ def rtn(weight: npt.ArrayLike, scheme: Scheme, grid: Grid) -> Rounded:
     w = np.asarray(weight, np.float32)
     rows, columns = w.shape
     index = group_index(columns, scheme)
-    scale, zero = _fit_all(w, index, scheme, grid)
+    unit = scale_of_tensor(w, index, scheme, grid) if scheme.two_level else None
+    scale, zero = _fit_all(w, index, scheme, grid, unit)
     codes = np.empty((rows, columns), np.int64)
     for i in range(rows):
         for j in range(columns):
@@ -196,6 +275,8 @@ def rtn(weight: npt.ArrayLike, scheme: Scheme, grid: Grid) -> Rounded:
         group_index=index,
         order=np.arange(columns),
         target=w.astype(np.float64),
+        grid=grid,
+        global_scale=unit or 1.0,
     )
 
 
@@ -206,16 +287,18 @@ def group_index(columns: int, scheme: Scheme) -> Int64:
     return np.array([j // scheme.group_size for j in range(columns)], np.int64)
 
 
-def _fit_all(weight: Float32, index: Int64, scheme: Scheme, grid: Grid) -> tuple[Float32, Int64]:
+def _fit_all(
+    weight: Float32, index: Int64, scheme: Scheme, grid: Grid, unit: float | None = None
+) -> tuple[Float32, Int64]:
     """Return (scale, zero_point), [rows or 1, groups], of a weight with the given groups."""
     if scheme.strategy == "tensor":
-        one, zero = fit(weight, scheme, grid)
+        one, zero = fit(weight, scheme, grid, unit)
         return np.full((1, 1), one, np.float32), np.full((1, 1), zero, np.int64)
     groups = int(index.max(initial=-1)) + 1
     scale, zeros = np.ones((len(weight), groups), np.float32), np.zeros((len(weight), groups))
     for i in range(len(weight)):
         for g in range(groups):
-            scale[i, g], zeros[i, g] = fit(weight[i, index == g], scheme, grid)
+            scale[i, g], zeros[i, g] = fit(weight[i, index == g], scheme, grid, unit)
     return scale, zeros.astype(np.int64)
 
 

@@ -6,25 +6,40 @@ elementwise or reduced within a group, hence the same bits whatever the thread c
 
 Conventions (docs/bounds.md, B1): rounding is half to even; the range of an asymmetric group
 always holds 0; zero points lie in [qmin, qmax]; stored scales are rounded *up*, so that storing
-a scale never clips a weight; an all-zero group has scale 1 and the code of 0.
+a scale never clips a weight; an all-zero group has scale 1 and the code of 0. On a grid with
+values the nearest value is taken, and of two that are as near the one with the even code (B2.d).
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
+
+import numpy as np
 import torch
 
+from qframe import scales
 from qframe.contracts import Grid, QuantizedWeight, RoundingProblem
-from qframe.errors import NonFiniteError
-from qframe.scheme import ScaleDtype, Scheme
+from qframe.errors import NonFiniteError, UnsupportedError
+from qframe.scales import round_down, round_up, smallest_positive
+from qframe.scheme import Scheme
+
+__all__ = [
+    "SHRINKS",
+    "check_scales",
+    "dequantize",
+    "encode",
+    "expand",
+    "fit_scales",
+    "group_index",
+    "round_down",
+    "round_up",
+    "scale_of_range",
+    "smallest_positive",
+    "tensor_scale",
+    "to_nearest",
+]
 
 SHRINKS = tuple(1 - k / 100 for k in range(80))  # candidates of the mse scale search
-
-# What rounding up to a storage dtype needs: mantissa bits dropped from float32, the smallest
-# normal and the smallest positive number, and the largest finite number.
-_STORAGE = {
-    "float16": (13, 2.0**-14, 2.0**-24, 65504.0),
-    "bfloat16": (16, 2.0**-126, 2.0**-133, 3.3895313892515355e38),
-}
 
 
 def group_index(columns: int, scheme: Scheme) -> torch.Tensor:
@@ -32,70 +47,78 @@ def group_index(columns: int, scheme: Scheme) -> torch.Tensor:
     return torch.arange(columns, dtype=torch.int32) // scheme.group_width(columns)
 
 
-def round_up(scale: torch.Tensor, dtype: ScaleDtype) -> torch.Tensor:
-    """Return the least number of `dtype` that is >= scale, as float32; inf where none is.
-
-    scale   any shape, float32, >= 0
-
-    >>> round_up(torch.tensor([1.0, 1.0001]), "float16")
-    tensor([1.0000, 1.0010])
-    """
-    if dtype == "float32":
-        return scale
-    dropped, normal, tiny, largest = _STORAGE[dtype]
-    mask = (1 << dropped) - 1
-    bits = scale.contiguous().view(torch.int32)
-    up = ((bits + mask) & ~mask).view(torch.float32)
-    subnormal = torch.ceil(scale * (1 / tiny)) * tiny if dtype == "float16" else up
-    up = torch.where(scale < normal, subnormal, up)
-    return torch.where(scale <= largest, up, torch.inf)  # inf for NaN too, whatever its bits
-
-
-def round_down(x: torch.Tensor, dtype: ScaleDtype) -> torch.Tensor:
-    """Return the largest number of `dtype` that is <= x, as float32; -inf where none is.
-
-    x   any shape, float32, finite, of any sign
-
-    >>> round_down(torch.tensor([1.0001, -1.0001]), "float16")
-    tensor([ 1.0000, -1.0010])
-    """
-    if dtype == "float32":
-        return x
-    dropped, normal, tiny, largest = _STORAGE[dtype]
-    cut = (x.contiguous().view(torch.int32) & ~((1 << dropped) - 1)).view(torch.float32)
-    if dtype == "float16":
-        cut = torch.where(x < normal, torch.floor(x * (1 / tiny)) * tiny, cut)
-    return torch.where(x < 0, -round_up(-x, dtype), cut.clamp(max=largest))
-
-
-def smallest_positive(dtype: ScaleDtype) -> float:
-    """Return the smallest positive number of a scale dtype."""
-    return 2.0**-149 if dtype == "float32" else _STORAGE[dtype][2]
-
-
 def scale_of_range(
-    lo: torch.Tensor, hi: torch.Tensor, scheme: Scheme, grid: Grid
+    lo: torch.Tensor,
+    hi: torch.Tensor,
+    scheme: Scheme,
+    grid: Grid,
+    global_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (scale, zero_point) that cover [lo, hi], elementwise, both float32.
 
-    Symmetric: scale = max(|lo|, |hi|) / ((qmax - qmin) / 2). With the full grid of b bits this
-    puts the end of the range half a step beyond qmax, so the half-step bound holds there too.
+    global_scale   [1], what scales of a two-level scheme are multiples of; see `tensor_scale`
+
+    Symmetric: scale = max(|lo|, |hi|) / grid.reach. With the full grid of b bits this puts the end
+    of the range half a step beyond qmax, so the half-step bound holds there too.
     Asymmetric: scale = (hi - lo) / (qmax - qmin), zero_point = qmin - lo / scale, rounded.
+
+    Raises UnsupportedError for a grid whose values do not reach what the scheme asks for.
     """
-    if scheme.symmetric:
-        extent = torch.maximum(lo.abs(), hi.abs())
-        scale = extent / ((grid.qmax - grid.qmin) / 2)
-    else:
-        lo, hi = lo.clamp(max=0), hi.clamp(min=0)
-        extent = hi - lo
-        scale = extent / (grid.qmax - grid.qmin)
-    scale = round_up(scale, scheme.scale_dtype)
+    extent, scale = _ideal(lo, hi, scheme, grid)
+    if scheme.scale_rule == "ocp":
+        power = torch.frexp(extent).exponent - int(np.frexp(grid.reach)[1])
+        scale = scales.power_of_two(power.clamp(-127, 127))
+        scale = torch.where(torch.isfinite(extent), scale, torch.inf)
+    elif global_scale is None:
+        scale = round_up(scale, scheme.scale_dtype)
+    else:  # the clamp is for what two roundings may add to the largest group
+        own = (scale / global_scale).clamp(max=scales.largest_number(scheme.scale_dtype))
+        scale = round_up(own, scheme.scale_dtype)
     # A group that is not all zero must not vanish because its scale underflows.
     scale = torch.where((scale == 0) & (extent > 0), smallest_positive(scheme.scale_dtype), scale)
     scale = torch.where(extent == 0, torch.ones_like(scale), scale)
+    if global_scale is not None:
+        scale = scale * global_scale
     if scheme.symmetric:
         return scale, torch.zeros_like(scale)
-    return scale, torch.clamp(torch.round(grid.qmin - lo / scale), grid.qmin, grid.qmax)
+    zero = torch.clamp(torch.round(grid.qmin - lo.clamp(max=0) / scale), grid.qmin, grid.qmax)
+    return scale, zero
+
+
+def _ideal(
+    lo: torch.Tensor, hi: torch.Tensor, scheme: Scheme, grid: Grid
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (extent, extent over what the grid covers at scale 1)."""
+    if scheme.symmetric:
+        if not grid.reach > 0:
+            raise UnsupportedError(
+                f"format {scheme.format_name!r}: its values do not lie on both sides of 0, so no "
+                f"symmetric scheme can use it"
+            )
+        extent = torch.maximum(lo.abs(), hi.abs())
+        return extent, extent / grid.reach
+    if grid.values is not None:
+        raise UnsupportedError(
+            f"format {scheme.format_name!r}: zero points are for integers; use symmetric: true"
+        )
+    extent = hi.clamp(min=0) - lo.clamp(max=0)
+    return extent, extent / (grid.qmax - grid.qmin)
+
+
+def tensor_scale(weight: torch.Tensor, scheme: Scheme, grid: Grid) -> torch.Tensor | None:
+    """Return what the scales of a two-level scheme are multiples of, [1] float32; else None.
+
+    The largest scale of the minmax rule over the largest number of scale_dtype, rounded up to 16
+    significant bits; 1 for a tensor of zeros.
+    """
+    if not scheme.two_level:
+        return None
+    grouped = _grouped(weight, scheme)
+    if not grouped.numel():
+        return torch.ones(1)
+    extent, ideal = _ideal(grouped.amin(-1), grouped.amax(-1), scheme, grid)
+    whole = scales.round_up_of_tensor(ideal.max() / scales.largest_number(scheme.scale_dtype))
+    return torch.where(extent.max() == 0, 1.0, whole).reshape(1)
 
 
 def fit_scales(
@@ -106,15 +129,18 @@ def fit_scales(
     weight   [rows, columns] float32; groups are contiguous columns
     name     of the layer, for messages
 
+    In a two-level scheme scales are numbers of scale_dtype times `tensor_scale` of the weight.
+
     Raises NonFiniteError when a scale does not fit its storage dtype.
     """
     grouped = _grouped(weight, scheme)
     lo, hi = grouped.amin(-1), grouped.amax(-1)
-    scale, zero = scale_of_range(lo, hi, scheme, grid)
+    whole = tensor_scale(weight, scheme, grid)
+    scale, zero = scale_of_range(lo, hi, scheme, grid, whole)
     if scheme.observer == "mse":
         best = _squared_error(grouped, scale, zero, scheme, grid)
         for shrink in SHRINKS[1:]:
-            trial, trial_zero = scale_of_range(lo * shrink, hi * shrink, scheme, grid)
+            trial, trial_zero = scale_of_range(lo * shrink, hi * shrink, scheme, grid, whole)
             error = _squared_error(grouped, trial, trial_zero, scheme, grid)
             better = error < best
             best = torch.where(better, error, best)
@@ -155,11 +181,43 @@ def encode(
     """Return the nearest codes, [rows, columns] int16: clip(rint(w / scale) + zero_point).
 
     index   [columns], the group of each column
+
+    On a grid with values it is the code of the value nearest to w / scale, rounded to float32; of
+    two that are as near, the even one.
     """
     rows = weight.shape[0]
-    steps = torch.round(weight / expand(scale, index, rows))
-    codes = steps + expand(zero_point, index, rows)
+    quotient = weight / expand(scale, index, rows)
+    if grid.values is not None:
+        return _nearest_value(quotient, grid).add_(grid.qmin).to(torch.int16)
+    codes = torch.round(quotient) + expand(zero_point, index, rows)
     return codes.clamp(grid.qmin, grid.qmax).to(torch.int16)
+
+
+def _nearest_value(quotient: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """Return which value is the nearest, counted from 0, int32."""
+    return torch.bucketize(quotient, _thresholds(grid), right=True, out_int32=True)
+
+
+@lru_cache(maxsize=64)
+def _thresholds(grid: Grid) -> torch.Tensor:
+    """Return for each value but the first the least float32 that is rounded to it.
+
+    The midpoint, where that is a float32 and the upper code is even; else the next float32 above
+    it. Midpoints are exact in float64, unless neighbours are more than 2^29 times apart.
+    """
+    values = np.array(grid.values, np.float64)
+    middles = (values[1:] + values[:-1]) / 2
+    near = middles.astype(np.float32)
+    upper_is_even = (np.arange(grid.qmin + 1, grid.qmax + 1) % 2) == 0
+    reached = (near > middles) | ((near == middles) & upper_is_even)
+    above = np.nextafter(near, np.float32(np.inf))
+    return torch.from_numpy(np.where(reached, near, above))
+
+
+@lru_cache(maxsize=64)
+def _values(grid: Grid) -> torch.Tensor:
+    """Return the values of a grid, float32."""
+    return torch.tensor(grid.values, dtype=torch.float32)
 
 
 def to_nearest(problem: RoundingProblem) -> QuantizedWeight:
@@ -167,12 +225,26 @@ def to_nearest(problem: RoundingProblem) -> QuantizedWeight:
     scale, zero_point = fit_scales(problem.weight, problem.scheme, problem.grid, name=problem.name)
     index = group_index(problem.weight.shape[1], problem.scheme)
     codes = encode(problem.weight, scale, zero_point, index, problem.grid)
-    return QuantizedWeight(codes=codes, scale=scale, zero_point=zero_point, group_index=index)
+    return QuantizedWeight(
+        codes=codes,
+        scale=scale,
+        zero_point=zero_point,
+        group_index=index,
+        grid=None if problem.grid.values is None else problem.grid,
+        global_scale=tensor_scale(problem.weight, problem.scheme, problem.grid),
+    )
 
 
 def dequantize(quantized: QuantizedWeight) -> torch.Tensor:
-    """Return the weights that the codes stand for: scale * (code - zero_point), float32."""
+    """Return the weights that the codes stand for, float32.
+
+    scale * (code - zero_point), or scale * value where `quantized.grid` has values.
+    """
     rows, index = quantized.codes.shape[0], quantized.group_index
+    grid = quantized.grid
+    if grid is not None and grid.values is not None:
+        values = _values(grid)[(quantized.codes - grid.qmin).int()]
+        return values * expand(quantized.scale, index, rows)
     steps = quantized.codes - expand(quantized.zero_point, index, rows)
     return steps.to(torch.float32) * expand(quantized.scale, index, rows)
 
@@ -196,8 +268,11 @@ def _squared_error(
 ) -> torch.Tensor:
     """Return the squared rounding error of each group, float64 [rows or 1, groups]."""
     scale, zero = scale[..., None], zero[..., None]
-    codes = (torch.round(grouped / scale) + zero).clamp(grid.qmin, grid.qmax)
-    error = (grouped - scale * (codes - zero)).square()
+    if grid.values is not None:
+        steps = _values(grid)[_nearest_value(grouped / scale, grid)]
+    else:
+        steps = (torch.round(grouped / scale) + zero).clamp(grid.qmin, grid.qmax) - zero
+    error = (grouped - scale * steps).square()
     if scheme.strategy != "tensor":
         return error.sum(-1, dtype=torch.float64)
     # One reduction over a whole tensor would depend on the thread count: sum rows, then rows.

@@ -1,7 +1,8 @@
 """What to quantize to: number format, granularity, and the rule that makes scales.
 
 The words are those of compressed-tensors; the words of GPTQ, AWQ and their relatives are
-accepted as aliases.
+accepted as aliases. The microscaling formats are schemes: a number format, groups, and scales of
+eight bits (OCP, Microscaling Formats (MX) Specification 1.0, 2023; NVIDIA's NVFP4).
 """
 
 from __future__ import annotations
@@ -15,7 +16,19 @@ from qframe.errors import RecipeError
 from qframe.strict import Strict, suggestion
 
 ScaleDtype = Literal["float32", "float16", "bfloat16"]
-_SCALE_BITS = {"float32": 32, "float16": 16, "bfloat16": 16}
+WeightScaleDtype = Literal["float32", "float16", "bfloat16", "e8m0", "e4m3"]
+_SCALE_BITS = {"float32": 32, "float16": 16, "bfloat16": 16, "e8m0": 8, "e4m3": 8}
+_FIELD_FORMATS: Mapping[str, tuple[str, int]] = {
+    "fp8_e4m3": ("float", 8),
+    "fp8_e5m2": ("float", 8),
+    "fp6_e2m3": ("float", 6),
+    "fp6_e3m2": ("float", 6),
+    "fp4_e2m1": ("float", 4),
+    "nf4": ("float", 4),
+    "ternary": ("int", 2),
+}
+"""Formats that the field knows by name -> (type, num_bits), which need not be said then."""
+_USUAL = {"float8": "fp8_e4m3", "float4": "fp4_e2m1"}  # what type and bits alone mean
 _WORD = 32  # packed rows are padded to whole 32-bit words
 
 
@@ -23,15 +36,20 @@ class Scheme(Strict):
     """How the weights of one layer are quantized.
 
     num_bits      bits of a code
-    type          int or float
+    type          int, codes are integers; float, they stand for values that a format lists
+    format        the number format's name, e.g. nf4; by default that of type and num_bits: int4,
+                  and for floats fp8_e4m3 and fp4_e2m1
     symmetric     zero point fixed at 0; else a zero point per scale, and the range holds 0
     strategy      one scale per tensor, per channel (row), or per group of `group_size` columns
     group_size    columns of a row that share a scale; the last group may be shorter
     observer      how a scale is found: minmax (nothing is clipped) or mse (the clipping that
                   has the least squared weight error)
     scale_rule    symmetric only. full: codes -2^(b-1)..2^(b-1)-1, scale absmax / (2^b - 1) * 2;
-                  restricted: codes -(2^(b-1)-1)..2^(b-1)-1, scale absmax / (2^(b-1) - 1)
-    scale_dtype   how scales are stored; they are rounded up, so that nothing is clipped by it
+                  restricted: codes -(2^(b-1)-1)..2^(b-1)-1, scale absmax / (2^(b-1) - 1).
+                  Floats have one grid, scale absmax / largest value. ocp, for floats with scales
+                  e8m0: 2^(floor(log2 absmax) - floor(log2 largest)), which may clip
+    scale_dtype   how scales are stored; they are rounded up, so that nothing is clipped by it.
+                  e8m0: powers of two; e4m3: numbers of fp8_e4m3, times one float32 of the tensor
 
     >>> Scheme.preset("W4A16", group_size=64).bits_per_weight(576, 576)
     4.25
@@ -39,12 +57,13 @@ class Scheme(Strict):
 
     num_bits: int = 4
     type: Literal["int", "float"] = "int"
+    format: str | None = None
     symmetric: bool = True
     strategy: Literal["tensor", "channel", "group"] = "group"
     group_size: int | None = None
     observer: Literal["minmax", "mse"] = "minmax"
-    scale_rule: Literal["full", "restricted"] = "full"
-    scale_dtype: ScaleDtype = "float16"
+    scale_rule: Literal["full", "restricted", "ocp"] = "full"
+    scale_dtype: WeightScaleDtype = "float16"
 
     aliases: ClassVar[Mapping[str, str]] = {
         "bits": "num_bits",
@@ -69,6 +88,12 @@ class Scheme(Strict):
                 if not isinstance(out[inverse], bool):  # bool("false") is True
                     raise ValueError(f"{inverse!r} must be true or false, got {out[inverse]!r}")
                 out["symmetric"] = not out.pop(inverse)
+        if out.get("format") in _FIELD_FORMATS:
+            type_, bits = _FIELD_FORMATS[out["format"]]
+            if not {"num_bits", "bits", "w_bit", "wbits"} & out.keys():
+                out["num_bits"] = bits
+            if not {"type", "data_type"} & out.keys():
+                out["type"] = type_
         sizes = [key for key in ("group_size", "q_group_size", "groupsize") if key in out]
         if len(sizes) > 1:
             raise ValueError("'group_size' is given twice (also under an alias)")
@@ -98,6 +123,20 @@ class Scheme(Strict):
             raise ValueError(
                 f"group_size={self.group_size} needs strategy 'group', got {self.strategy!r}"
             )
+        known = _FIELD_FORMATS.get(self.format or "", (self.type, self.num_bits))
+        if known != (self.type, self.num_bits):
+            raise ValueError(
+                f"format {self.format!r} has type {known[0]!r} and num_bits {known[1]}, got "
+                f"{self.type!r} and {self.num_bits}; leave both away"
+            )
+        if self.type == "float" and not self.symmetric:
+            raise ValueError("zero points are for type 'int'; floats need symmetric: true")
+        ocp = (self.type, self.scale_dtype, self.observer) == ("float", "e8m0", "minmax")
+        if self.scale_rule == "ocp" and not ocp:
+            raise ValueError(
+                "scale_rule 'ocp' is for type 'float', scale_dtype 'e8m0' and observer 'minmax', "
+                f"got {self.type!r}, {self.scale_dtype!r} and {self.observer!r}; use 'full'"
+            )
         return self
 
     @classmethod
@@ -109,9 +148,18 @@ class Scheme(Strict):
         return base.replace(**changes) if changes else base
 
     def replace(self, **changes: Any) -> Self:
-        """Return a copy with changes, validated; a new group_size brings its strategy along."""
+        """Return a copy with changes, validated.
+
+        A new group_size brings its strategy along, a new format its type and num_bits; new bits
+        or a new type are those of their usual format.
+        """
         canonical = {self.aliases.get(key, key): value for key, value in changes.items()}
         kept = self.model_dump()
+        if "format" in canonical:
+            kept.pop("num_bits")
+            kept.pop("type")
+        elif {"num_bits", "type"} & canonical.keys():
+            kept.pop("format")
         if {"group_size", "strategy"} & canonical.keys():
             kept.pop("strategy")
             kept.pop("group_size")
@@ -122,7 +170,13 @@ class Scheme(Strict):
     @property
     def format_name(self) -> str:
         """The number format that the scheme uses, e.g. "int4"."""
-        return f"{self.type}{self.num_bits}"
+        plain = f"{self.type}{self.num_bits}"
+        return self.format or _USUAL.get(plain, plain)
+
+    @property
+    def two_level(self) -> bool:
+        """Whether scales are multiples of one of the whole tensor, which is stored as well."""
+        return self.scale_dtype == "e4m3"
 
     def group_width(self, columns: int) -> int:
         """Return how many columns of a row share a scale."""
@@ -141,7 +195,8 @@ class Scheme(Strict):
     def storage_bits(self, rows: int, columns: int) -> dict[str, int]:
         """Return the bits that codes, scales and zero points take in a file.
 
-        Each row of codes (and of zero points) is a bit stream padded to whole 32-bit words.
+        Each row of codes (and of zero points) is a bit stream padded to whole 32-bit words. The
+        scale of a tensor, where there is one, counts among the scales.
 
         >>> Scheme.preset("W4A16").storage_bits(2, 256)
         {'codes': 2048, 'scale': 64, 'zero_point': 0}
@@ -149,7 +204,7 @@ class Scheme(Strict):
         scale_rows, groups = self.scale_shape(rows, columns)
         return {
             "codes": rows * _padded(columns * self.num_bits),
-            "scale": scale_rows * groups * _SCALE_BITS[self.scale_dtype],
+            "scale": scale_rows * groups * _SCALE_BITS[self.scale_dtype] + 32 * self.two_level,
             "zero_point": 0 if self.symmetric else scale_rows * _padded(groups * self.num_bits),
         }
 
@@ -161,7 +216,10 @@ class Scheme(Strict):
         """Return a short description, e.g. "int4 symmetric, group 64, minmax"."""
         size = f" {self.group_size}" if self.group_size else ""
         kind = "symmetric" if self.symmetric else "asymmetric"
-        return f"{self.format_name} {kind}, {self.strategy}{size}, {self.observer}"
+        rule = ", scales ocp" if self.scale_rule == "ocp" else ""
+        if not rule and _SCALE_BITS[self.scale_dtype] == 8:
+            rule = f", scales {self.scale_dtype}"
+        return f"{self.format_name} {kind}, {self.strategy}{size}, {self.observer}{rule}"
 
 
 def _padded(bits: int) -> int:
@@ -174,4 +232,10 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "W4A16_ASYM": {"num_bits": 4, "group_size": 128, "symmetric": False},
     "W3A16": {"num_bits": 3, "group_size": 128},
     "W2A16": {"num_bits": 2, "group_size": 128},
+    "W8A16_FP8": {"format": "fp8_e4m3", "strategy": "channel"},
+    "MXFP8": {"format": "fp8_e4m3", "group_size": 32, "scale_dtype": "e8m0"},
+    "MXFP4": {"format": "fp4_e2m1", "group_size": 32, "scale_dtype": "e8m0"},
+    "NVFP4": {"format": "fp4_e2m1", "group_size": 16, "scale_dtype": "e4m3"},
+    "NF4": {"format": "nf4", "group_size": 64},
+    "TERNARY": {"format": "ternary", "group_size": 128, "observer": "mse"},
 }

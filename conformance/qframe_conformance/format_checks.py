@@ -8,6 +8,7 @@ numbers beyond the range.
 from __future__ import annotations
 
 import itertools
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -161,7 +162,7 @@ def scenarios(number_format: Any) -> list[Scenario]:
 
 @check(KIND, "structure")
 def name_says_what_it_is(case: FormatCase) -> Outcome:
-    """The name is type and bits, as schemes look formats up, with 1 to 8 bits."""
+    """The name is a word for a scheme's `format`; one like int4 says type and bits. 1 to 8 bits."""
     this = case.number_format
     require(this.type in ("int", "float"), f"type={this.type!r}, expected 'int' or 'float'")
     require(
@@ -169,7 +170,12 @@ def name_says_what_it_is(case: FormatCase) -> Outcome:
         f"num_bits={this.num_bits!r}, expected an int from 1 to 8",
     )
     wanted = f"{this.type}{this.num_bits}"
-    require(this.name == wanted, f"name={this.name!r}, but schemes ask for {wanted!r}")
+    if re.fullmatch(r"u?(int|float)\d*", str(this.name)):
+        require(this.name == wanted, f"name={this.name!r}, but schemes ask for {wanted!r}")
+    require(
+        isinstance(this.name, str) and re.fullmatch(r"[a-z]\w*", this.name),
+        f"name={this.name!r} cannot be a scheme's format: give a lower-case word",
+    )
     return None
 
 
@@ -178,6 +184,20 @@ def is_a_grid(case: FormatCase) -> Outcome:
     """A grid has as many values as codes, ascending and finite, and no more than bits can tell."""
     wrong = fault(case.answer, case.number_format.num_bits)
     require(not wrong, wrong)
+    return None
+
+
+@check(KIND, "structure")
+def integers_are_codes(case: FormatCase) -> Outcome:
+    """Codes of type "int" stand for themselves, as methods for integers take them."""
+    if case.number_format.type != "int":
+        return SKIPPED
+    codes = np.arange(case.grid.qmin, case.grid.qmax + 1)
+    values = values_of(case.grid)
+    require(
+        np.array_equal(values, codes),
+        f"codes from {codes[0]} stand for values from {values[0]}: the type should be 'float'",
+    )
     return None
 
 

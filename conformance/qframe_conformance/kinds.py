@@ -116,6 +116,9 @@ def between_codes(
     """Return exact ties of `grid`, and the float32 numbers next to them; arguments as `on_grid`."""
     steps, ends = _steps(rng, shape, grid, width, symmetric=symmetric)
     middle = np.where(steps > 0, steps - 0.5, steps + 0.5)
+    if grid.values is not None:
+        values = np.array(grid.values)
+        middle = rng.choice((values[1:] + values[:-1]) / 2, shape)
     numbers = np.where(ends, steps, nudged(rng, middle))
     return np.asarray(numbers * 2.0 ** int(rng.integers(-8, 3)), np.float32)
 
@@ -127,8 +130,11 @@ def _steps(
     place = np.arange(shape[1]) % width
     levels = grid.qmax - grid.qmin
     if symmetric:
-        reach = levels / 2
-        steps = rng.integers(-int(reach), int(reach) + 1, shape).astype(np.float64)
+        reach = grid.reach
+        if grid.values is None:
+            steps = rng.integers(-int(reach), int(reach) + 1, shape).astype(np.float64)
+        else:
+            steps = rng.choice(np.array(grid.values), shape)
         signs = np.where(rng.random((shape[0], 1)) < 1 / 2, -reach, reach)
         ends = place == 0
         steps[:, ends] = signs

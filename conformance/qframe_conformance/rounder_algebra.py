@@ -19,6 +19,7 @@ from qframe.claims import (
     claims_of,
 )
 from qframe.rounding import round_up
+from qframe.scales import SMALLEST_OF_TENSOR
 from qframe_conformance.checks import SKIPPED, Outcome, Violation, check, require, same_bits, within
 from qframe_conformance.kinds import Float64
 from qframe_conformance.rounder_cases import CalibrationCase, RounderCase, fields_of
@@ -37,9 +38,8 @@ Mask = npt.NDArray[np.bool_]
 
 @check("rounder", "algebra", "B1.d", unless=layers())
 def decodes(case: RounderCase) -> Outcome:
-    """The stored weight is scale times (code - zero point), as one float32 product."""
-    scale, zero, codes = case.per_weight()
-    steps = codes - zero
+    """The stored weight is scale times (code - zero point), or times value: one float32 product."""
+    (scale, _, _), steps = case.per_weight(), case.steps()
     values = case.packed.dequantize().numpy()
     allowed = bounds.decode(scale, steps)
     return within(values - scale * steps, allowed, "|stored value - s (c - z)|", "B1.d")
@@ -74,7 +74,8 @@ def _unless_rows_mix(rounder: Any, scheme: Scheme) -> str | None:
 def row_independence(case: RounderCase) -> Outcome:
     """Every other row, in another order, has the codes and scales that it had among all."""
     made, count = case.quantized, len(case.weight)
-    if case.answer.used or count < 2:  # other rows would get other random numbers
+    # Other rows would get other random numbers, or another scale of the tensor.
+    if case.answer.used or count < 2 or case.scheme.two_level:
         return SKIPPED
     rows = torch.from_numpy(np.random.default_rng(case.seed).permutation(count)[::2])
     alone = case.again(weight=case.weight[rows])
@@ -124,8 +125,11 @@ def scale_equivariance(case: RounderCase) -> Outcome:
     same_bits(made.codes[chosen], scaled.codes[chosen], f"codes of 2^{power} times the weights")
     if case.scheme.strategy == "tensor":
         chosen = torch.tensor([0])
-    ideal = torch.from_numpy(_ideal(case))[chosen]
-    expected = torch.where(ideal > 0, made.scale[chosen] * 2.0**power, made.scale[chosen])
+    ideal = torch.from_numpy(_ideal(case))
+    moves = (ideal > 0)[chosen]
+    if case.scheme.two_level:  # groups of zeros have the scale of the tensor
+        moves = (ideal.amax() > 0).expand_as(moves) if ideal.numel() else moves
+    expected = torch.where(moves, made.scale[chosen] * 2.0**power, made.scale[chosen])
     same_bits(expected, scaled.scale[chosen], f"scales of 2^{power} times the weights")
     same_bits(made.zero_point[chosen], scaled.zero_point[chosen], "zero points")
     return None
@@ -146,7 +150,11 @@ def _normal_rows(case: RounderCase, factor: float) -> Mask:
         case.scheme.scale_dtype, np.finfo(np.float32).smallest_normal
     )
     fits = (ideal == 0) | (ideal >= least)
-    if case.scheme.strategy == "tensor" or not case.rounder.capabilities.row_independent:
+    whole = case.quantized.global_scale
+    if whole is not None:
+        fits &= bool(ideal.max(initial=0) == 0 or whole * factor >= SMALLEST_OF_TENSOR)
+    together = case.scheme.strategy == "tensor" or whole is not None
+    if together or not case.rounder.capabilities.row_independent:
         return np.full(len(magnitude), bool(normal.all() and fits.all()))
     rows: Mask = normal.all(1) & fits.all(1)
     return rows
@@ -160,7 +168,7 @@ def _unless_mirrored(rounder: Any, scheme: Scheme) -> str | None:
 def sign_symmetry(case: RounderCase) -> Outcome:
     """Where the grid is its own mirror image, -W has the codes of W with the other sign."""
     grid = case.problem.grid
-    if grid.qmin != -grid.qmax or case.weight.numel() == 0:
+    if not grid.mirrored or case.weight.numel() == 0:
         return SKIPPED
     made, mirrored = case.quantized, case.again(weight=-case.weight)
     same_bits(-made.codes, mirrored.codes, "codes of -W")
@@ -192,12 +200,28 @@ def idempotence(case: RounderCase) -> Outcome:
 def _spanned(case: RounderCase) -> Mask:
     """Return which groups have codes at the ends of the grid, [rows or 1, groups]."""
     made, grid = case.quantized, case.problem.grid
-    mirrored = case.scheme.symmetric and grid.qmin == -grid.qmax
-    if case.scheme.observer != "minmax" or not (mirrored or not case.scheme.symmetric):
+    mirrored = case.scheme.symmetric and grid.mirrored
+    kept = case.scheme.observer == "minmax" and case.scheme.scale_rule != "ocp"
+    if not kept or not (mirrored or not case.scheme.symmetric) or not _ends_are_exact(case):
         return np.zeros(made.scale.shape, np.bool_)
     codes = made.codes.numpy()
     low, high = _any_of_groups(case, codes == grid.qmin), _any_of_groups(case, codes == grid.qmax)
     return low | high if mirrored else low & high
+
+
+def _ends_are_exact(case: RounderCase) -> bool:
+    """Return whether scales times the ends of the grid are float32 numbers, as B1.e wants them.
+
+    With float32 scales it is enough that codes come again. The scale of a tensor comes again where
+    its largest group has codes at an end, so not in asymmetric schemes.
+    """
+    dtype, grid = case.scheme.scale_dtype, case.problem.grid
+    if dtype == "float32":
+        return True
+    span = grid.reach if case.scheme.symmetric else grid.qmax - grid.qmin
+    digits = {"float16": 13, "bfloat16": 16, "e8m0": 24, "e4m3": 4}[dtype]
+    fits = float(np.ldexp(span, digits - np.frexp(span)[1])).is_integer()
+    return fits and not (case.scheme.two_level and not case.scheme.symmetric)
 
 
 def _of_weights(case: RounderCase, groups: Mask) -> Mask:
@@ -223,18 +247,22 @@ def fixed_point(case: RounderCase) -> Outcome:
     if case.scheme.observer != "minmax" or case.weight.numel() == 0:
         return SKIPPED
     grid, dtype = case.problem.grid, case.scheme.scale_dtype
-    if case.scheme.symmetric and grid.qmin != -grid.qmax:
+    if (case.scheme.symmetric and not grid.mirrored) or case.scheme.scale_rule == "ocp":
         return SKIPPED
-    ideal = _ideal(case)
-    stored = round_up(torch.from_numpy(np.float32(ideal)), dtype).numpy()
+    ideal, whole = _ideal(case), case.quantized.global_scale
+    unit = np.float32(1) if whole is None else whole.numpy()
+    stored = round_up(torch.from_numpy(np.float32(ideal) / unit), dtype).numpy() * unit
     lo, hi = group_ranges(case.problem, case.quantized.group_index)
     extent = hi - lo
     exact = (ideal > 0) & (stored == ideal) & (np.float32(extent) == extent)
     scale = np.broadcast_to(ideal[:, case.quantized.group_index.numpy()], case.weight.shape)
     weight = case.weight.numpy()
     with np.errstate(divide="ignore", invalid="ignore"):
-        steps = np.rint(weight / scale)
-        on_grid = weight == steps * scale
+        if grid.values is None:
+            steps = np.rint(weight / scale)
+        else:
+            steps = bounds.nearest_value(weight / scale, grid.values)
+        on_grid = weight == np.float32(steps * scale)
     exact &= ~_any_of_groups(case, ~on_grid)
     if not exact.any():
         return SKIPPED

@@ -117,6 +117,14 @@ class RounderCase:
         made: QuantizedWeight = answer.made
         return made
 
+    def steps(self) -> Float64:
+        """Return what every code stands for at scale 1, [rows, columns] float64."""
+        _, zero, codes = self.per_weight()
+        if self.problem.grid.values is None:
+            return codes - zero
+        places = self.quantized.codes.numpy().astype(np.int64) - self.problem.grid.qmin
+        return np.array(self.problem.grid.values)[places]
+
     def per_weight(self) -> tuple[Float64, Float64, Float64]:
         """Return (scale, zero point, code) of every weight, each [rows, columns] float64."""
         made = self.quantized

@@ -60,11 +60,26 @@ def scenarios(rounder: Any) -> list[Scenario]:
 
 
 def all_schemes() -> list[Scheme]:
-    """Return one scheme of every class: bits, symmetric or not, strategy."""
+    """Return one scheme of every class: bits, symmetric or not, strategy; floats by format."""
+    classes = [(bits, each) for bits in BITS for each in (True, False)]
+    sizes = [(strategy, 8 if strategy == "group" else None) for strategy in STRATEGIES]
     return [
-        scheme_of(bits, symmetric, strategy, 8 if strategy == "group" else None)[0]
-        for bits, symmetric, strategy in itertools.product(BITS, (True, False), STRATEGIES)
+        *(
+            scheme_of(bits, symmetric, *granularity)[0]
+            for (bits, symmetric), granularity in itertools.product(classes, sizes)
+        ),
+        *(
+            scheme_of(bits, True, *granularity, format_name=name)[0]
+            for (name, bits), granularity in itertools.product(float_formats(), sizes)
+        ),
     ]
+
+
+def float_formats() -> list[tuple[str, int]]:
+    """Return (name, bits) of every installed number format whose codes stand for values."""
+    host = installed_host()
+    made = [host.get("number format", name) for name in host.names("number format")]
+    return [(each.name, each.num_bits) for each in made if each.type == "float"]
 
 
 def is_declared(rounder: Any, scheme: Scheme) -> bool:
@@ -81,10 +96,16 @@ def scheme_of(
     rule: Any = "full",
     dtype: Any = "float16",
     observer: Any = "minmax",
+    format_name: str | None = None,
 ) -> tuple[Scheme, Grid]:
-    """Return a scheme and the grid of the installed format."""
+    """Return a scheme and the grid of the installed format.
+
+    format_name   of floats; None for integers
+    """
     scheme = Scheme(
         num_bits=bits,
+        type="int" if format_name is None else "float",
+        format=format_name,
         symmetric=symmetric,
         strategy=strategy,
         group_size=size,
@@ -108,7 +129,20 @@ _RULES = tuple(
     for rule in ("full", "restricted")
 )
 # The search of the mse observer costs as much as all the rest, so it is rare.
-_SCALES = st.sampled_from((*_RULES * 8, ("full", "float16", "mse")))
+_SEARCH = ("full", "float16", "mse")
+# Scales of eight bits, for those who declare them; only floats have the last rule.
+_EIGHT_BITS = (("full", "e8m0", "minmax"), ("full", "e4m3", "minmax"), ("ocp", "e8m0", "minmax"))
+
+
+@cache
+def scale_rules(dtypes: frozenset[str], floats: bool) -> st.SearchStrategy[tuple[str, str, str]]:
+    """Draw (scale_rule, scale_dtype, observer) of the dtypes that a rounder declares."""
+    more = [each for each in _EIGHT_BITS[: 3 if floats else 2] if each[1] in dtypes]
+    rules = [each for each in _RULES if each[1] in dtypes]
+    searches = [(_SEARCH[0], each, _SEARCH[2]) for _, each, _ in more[:2]]
+    searches += [_SEARCH] * (_SEARCH[1] in dtypes)
+    return st.sampled_from((*(*rules, *more) * 8, *searches))
+
 
 KINDS = 14
 _FIRST = st.integers(0, KINDS - 1)
@@ -118,7 +152,8 @@ _ROWS = st.sampled_from((0, 1, 2, 3, *[KINDS] * 8))  # mostly of every kind, oft
 def layers(rounder: Any, scheme: Scheme) -> st.SearchStrategy[RounderCase]:
     """Draw layers with this kind of scheme: rows of all kinds, groups of any width."""
     inputs = _INPUTS if rounder.needs else st.just(0)
-    drawn = st.tuples(_ROWS, _FIRST, _COLUMNS, _WIDTHS, _SCALES, inputs, _SEEDS)
+    scales = scale_rules(rounder.capabilities.scale_dtypes, scheme.type == "float")
+    drawn = st.tuples(_ROWS, _FIRST, _COLUMNS, _WIDTHS, scales, inputs, _SEEDS)
 
     def make(choices: tuple[Any, ...]) -> RounderCase:
         return layer(rounder, scheme, *choices)
@@ -147,7 +182,10 @@ def layer(
     inputs  which kind of activations the statistics are of
     """
     size = group_sizes(columns)[width] if kind.strategy == "group" else None
-    scheme, grid = scheme_of(kind.num_bits, kind.symmetric, kind.strategy, size, *scales)
+    name = kind.format if kind.type == "float" else None
+    scheme, grid = scheme_of(
+        kind.num_bits, kind.symmetric, kind.strategy, size, *scales, format_name=name
+    )
     rng = np.random.default_rng(seed)
     x = kinds.INPUTS[inputs](rng, columns) if rounder.needs else None
     choice = row_kinds(grid, scheme.group_width(columns), scheme.symmetric, x is not None)

@@ -16,6 +16,8 @@ _LARGEST = {
     "float32": torch.finfo(torch.float32).max,
     "float16": torch.finfo(torch.float16).max,
     "bfloat16": torch.finfo(torch.bfloat16).max,
+    "e8m0": 2.0**127,
+    "e4m3": torch.finfo(torch.float32).max,  # of the product with the scale of the tensor
 }
 
 
@@ -41,7 +43,9 @@ def _overflows(problem: RoundingProblem) -> bool:
     lo, hi = group_ranges(problem, index)
     ideal = bounds.ideal_scale(lo, hi, problem.grid, symmetric=problem.scheme.symmetric)
     dtype = problem.scheme.scale_dtype
-    _, highest = bounds.scale_rule(ideal, dtype)
+    if problem.scheme.two_level and ideal.max(initial=0) > 0:
+        ideal = bounds.tensor_scale(ideal.max())[1] * 448
+    _, highest = bounds.scale_rule(ideal, "float32" if problem.scheme.two_level else dtype)
     return bool((highest > _LARGEST[dtype]).any())
 
 

@@ -68,7 +68,9 @@ from qframe.bounds.rounding import (
     ideal_scale,
     nearest,
     nearest_code,
+    ocp_scale,
     scale_rule,
+    tensor_scale,
     zero_point_added,
 )
 from qframe.bounds.sums import exact_sum, hessian_sum, second_moments, weight_only
@@ -117,6 +119,7 @@ __all__ = [
     "nearest_code",
     "nearest_value",
     "no_worse",
+    "ocp_scale",
     "output_bound",
     "radius",
     "ratio",
@@ -130,6 +133,7 @@ __all__ = [
     "search_slack",
     "second_moments",
     "softmax",
+    "tensor_scale",
     "token_scale",
     "weight_only",
     "worst",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
 from qframe.bounds.arithmetic import ETA, UNIT, Array, Numbers, as_array, gamma
 from qframe.contracts import Grid
@@ -45,13 +46,14 @@ def nearest(
 
     A code is the nearest to its weight if and only if the error is at most half a step, or the
     code is an end of the grid and the weight lies beyond it: a larger error counts as 0 there. This
-    is `nearest_code` without the search, for a grid of equal steps.
+    is `nearest_code` without the search, for a grid of equal steps. B2.d: on a grid with values it
+    is half of the gap on the side of the weight.
 
-    delta       s (c - z) - w
+    delta       s (c - z) - w, or s v - w
     allowance   the rounding of the quotient, `roundings` u |w|; and `zero_point_added`
     """
     d, c = as_array(delta), np.asarray(codes)
-    half = as_array(as_array(scale) / 2)
+    half = as_array(scale) * _half_gaps(d, c, grid)
     error, allowed = np.asarray(np.abs(d)), as_array(half + as_array(allowance))
     over = np.flatnonzero(error > half)  # few: only these need an excuse
     if len(over):
@@ -59,6 +61,18 @@ def nearest(
         excused = ((code == grid.qmin) & (beyond > 0)) | ((code == grid.qmax) & (beyond < 0))
         np.put(error, over[excused & np.isfinite(beyond)], 0)
     return error, allowed
+
+
+def _half_gaps(delta: Array, codes: npt.NDArray[np.integer], grid: Grid) -> Array:
+    """Return half of the gap between the value of each code and the next one towards the weight.
+
+    At an end, where no value is next, it is half of the last gap.
+    """
+    if grid.values is None:
+        return np.full((), 1 / 2)
+    half = np.diff(as_array(grid.values)) / 2
+    above = codes.astype(np.int64) - grid.qmin - (delta > 0)
+    return as_array(half[np.clip(above, 0, len(half) - 1)])
 
 
 def zero_point_added(scale: Numbers, grid: Grid) -> Array:
@@ -77,50 +91,82 @@ def ideal_scale(lo: Numbers, hi: Numbers, grid: Grid, *, symmetric: bool) -> Arr
     """
     low, high = as_array(lo), as_array(hi)
     if symmetric:
-        extent = 2 * np.maximum(np.abs(low), np.abs(high))
-    else:
-        extent = np.maximum(high, 0) - np.minimum(low, 0)
-    return as_array(extent / (grid.qmax - grid.qmin))
+        return as_array(np.maximum(np.abs(low), np.abs(high)) / grid.reach)
+    return as_array((np.maximum(high, 0) - np.minimum(low, 0)) / (grid.qmax - grid.qmin))
 
 
-def scale_rule(ideal: Numbers, scale_dtype: str) -> tuple[Array, Array]:
+def scale_rule(ideal: Numbers, scale_dtype: str, unit: float = 1.0) -> tuple[Array, Array]:
     """B1.c: the interval in which the stored scale lies, (lowest, highest).
 
     ideal   `ideal_scale` of the group, > 0
+    unit    B2.e: the scale of the tensor, of which scales "e4m3" are multiples
 
-    At most two float32 roundings make the scale, then storage rounds it *up*, to the next number of
-    the dtype and no further.
+    At most two float32 roundings make the scale, and the division by `unit` a third; then storage
+    rounds it *up*, to the next number of the dtype and no further.
     """
-    d = as_array(ideal)
-    lowest = d * (1 - gamma(2)) - ETA["float32"]
-    highest = d * (1 + gamma(2)) + ETA["float32"]
+    d, roundings = as_array(ideal), 3 if scale_dtype == "e4m3" else 2
+    lowest = d * (1 - gamma(roundings)) - ETA["float32"]
+    highest = d * (1 + gamma(roundings)) + ETA["float32"]
+    if scale_dtype == "e4m3":
+        return lowest, unit * _next_stored(highest / unit, scale_dtype)
     if scale_dtype == "float32":
         return lowest, highest + 2 * ETA["float32"]
     return lowest, _next_stored(highest, scale_dtype)
 
 
-_STORED = {"float16": (11, -14), "bfloat16": (8, -126)}  # significant bits, least normal exponent
+def ocp_scale(lo: Numbers, hi: Numbers, grid: Grid) -> Array:
+    """B2.f: the scale of the OCP rule, exactly; 0 for a group of zeros."""
+    extent = np.maximum(np.abs(as_array(lo)), np.abs(as_array(hi)))
+    exponent = np.maximum(np.frexp(extent)[1] - np.frexp(grid.reach)[1], -127)
+    return as_array(np.where(extent > 0, np.ldexp(1.0, exponent), 0))
+
+
+def tensor_scale(ideal: Numbers) -> tuple[Array, Array]:
+    """B2.e: the interval in which the scale of a tensor lies, (lowest, highest).
+
+    ideal   `ideal_scale` of the group with the largest one, > 0
+    """
+    d = as_array(ideal) / 448
+    highest = _next_stored(d * (1 + gamma(3)) + ETA["float32"], "tensor")
+    return d * (1 - gamma(3)) - ETA["float32"], as_array(np.maximum(highest, 2.0**-117))
+
+
+# Significant bits, least normal exponent.
+_STORED = {
+    "float16": (11, -14),
+    "bfloat16": (8, -126),
+    "e8m0": (1, -127),
+    "e4m3": (4, -6),
+    "tensor": (16, -126),
+}
 
 
 def _next_stored(x: Array, dtype: str) -> Array:
-    """Return the least numbers of a 16-bit dtype that are >= x > 0, as if it had no largest."""
+    """Return the least numbers of a dtype that are >= x > 0, as if it had no largest."""
     bits, least = _STORED[dtype]
     exponent = np.maximum(np.frexp(x)[1] - 1, least)
     spacing = np.ldexp(1.0, exponent - (bits - 1))
     return as_array(np.ceil(x / spacing) * spacing)
 
 
-def coverage(lo: Numbers, hi: Numbers, scale: Numbers, grid: Grid, *, symmetric: bool) -> Array:
+def coverage(
+    lo: Numbers, hi: Numbers, scale: Numbers, grid: Grid, *, symmetric: bool, rule: str = "full"
+) -> Array:
     """B1.f: how far a group may reach beyond [s (qmin - z), s (qmax - z)] with minmax scales.
 
     A symmetric full grid is half a step short on the positive side; a rounded zero point shifts
     the range by half a step. Beyond that a scale lacks no more than its two float32 roundings
-    take, because storage rounds up: levels times gamma_2 d, with d the ideal scale.
+    take, because storage rounds up: levels times gamma_2 d, with d the ideal scale. B2.d, B2.f: on
+    a grid with values nothing else is short, but for what the `rule` "ocp" leaves out.
     """
     s, low = as_array(scale), as_array(lo)
     levels = grid.qmax - grid.qmin
     ideal = ideal_scale(lo, hi, grid, symmetric=symmetric)
-    lacking = gamma(3) * ideal + ETA["float32"]  # one more than 2, for the check's own rounding
+    lacking = gamma(4) * ideal + ETA["float32"]  # one more than 3, for the check's own rounding
+    if rule == "ocp":
+        return as_array(s * (2.0 ** np.frexp(grid.reach)[1] - grid.reach))
+    if grid.values is not None:
+        return as_array(lacking * grid.reach)
     if symmetric:
         return as_array(s * abs(grid.qmax + grid.qmin) / 2 + lacking * levels / 2)
     moved = gamma(2) * (np.abs(np.minimum(low, 0)) + s * abs(grid.qmin))

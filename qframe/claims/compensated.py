@@ -9,6 +9,7 @@ import numpy as np
 from qframe import bounds
 from qframe.certificates import ROWS, Certificate, Closest, Evidence
 from qframe.claims.gptq import Babai, Replay, Rows
+from qframe.claims.nearest import unequal_steps
 from qframe.claims.scales import against_rule, beyond, elsewhere
 from qframe.hessian import Float64
 from qframe.scheme import Scheme
@@ -32,7 +33,7 @@ class CompensatedScale:
 
     def objection(self, scheme: Scheme) -> str | None:
         """A tensor or a row has one scale, taken before anything is compensated."""
-        return elsewhere(frozenset({"group"}), scheme)
+        return elsewhere(frozenset({"group"}), scheme) or unequal_steps(scheme)
 
     def certify(self, evidence: Evidence) -> Certificate:
         """Recompute what every group was when it began, in float64, and compare."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,6 +11,7 @@ import numpy.typing as npt
 
 from qframe import bounds
 from qframe.certificates import Certificate, Closest, Evidence
+from qframe.contracts import Grid
 from qframe.hessian import Float64
 from qframe.pieces import Piece, highest_ratios_float32
 from qframe.scheme import Scheme
@@ -24,7 +26,7 @@ def unequal_steps(scheme: Scheme) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class HalfStep:
-    """B1.b: every code is the nearest one to its weight.
+    """B1.b: every code is the nearest one to its weight; B2.d where codes stand for values.
 
     roundings    of the quotient w / s: 1 for a division, 2 for a product with fl(1 / s), which
                  is to be used only where 1 / s is a normal number
@@ -37,15 +39,17 @@ class HalfStep:
     theorem = "B1.b"
 
     def objection(self, scheme: Scheme) -> str | None:
-        """It is about integers."""
-        return unequal_steps(scheme)
+        """There is none."""
+        return None
 
     def certify(self, evidence: Evidence) -> Certificate:
         """Compare each weight with what its code stands for."""
         from qframe import parallel
 
-        grid, gamma, change = evidence.problem.grid, bounds.gamma(self.roundings), evidence.change()
-
+        grid, gamma = evidence.problem.grid, bounds.gamma(self.roundings)
+        if grid.values is not None:
+            return evidence.closest(self._of_values(grid)).certificate(self)
+        change = evidence.change()
         added = self.zero_point == "before" and not evidence.problem.scheme.symmetric
 
         def highest(rows: slice) -> Float64:
@@ -66,6 +70,17 @@ class HalfStep:
         most = np.concatenate(parallel.spread(highest, evidence.cut(), evidence.threads))
         width = evidence.piece(slice(0)).width
         return Closest.screened(most, judge, width).certificate(self)
+
+    def _of_values(self, grid: Grid) -> Callable[[Piece], tuple[Float64, Float64]]:
+        """Return what judges a piece of a layer on a grid with values."""
+        gamma = bounds.gamma(self.roundings)
+
+        def judge(piece: Piece) -> tuple[Float64, Float64]:
+            allowance = gamma * np.abs(piece.weight, dtype=np.float64)
+            allowance += piece.scale * bounds.ETA["float32"]  # where the quotient underflows
+            return bounds.nearest(piece.delta(), piece.codes, piece.scale, grid, allowance)
+
+        return judge
 
 
 @dataclass(frozen=True, slots=True)

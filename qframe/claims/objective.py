@@ -131,7 +131,7 @@ def _spare(quantized: QuantizedWeight, problem: RoundingProblem) -> torch.Tensor
     from qframe import rounding
 
     rows, index = len(quantized.codes), quantized.group_index
-    if problem.scheme.scale_dtype != "float32":
+    if problem.scheme.scale_dtype not in ("float32", "e4m3"):
         return torch.zeros(quantized.codes.shape, dtype=torch.float64)
     scale = rounding.expand(quantized.scale, index, rows).numpy()
     steps = quantized.codes - rounding.expand(quantized.zero_point, index, rows)

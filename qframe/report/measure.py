@@ -66,10 +66,15 @@ def clipped_share(
     ranges   smallest and largest weight of each group, [rows or 1, groups] float32. Rounding is
              monotone, so where both are inside, so is the whole group.
     """
+    lowest, highest = grid.qmin - 0.5, grid.qmax + 0.5
+    if grid.values is not None:
+        first, second, *_ = grid.values
+        *_, before, last = grid.values
+        lowest, highest = first - (second - first) / 2, last + (last - before) / 2
 
     def outside(part: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
         place = part / scale + zero
-        return (place > grid.qmax + 0.5) | (place < grid.qmin - 0.5)
+        return (place > highest) | (place < lowest)
 
     if not weight.numel():
         return 0.0

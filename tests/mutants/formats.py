@@ -428,7 +428,7 @@ class Spelled(Integers):
 def ternary():
     """Return {-1, 0, 1}, of which two bits could tell four: BitNet b1.58, arXiv:2402.17764."""
     values = (-1.0, 0.0, 1.0)
-    return Listed(values, (Codebook(values),), type="int", num_bits=2)
+    return Listed(values, (Codebook(values),), num_bits=2)
 
 
 def powers_of_two():

@@ -24,7 +24,13 @@ class RTN:
 
     name: str = field(init=False, default="rtn")
     needs: frozenset[str] = field(init=False, default=frozenset())
-    capabilities: Capabilities = field(init=False, default=Capabilities())
+    capabilities: Capabilities = field(
+        init=False,
+        default=Capabilities(
+            types=frozenset({"int", "float"}),
+            scale_dtypes=frozenset({"float32", "float16", "bfloat16", "e8m0", "e4m3"}),
+        ),
+    )
     claims = (
         claims.HalfStep(),
         claims.SchemeScale(),

@@ -77,7 +77,7 @@ def solve_dynamic(
     qmax: int,
     *,
     symmetric: bool,
-    scale_dtype: Literal["float32", "float16", "bfloat16"] = "float32",
+    scale_dtype: str = "float32",
     observer: Literal["minmax", "mse"] = "minmax",
 ) -> tuple[Int16, Float32, Int16]:
     """Return (codes, scale, zero_point) of GPTQ with scales taken when a group begins.
