@@ -360,10 +360,7 @@ def test_claims_are_read_from_any_object():
 @pytest.mark.parametrize(
     "claim",
     [
-        claims.HalfStep(),
         claims.Radius(1),
-        claims.SchemeScale(),
-        claims.Covers(),
         claims.Babai(0.01),
         claims.CompensatedScale(claims.Babai(0.01)),
         claims.NoWorseThan(),
