@@ -10,12 +10,27 @@ import torch
 from gguf.quants import MXFP4
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
-from qframe import Host, RoundingProblem, Scheme, bounds, reference, rounding, scales
+import qframe
+from qframe import (
+    CalibrationData,
+    Host,
+    OpCall,
+    RoundingProblem,
+    Scheme,
+    Unsupported,
+    bounds,
+    reference,
+    rounding,
+    scales,
+)
 from qframe.certificates import Evidence
 from qframe.errors import PluginError, UnsupportedError, WeightsError
+from qframe.model import QuantizedLinear
 from qframe.packing import PackedWeight
 from qframe.solve import grid_of
+from qframe.verification import verify
 from qframe_conformance.kinds import NASTY, nudged
 from qframe_plugins.rounders.rtn import RTN
 
@@ -237,6 +252,89 @@ def test_what_is_packed_comes_back_bit_for_bit_and_keeps_every_claim(scheme, see
     certificates = Evidence(problem=asked, quantized=read.unpack()).certificates(RTN.claims)
     assert [str(each) for each in certificates if not each.holds] == []
     assert len(certificates) == (2 if scheme.observer == "mse" else 3)
+
+
+def network():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(36, 24), nn.ReLU(), nn.Linear(24, 20, bias=False))
+
+
+@pytest.mark.parametrize("preset", [*PRESETS, "TERNARY"])
+def test_a_network_is_quantized_saved_verified_and_loaded(preset, tmp_path):
+    recipe = {"method": "rtn", "scheme": {"preset": preset}, "ignore": []}
+    result = qframe.quantize(network(), recipe, out=tmp_path / "out")
+    found = verify(tmp_path / "out", network())
+    assert found.problems == []
+    assert found.unchecked == []
+    claimed = {each.claim for some in found.recomputed.values() for each in some}
+    assert claimed == {"half step", "scale"} | ({"coverage"} if preset != "TERNARY" else set())
+    loaded = qframe.load(tmp_path / "out", network())
+    plain = qframe.load(tmp_path / "out", network(), dequantize=True)
+    assert all(isinstance(loaded[i], QuantizedLinear) for i in (0, 2))
+    assert torch.equal(loaded[0].weight, plain[0].weight)
+    x = torch.ones(3, 36)
+    assert torch.equal(loaded(x), plain(x))
+    assert set(loaded.state_dict()) == {f"{i}.{name}" for i in (0, 2) for name in wanted(preset, i)}
+    assert result.report.layers[0].scheme == Scheme.preset(preset).describe()
+
+
+def wanted(preset, layer):
+    """Return the tensors of a layer that are stored."""
+    more = {"weight_global_scale"} if preset == "NVFP4" else set()
+    return {"weight_packed", "weight_scale"} | more | ({"bias"} if layer == 0 else set())
+
+
+def test_ternary_is_for_every_method_of_integers(tmp_path):
+    recipe = {"method": "gptq", "scheme": {"preset": "TERNARY"}, "ignore": []}
+    generator = torch.Generator().manual_seed(1)
+    data = CalibrationData.from_tensors([torch.randn(40, 36, generator=generator)])
+    qframe.quantize(network(), recipe, out=tmp_path / "out", calibration=data)
+    codes = qframe.load(tmp_path / "out", network())[0].packed.unpack().codes
+    assert set(codes.unique().tolist()) == {-1, 0, 1}
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq+rtn", "smoothquant+rtn"])
+@pytest.mark.parametrize("preset", ["NF4", "NVFP4"])
+def test_methods_for_integers_refuse_floats_before_any_work(method, preset, tmp_path):
+    recipe = {"method": method, "scheme": {"preset": preset}, "ignore": []}
+    with pytest.raises(UnsupportedError, match=r"type='float' is not supported.*layers: 0, 2"):
+        qframe.quantize(network(), recipe, out=tmp_path / "out")
+
+
+@pytest.mark.parametrize("dtype", ["e8m0", "e4m3"])
+def test_methods_that_know_no_scales_of_eight_bits_say_so(dtype, tmp_path):
+    recipe = {"method": "gptq", "scheme": {"scale_dtype": dtype}, "ignore": []}
+    with pytest.raises(UnsupportedError, match=f"scale_dtype='{dtype}' is not supported"):
+        qframe.quantize(network(), recipe, out=tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("scheme", "message"),
+    [
+        ({"format": "ternary", "symmetric": False}, "ternary has no zero point"),
+        ({"format": "fp5", "num_bits": 5, "type": "float"}, r"no number format 'fp5' \(known"),
+        ({"format": "int8", "num_bits": 4}, "has type='int' and num_bits=8, the scheme says"),
+        ({"type": "float", "num_bits": 6}, "no number format 'float6'"),
+    ],
+)
+def test_a_format_that_cannot_serve_a_scheme_is_named(scheme, message, tmp_path):
+    recipe = {"method": "rtn", "scheme": scheme, "ignore": []}
+    with pytest.raises(UnsupportedError, match=message):
+        qframe.quantize(network(), recipe, out=tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", HOST.names("kernel"))
+def test_kernels_for_integers_refuse_floats(name):
+    kernel = HOST.get("kernel", name)
+    asked = [
+        OpCall(op=kernel.op, device="cpu", dtype="float32", scheme=scheme, shape=(2, 64, 64))
+        for scheme in (Scheme(), Scheme.preset("NF4"))
+    ]
+    objections = [kernel.supports(call) for call in asked]
+    assert isinstance(objections[1], Unsupported)
+    if kernel.op in ("dequantize", "linear_weight_only"):
+        assert objections[0] is None
 
 
 # Errors ---------------------------------------------------------------------------------------

@@ -34,13 +34,15 @@ class TorchKernel:
         self.function = function
 
     def supports(self, call: OpCall) -> Unsupported | None:
-        """Serve every scheme and shape, on the CPU and on CUDA devices that PyTorch has."""
+        """Serve all schemes of integers, on the CPU and on CUDA devices that PyTorch has."""
         import torch
 
         if call.op != self.op:
             return Unsupported(f"this kernel computes {self.op}, not {call.op}")
         if call.dtype != "float32":
             return Unsupported(f"activations must be float32, not {call.dtype}")
+        if getattr(call.scheme, "type", "int") != "int":
+            return Unsupported("codes of floats stand for values; dequantize the weight first")
         kind = call.device.partition(":")[0]
         if kind == "cuda" and not torch.cuda.is_available():
             return Unsupported("PyTorch finds no CUDA device")
