@@ -365,6 +365,8 @@ def test_claims_are_read_from_any_object():
         claims.CompensatedScale(claims.Babai(0.01)),
         claims.NoWorseThan(),
         claims.OutputBound(1),
+        claims.FittedScale(),
+        claims.NoWorsePower(0.5),
     ],
 )
 def test_claims_about_integers_say_nothing_of_floats(claim):

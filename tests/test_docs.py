@@ -165,12 +165,20 @@ def test_the_defaults_of_keys_are_as_explained(section, model):
             assert str(value) == default, key
 
 
-def test_the_defaults_of_gptq_are_as_explained():
-    gptq = Host.discover().get("rounder", "gptq")
-    explained = {key: default for key, default, _ in rows(sections(RECIPES)["Options of GPTQ"])[1:]}
-    assert set(explained) == set(option_names(gptq))
+@pytest.mark.parametrize(
+    ("name", "section", "derived"),
+    [
+        ("gptq", "Options of GPTQ", "by actorder"),
+        ("hqq", "Options of HQQ", ""),
+        ("autoround", "Options of AutoRound", "1 / iterations"),
+    ],
+)
+def test_the_defaults_of_rounders_are_as_explained(name, section, derived):
+    rounder = Host.discover().get("rounder", name)
+    explained = {key: default for key, default, _ in rows(sections(RECIPES)[section])[1:]}
+    assert set(explained) == set(option_names(rounder))
     for key, default in explained.items():
-        assert default in (str(getattr(gptq, key)), "by actorder")
+        assert default in (str(getattr(rounder, key)), derived)
 
 
 def test_every_preset_is_listed():

@@ -149,7 +149,8 @@ def _normal_rows(case: RounderCase, factor: float) -> Mask:
     least = {"float16": np.finfo(np.float16).smallest_normal}.get(
         case.scheme.scale_dtype, np.finfo(np.float32).smallest_normal
     )
-    fits = (ideal == 0) | (ideal >= least)
+    stored = case.quantized.scale.double().numpy() * factor
+    fits = (ideal == 0) | ((ideal >= least) & (stored >= least))
     whole = case.quantized.global_scale
     if whole is not None:
         fits &= bool(ideal.max(initial=0) == 0 or whole * factor >= SMALLEST_OF_TENSOR)

@@ -21,6 +21,8 @@ KNOWN = (
     claims.CompensatedScale,
     claims.NoWorseThan,
     claims.OutputBound,
+    claims.FittedScale,
+    claims.NoWorsePower,
 )
 
 
@@ -74,6 +76,12 @@ def compensated_scale(case: RounderCase) -> Outcome:
     return _of_class(case, claims.CompensatedScale)
 
 
+@check("rounder", "bound", "B10.d", unless=layers(claimed(claims.FittedScale)))
+def fitted_scale(case: RounderCase) -> Outcome:
+    """Each scale is the number of its dtype that fits its codes best."""
+    return _of_class(case, claims.FittedScale)
+
+
 @check("rounder", "bound", "B10.b", unless=layers(claimed(claims.OutputBound)))
 def output_bound(case: RounderCase) -> Outcome:
     """The output error of a row is at most so many times what half steps can do."""
@@ -84,6 +92,12 @@ def output_bound(case: RounderCase) -> Outcome:
 def no_worse_than_nearest(case: RounderCase) -> Outcome:
     """No row has a larger objective than with rounding to nearest."""
     return _of_class(case, claims.NoWorseThan)
+
+
+@check("rounder", "objective", "B10.e", unless=layers(claimed(claims.NoWorsePower)))
+def no_worse_power(case: RounderCase) -> Outcome:
+    """No row has a larger sum of powers of errors than with rounding to nearest."""
+    return _of_class(case, claims.NoWorsePower)
 
 
 def _unless_own(rounder: object, subject: object) -> str | None:

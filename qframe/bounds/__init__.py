@@ -52,7 +52,14 @@ from qframe.bounds.kv import (
     kv_returned,
     softmax,
 )
-from qframe.bounds.methods import half_steps, no_worse, output_bound, radius
+from qframe.bounds.methods import (
+    fitted_scale,
+    half_steps,
+    no_worse,
+    no_worse_power,
+    output_bound,
+    radius,
+)
 from qframe.bounds.rewrites import (
     rewrite_element,
     rewrite_output,
@@ -86,6 +93,7 @@ __all__ = [
     "decode",
     "doubtful",
     "exact_sum",
+    "fitted_scale",
     "float_element",
     "gamma",
     "gptq_allowance",
@@ -119,6 +127,7 @@ __all__ = [
     "nearest_code",
     "nearest_value",
     "no_worse",
+    "no_worse_power",
     "ocp_scale",
     "output_bound",
     "radius",

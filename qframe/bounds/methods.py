@@ -65,3 +65,30 @@ def output_bound(reach: Numbers, factor: float, size: Numbers, columns: int) -> 
     """
     own = np.sqrt(gamma(2 * columns + 4, UNIT["float64"]) * as_array(size))
     return as_array(factor * as_array(reach) + own)
+
+
+def fitted_scale(
+    gap: Numbers, loss: Numbers, squares: Numbers, products: Numbers, terms: Numbers
+) -> Array:
+    """B10.d: how far a scale may be from sum w k / sum k^2 on the side where `gap` is.
+
+    gap        to the next number of the scale's dtype; inf where there is none
+    loss       sum (w - s k)^2 over the group's weights
+    squares    sum k^2, not 0
+    products   sum |w| |k|
+    terms      how many weights
+    """
+    n, u = as_array(terms), UNIT["float64"]
+    gaps, squared = as_array(gap), as_array(squares)
+    rounding = (2 * n + 8) * u / (1 - (2 * n + 8) * u)
+    compared = rounding * as_array(loss) / (2 * squared * gaps)
+    return as_array(gaps / 2 + compared + rounding * as_array(products) / squared)
+
+
+def no_worse_power(baseline: Numbers, moved: Numbers, columns: int) -> Array:
+    """B10.e: what sum |e_j|^p may be when it was chosen not to exceed `baseline`.
+
+    moved   sum d_j^p of both, d what float32 takes off the values (`decode`)
+    """
+    relative = gamma(4 * columns + 20, UNIT["float64"])
+    return as_array((1 + relative) * as_array(baseline) + as_array(moved))

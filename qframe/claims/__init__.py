@@ -15,6 +15,7 @@ from __future__ import annotations
 from typing import Any
 
 from qframe.claims.compensated import CompensatedScale
+from qframe.claims.fitted import FittedScale
 from qframe.claims.flags import (
     FunctionPreserving,
     Idempotent,
@@ -38,7 +39,7 @@ from qframe.claims.kv import (
     Streaming,
 )
 from qframe.claims.nearest import HalfStep, Radius
-from qframe.claims.objective import NoWorseThan, OutputBound
+from qframe.claims.objective import NoWorsePower, NoWorseThan, OutputBound
 from qframe.claims.observers import ChannelAbsmax, SecondMoments
 from qframe.claims.scales import Covers, SchemeScale
 
@@ -49,6 +50,7 @@ __all__ = [
     "CompensatedScale",
     "Covers",
     "ExactWindow",
+    "FittedScale",
     "FloatingPoint",
     "FunctionPreserving",
     "FusedAttention",
@@ -59,6 +61,7 @@ __all__ = [
     "KVRotatedHalfStep",
     "KVScale",
     "Mergeable",
+    "NoWorsePower",
     "NoWorseThan",
     "NoWorseThanUnscaled",
     "OutputBound",

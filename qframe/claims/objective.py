@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -25,10 +25,12 @@ class NoWorseThan:
 
     objective   "output": (w - q) H (w - q)^T. "weight": the sum of (w - q)^2
     sums        the arithmetic in which the method compares
+    observer    the scales that nearest is given: of this observer, or None: of the scheme's
     """
 
     objective: Literal["output", "weight"] = "output"
     sums: Literal["float32", "float64"] = "float64"
+    observer: Literal["minmax", "mse"] | None = None
     name = "no worse than nearest"
     theorem = "B10.c"
 
@@ -42,7 +44,8 @@ class NoWorseThan:
 
         problem = evidence.problem
         weight, columns = problem.weight.double(), problem.weight.shape[1]
-        nearest = rounding.to_nearest(problem)
+        scheme = problem.scheme.replace(observer=self.observer or problem.scheme.observer)
+        nearest = rounding.to_nearest(replace(problem, scheme=scheme))
         own = weight - rounding.dequantize(evidence.quantized)
         theirs = weight - rounding.dequantize(nearest)
         spare = _spare(evidence.quantized, problem), _spare(nearest, problem)
@@ -56,6 +59,44 @@ class NoWorseThan:
             total = moved[0] + moved[1]
             allowed = bounds.no_worse(base, size + base_size, columns, self.sums, lengths, total)
             return mine, allowed
+
+        return _row_by_row(evidence, judge).certificate(self)
+
+
+@dataclass(frozen=True, slots=True)
+class NoWorsePower:
+    """B10.e: no row has a larger sum |w - q|^p than with rounding to nearest.
+
+    power      p, in (0, 1]
+    observer   the scales that nearest is given: of this observer, or None: of the scheme's
+    """
+
+    power: float
+    observer: Literal["minmax", "mse"] | None = None
+    name = "no worse in the power"
+    theorem = "B10.e"
+
+    def objection(self, scheme: Scheme) -> str | None:
+        """It is about integers."""
+        return unequal_steps(scheme)
+
+    def certify(self, evidence: Evidence) -> Certificate:
+        """Compare row by row, in float64."""
+        from qframe import rounding
+
+        problem = evidence.problem
+        weight, columns = problem.weight.double(), problem.weight.shape[1]
+        scheme = problem.scheme.replace(observer=self.observer or problem.scheme.observer)
+        nearest = rounding.to_nearest(replace(problem, scheme=scheme))
+        own = (weight - rounding.dequantize(evidence.quantized)).numpy()
+        theirs = (weight - rounding.dequantize(nearest)).numpy()
+        spare = [_spare(each, problem).numpy() for each in (evidence.quantized, nearest)]
+
+        def judge(part: slice) -> tuple[Float64, Float64]:
+            mine, base, *moved = (
+                (np.abs(each[part]) ** self.power).sum(1) for each in (own, theirs, *spare)
+            )
+            return mine, bounds.no_worse_power(base, moved[0] + moved[1], columns)
 
         return _row_by_row(evidence, judge).certificate(self)
 

@@ -1,0 +1,250 @@
+"""Learned rounding by signed gradients, on panels of 64 rows.
+
+Source: Cheng et al., AutoRound, arXiv:2309.05516, eq. (3) (offsets and clipping) and algorithm 1
+        (SignSGD, the best iterate is kept), with the output error tr(E H E^T) of one layer.
+Error:  the output error of a row is at most that of the codes it starts from (docs/bounds.md,
+        B10.c): products are float32, a sum over columns in ascending order, and their sum float64.
+
+Lanes are rows, so the bits of a row depend neither on the other rows nor on threads.
+"""
+
+from __future__ import annotations
+
+from typing import Final, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from qframe_plugins.kernels.numba_cpu.scales import SCALE_DTYPES, group_scale
+from qframe_plugins.kernels.numba_cpu.simd import LANES, QUAD, claim, kernel, tile_add
+from qframe_plugins.kernels.numba_cpu.threads import share
+
+_OWN: Final = ("C", "W")
+_NARROWEST = 2.0**-4  # share of its range that a group may be clipped to
+
+Float32 = npt.NDArray[np.float32]
+Float64 = npt.NDArray[np.float64]
+Int16 = npt.NDArray[np.int16]
+
+
+def learn(
+    weight: Float32,
+    hessian: Float64,
+    codes: Int16,
+    scale: Float32,
+    zero_point: Int16,
+    group_size: int,
+    qmin: int,
+    qmax: int,
+    *,
+    symmetric: bool,
+    scale_dtype: Literal["float32", "float16", "bfloat16"],
+    iterations: int,
+    rate: float,
+) -> tuple[Int16, Float32, Int16]:
+    """Return the (codes, scale, zero point) of least output error that were met, row by row.
+
+    weight       [rows, columns] float32, finite
+    hessian      [columns, columns] float64, symmetric and finite
+    codes        [rows, columns] int16: the start, with its scale float32 and zero_point int16
+                 [rows, groups]; it stays where nothing is better
+    group_size   neighbouring columns that share a scale; the last group may be smaller
+    rate         of the first step, of offsets and of shares of the range; it falls linearly to 0
+
+    Raises ValueError for operands that do not fit.
+    """
+    rows, columns = weight.shape
+    if group_size < 1 or scale.shape != (rows, -(-columns // group_size)):
+        raise ValueError(f"scale {scale.shape} does not fit {rows} rows in groups of {group_size}")
+    if scale.shape != zero_point.shape or codes.shape != weight.shape:
+        raise ValueError(f"codes {codes.shape} or zero_point {zero_point.shape} do not fit")
+    if hessian.shape != (columns, columns):
+        raise ValueError(f"hessian {hessian.shape} does not fit {columns} columns")
+    made = codes.astype(np.int16), scale.astype(np.float32), zero_point.astype(np.int16)
+    share(
+        _share_panels,
+        -(-rows // LANES),
+        np.require(weight, np.float32, _OWN),
+        _scaled(hessian),
+        np.int64(group_size),
+        (np.int64(qmin), np.int64(qmax), bool(symmetric), np.int64(SCALE_DTYPES[scale_dtype])),
+        np.int64(iterations),
+        np.float64(rate),
+        *made,
+    )
+    return made
+
+
+def _scaled(hessian: Float64) -> Float32:
+    """Return H in float32, times the power of two that makes its largest diagonal about 1.
+
+    Columns are filled up with zeros to a multiple of what a tile takes.
+    """
+    columns = len(hessian)
+    _, exponent = np.frexp(hessian.diagonal().max(initial=0))
+    padded = np.zeros((columns, -(-columns // QUAD) * QUAD), np.float32)
+    padded[:, :columns] = np.ldexp(hessian, -int(exponent))
+    return padded
+
+
+@kernel
+def _share_panels(counter, weight, hessian, width, grid, iterations, rate, codes, scale, zero):  # type: ignore[no-untyped-def]
+    """Claim panels of rows, and improve their codes, scales and zero points."""
+    rows, columns = weight.shape
+    groups = scale.shape[1]
+    panel = claim(counter)
+    while panel * LANES < rows:
+        first = panel * LANES
+        count = min(LANES, rows - first)
+        w = np.zeros((columns, LANES), np.float32)
+        k = np.zeros((columns, LANES), np.float32)  # codes minus zero points
+        s, z = np.ones((groups, LANES), np.float32), np.zeros((groups, LANES), np.float32)
+        for lane in range(count):
+            for column in range(columns):
+                w[column, lane] = weight[first + lane, column]
+                origin = zero[first + lane, column // width]
+                k[column, lane] = np.float32(codes[first + lane, column] - origin)
+            for group in range(groups):
+                s[group, lane] = scale[first + lane, group]
+                z[group, lane] = np.float32(zero[first + lane, group])
+        taken = _learn(w, hessian, width, grid, iterations, rate, k, s, z)
+        for lane in range(count):
+            if not taken[lane]:
+                continue
+            for group in range(groups):
+                scale[first + lane, group] = s[group, lane]
+                zero[first + lane, group] = np.int16(z[group, lane])
+            for column in range(columns):
+                code = k[column, lane] + z[column // width, lane]
+                codes[first + lane, column] = np.int16(code)
+        panel = claim(counter)
+
+
+@kernel
+def _learn(w, hessian, width, grid, iterations, rate, best_k, best_s, best_z):  # type: ignore[no-untyped-def]
+    """Replace best_k, best_s, best_z, lane by lane, by what has less error; return where it has.
+
+    All [columns or groups, LANES] float32.
+    """
+    columns, groups = len(w), len(best_s)
+    qmin, qmax = np.float32(grid[0]), np.float32(grid[1])
+    low, high = np.empty_like(best_s), np.empty_like(best_s)  # the range that codes reach
+    lower, upper = np.ones_like(best_s), np.ones_like(best_s)  # shares of it
+    for group in range(groups):
+        used = np.zeros(LANES, np.bool_)
+        for column in range(group * width, min((group + 1) * width, columns)):
+            for lane in range(LANES):
+                used[lane] |= w[column, lane] != 0
+        for lane in range(LANES):
+            s, z = best_s[group, lane], best_z[group, lane]
+            if not used[lane]:  # zeros have scale 1 and keep it
+                low[group, lane] = high[group, lane] = 0
+            elif grid[2]:
+                high[group, lane] = s * ((qmax - qmin) / np.float32(2))
+                low[group, lane] = -high[group, lane]
+            else:
+                low[group, lane], high[group, lane] = s * (qmin - z), s * (qmax - z)
+    error = np.empty((columns, LANES), np.float32)
+    pull = np.empty((hessian.shape[1], LANES), np.float32)
+    offset = np.zeros((columns, LANES), np.float32)
+    k, s, z = best_k.copy(), best_s.copy(), best_z.copy()
+    best, taken = np.empty(LANES, np.float64), np.zeros(LANES, np.bool_)
+    for step in range(iterations + 1):  # the first is the start
+        for column in range(columns):
+            group = column // width
+            for lane in range(LANES):
+                error[column, lane] = w[column, lane] - s[group, lane] * k[column, lane]
+        _times(hessian, error, pull)
+        loss = np.zeros(LANES, np.float64)
+        for column in range(columns):
+            for lane in range(LANES):
+                loss[lane] += np.float64(error[column, lane]) * np.float64(pull[column, lane])
+        for lane in range(LANES):
+            better = step > 0 and loss[lane] < best[lane] < np.inf  # inf: float32 overflowed
+            if step == 0 or better:
+                best[lane] = loss[lane]
+            if better:
+                taken[lane] = True
+                best_k[:, lane], best_s[:, lane], best_z[:, lane] = (
+                    k[:, lane],
+                    s[:, lane],
+                    z[:, lane],
+                )
+        speed = np.float32(rate * (1 - step / iterations)) if iterations > 0 else np.float32(0)
+        _descend(w, k, s, z, pull, width, grid, low, high, speed, offset, lower, upper)
+        _encode(w, offset, width, grid, low, high, lower, upper, k, s, z)
+    return taken
+
+
+@kernel
+def _times(hessian, error, pull):  # type: ignore[no-untyped-def]
+    """Set pull = H error."""
+    for column in range(len(pull)):
+        for lane in range(LANES):
+            pull[column, lane] = 0
+    for column in range(0, len(pull), QUAD):
+        tile_add(pull, column, hessian, 0, column, error, 0, len(error))
+
+
+@kernel
+def _descend(w, k, s, z, pull, width, grid, low, high, speed, offset, lower, upper):  # type: ignore[no-untyped-def]
+    """Take a step against the sign of each gradient; rounding has slope 1 (straight through).
+
+    A value q = s k has the gradient -2 pull. Where the code is not clipped dq = s dv + (k - w / s)
+    ds, s = (upper high - lower low) / (qmax - qmin); where it is, q moves with the range's end.
+    """
+    qmin, qmax = np.float32(grid[0]), np.float32(grid[1])
+    half, steps = np.float32(0.5), qmax - qmin
+    ups, downs = np.empty(LANES, np.float64), np.empty(LANES, np.float64)
+    for group in range(len(s)):
+        ups[:] = 0
+        downs[:] = 0
+        for column in range(group * width, min((group + 1) * width, len(w))):
+            for lane in range(LANES):
+                scale, force = s[group, lane], pull[column, lane]
+                x = w[column, lane] / scale
+                code = np.rint(x + offset[column, lane]) + z[group, lane]
+                slope = np.float64(k[column, lane])
+                if qmin <= code <= qmax:
+                    slope -= np.float64(x)
+                    moved = offset[column, lane] + speed * np.sign(force)
+                    offset[column, lane] = min(max(moved, -half), half)
+                elif not grid[2]:
+                    ups[lane] += force * high[group, lane] if code > qmax else 0.0
+                    downs[lane] += force * low[group, lane] if code < qmin else 0.0
+                    continue
+                ups[lane] += force * slope * high[group, lane] / steps
+                downs[lane] -= force * slope * low[group, lane] / steps
+        for lane in range(LANES):
+            if grid[2]:  # one share for both ends
+                ups[lane] += downs[lane]
+                downs[lane] = ups[lane]
+            upper[group, lane] = _share(upper[group, lane], speed * np.sign(ups[lane]))
+            lower[group, lane] = _share(lower[group, lane], speed * np.sign(downs[lane]))
+
+
+@kernel
+def _share(share, change):  # type: ignore[no-untyped-def]
+    """Return a share of the range after a step."""
+    return np.float32(min(max(share + change, _NARROWEST), 1.0))
+
+
+@kernel
+def _encode(w, offset, width, grid, low, high, lower, upper, k, s, z):  # type: ignore[no-untyped-def]
+    """Set scales and zero points of the ranges, and k = clip(rint(w / s + offset) + z) - z."""
+    qmin, qmax = np.float32(grid[0]), np.float32(grid[1])
+    for group in range(len(s)):
+        for lane in range(LANES):
+            s[group, lane], z[group, lane] = group_scale(
+                low[group, lane] * lower[group, lane],
+                high[group, lane] * upper[group, lane],
+                grid[0],
+                grid[1],
+                grid[2],
+                grid[3],
+            )
+    for column in range(len(w)):
+        group = column // width
+        for lane in range(LANES):
+            code = np.rint(w[column, lane] / s[group, lane] + offset[column, lane]) + z[group, lane]
+            k[column, lane] = min(max(code, qmin), qmax) - z[group, lane]

@@ -1,0 +1,173 @@
+"""Wrong ways to learn rounding, and right ones that do it otherwise (docs/bounds.md, B10).
+
+All claim what qframe's autoround claims.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import torch
+
+from qframe import Capabilities, rounding
+from qframe.errors import UncalibratedLayerError
+from qframe_plugins.rounders.autoround import AutoRound
+from tests.mutants.rounder_reference import mutants, outputs, twins
+
+__all__ = ["MUTANTS", "TWINS", "outputs"]
+
+
+class Learner:
+    """Offsets alone are learned, on the scheme's scales, all in float64."""
+
+    name = "learner"
+    needs = frozenset({"hessian"})
+    capabilities = Capabilities(num_bits=frozenset({2, 3}), strategies=frozenset({"group"}))
+    claims = AutoRound.claims
+    iterations, rate, reach = 12, 1 / 12, 1 / 2
+
+    def round(self, problem, rng):
+        if problem.tokens == 0:
+            raise UncalibratedLayerError(f"layer {problem.name!r} saw no tokens")
+        start, hessian = rounding.to_nearest(problem), self.hessian(problem)
+        index, rows = start.group_index, len(problem.weight)
+        weight = problem.weight.double().numpy()
+        scale, zero = (
+            rounding.expand(each, index, rows).double().numpy()
+            for each in (start.scale, start.zero_point)
+        )
+        codes = start.codes.double().numpy()
+        offset, best, kept = self.first(weight.shape), None, codes
+        for step in range(self.iterations + 1):
+            error = weight - scale * (codes - zero)
+            pull = error @ hessian
+            loss = self.loss(error, pull)
+            take = self.take(loss, best, step)
+            best = loss if best is None else np.where(take, loss, best)
+            kept = np.where(take[:, None], codes, kept)
+            place = self.nearest(weight / scale + offset) + zero
+            inside = (place >= problem.grid.qmin) & (place <= problem.grid.qmax)
+            speed = self.rate * (1 - step / self.iterations)
+            offset = np.clip(offset + speed * np.sign(pull) * inside, -self.reach, self.reach)
+            place = self.nearest(weight / scale + offset) + zero
+            codes = np.clip(place, problem.grid.qmin, problem.grid.qmax)
+        return self.result(start, kept, codes)
+
+    def hessian(self, problem):
+        return problem.statistics["hessian"].numpy()
+
+    def first(self, shape):
+        """Return the offsets to begin with."""
+        return np.zeros(shape)
+
+    def nearest(self, x):
+        return np.rint(x)
+
+    def loss(self, error, pull):
+        """Return the objective of each row."""
+        return (error * pull).sum(1)
+
+    def take(self, loss, best, step):
+        """Return which rows keep what they have now."""
+        return np.ones(len(loss), np.bool_) if best is None else loss < best
+
+    def result(self, start, kept, last):
+        return dataclasses.replace(start, codes=torch.from_numpy(np.int16(kept)))
+
+
+# Wrong ----------------------------------------------------------------------------------------
+
+
+class LastKept(Learner):
+    """Returns the last iterate, not the best one: signed steps overshoot."""
+
+    def result(self, start, kept, last):
+        return super().result(start, last, last)
+
+
+class StartNotCompared(Learner):
+    """Compares iterates with one another, and leaves out the one that it starts from."""
+
+    def take(self, loss, best, step):
+        return super().take(loss, best, step) | (step == 1)
+
+
+class WholeLayerCompared(Learner):
+    """Keeps the iterate that is best for the layer as a whole, though some rows lose by it."""
+
+    def take(self, loss, best, step):
+        if best is None:
+            return super().take(loss, best, step)
+        return np.full(len(loss), loss.sum() < best.sum())
+
+
+class WorstKept(Learner):
+    """Keeps the largest error."""
+
+    def take(self, loss, best, step):
+        return np.ones(len(loss), np.bool_) if best is None else loss > best
+
+
+class WeightErrorCompared(Learner):
+    """Compares errors of the weights without the Hessian; the gradients have it."""
+
+    def loss(self, error, pull):
+        return -np.abs(error).sum(1)
+
+
+class OffsetsUnbounded(Learner):
+    """Does not clip offsets to 1/2, so that weights move by several steps."""
+
+    rate, reach = 1.0, 8.0
+
+
+class StartsAboveZero(Learner):
+    """Starts offsets at a quarter of a step, as drawn from [0, 1/2) they would be on average."""
+
+    def first(self, shape):
+        return np.full(shape, 1 / 4)
+
+
+class TiesUp(Learner):
+    """Rounds ties up, by floor(x + 1/2)."""
+
+    def nearest(self, x):
+        return np.floor(x + 0.5)
+
+
+class HessianOfOneKind(Learner):
+    """Takes the identity for the Hessian: a wrong key gives the default."""
+
+    def hessian(self, problem):
+        return np.eye(problem.weight.shape[1])
+
+
+# Right ----------------------------------------------------------------------------------------
+
+
+class AtOnce(Learner):
+    """Takes large steps, so that every offset is at an end after a few."""
+
+    iterations, rate = 5, 0.4
+
+
+KILLED_BY = {
+    LastKept: "no_worse_than_nearest",
+    StartNotCompared: "no_worse_than_nearest",
+    WholeLayerCompared: "no_worse_than_nearest",
+    WorstKept: "no_worse_than_nearest",
+    WeightErrorCompared: "no_worse_than_nearest",
+    OffsetsUnbounded: "radius",
+    StartsAboveZero: "sign_symmetry",
+    TiesUp: "sign_symmetry",
+    HessianOfOneKind: "calibration",
+}
+
+MUTANTS = mutants(KILLED_BY)
+TWINS = twins(
+    {
+        Learner: "learns offsets and no ranges, in float64",
+        AtOnce: "other rates and fewer steps",
+    }
+)

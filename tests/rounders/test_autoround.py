@@ -1,0 +1,214 @@
+"""AutoRound loses no more output than round-to-nearest, row by row, and less where it can."""
+
+import dataclasses
+import functools
+
+import numba
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qframe import Scheme, rounding
+from qframe.certificates import Evidence
+from qframe.contracts import Rounder
+from qframe.errors import HessianError, NonFiniteError, UncalibratedLayerError
+from qframe.host import objection
+from qframe_conformance.strategies import (
+    HESSIANS,
+    correlated,
+    halves,
+    normal,
+    one_outlier,
+    rounding_problem,
+    rounding_problems,
+    sparse,
+    subnormal,
+    white,
+)
+from qframe_plugins.kernels.numba_cpu.autoround import learn
+from qframe_plugins.rounders.autoround import AutoRound
+
+RNG = np.random.default_rng(0)  # the method takes no random numbers
+
+
+def problems(**given):
+    choices = {
+        "strategy": st.sampled_from(["channel", "group"]),
+        "observer": st.sampled_from(["minmax", "minmax", "mse"]),
+    }
+    outlier = functools.partial(one_outlier, size=2.0**9)
+    return rounding_problems(
+        max_columns=20,
+        weight_kinds=(normal, normal, sparse, outlier, subnormal, halves),
+        hessian_kinds=HESSIANS,
+        **choices | given,
+    )
+
+
+def ordinary(rows=12, columns=40, seed=0, **settings):
+    rng = np.random.default_rng(seed)
+    hessian = correlated(rng, columns)
+    return rounding_problem(rng.normal(size=(rows, columns)), Scheme(**settings), hessian)
+
+
+def run(drawn, **options):
+    return AutoRound(**options).round(drawn, RNG)
+
+
+def losses(drawn, made):
+    error = drawn.weight.double() - rounding.dequantize(made)
+    return ((error @ drawn.statistics["hessian"]) * error).sum(1)
+
+
+def same(one, other):
+    names = ("codes", "scale", "zero_point", "group_index")
+    return all(torch.equal(getattr(one, name), getattr(other, name)) for name in names)
+
+
+@given(problems(), st.sampled_from([0, 1, 9]), st.sampled_from([None, 0.3, 2.0]))
+def test_what_it_claims_holds_with_any_options(drawn, iterations, rate):
+    rounder = AutoRound(iterations=iterations, learning_rate=rate)
+    certificates = Evidence(drawn, rounder.round(drawn, RNG)).certificates(rounder.claims)
+    assert len(certificates) == 2
+    assert all(each.holds for each in certificates)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("observer", ["minmax", "mse"])
+def test_correlated_inputs_are_made_use_of(symmetric, observer):
+    """That nothing gets worse would also hold of a search that never finds anything."""
+    drawn = ordinary(group_size=10, symmetric=symmetric, observer=observer, num_bits=3)
+    nearest = losses(drawn, rounding.to_nearest(drawn))
+    few, many = (losses(drawn, run(drawn, iterations=n)) for n in (5, 200))
+    assert bool((many < nearest).all())
+    assert float(2 * many.sum()) < float(nearest.sum())
+    assert float(many.sum()) < float(few.sum())
+
+
+def test_ranges_are_learned_and_not_only_offsets():
+    drawn = ordinary(group_size=10, symmetric=False, num_bits=2)
+    nearest, made = rounding.to_nearest(drawn), run(drawn)
+    assert bool((made.scale < nearest.scale).any())
+    assert bool((made.scale <= nearest.scale).all())
+
+
+@settings(max_examples=30)
+@given(problems())
+def test_without_iterations_it_rounds_to_nearest(drawn):
+    assert same(run(drawn, iterations=0), rounding.to_nearest(drawn))
+
+
+def test_weights_that_lie_on_the_grid_are_given_back():
+    rng = np.random.default_rng(0)
+    weight = rng.integers(-7, 8, (4, 12)) * 1.0
+    weight[:, 0] = 7
+    scheme = Scheme(num_bits=4, scale_rule="restricted")
+    drawn = rounding_problem(weight, scheme, np.diag(rng.random(12) + 1))
+    assert torch.equal(rounding.dequantize(run(drawn)), drawn.weight)
+
+
+def test_the_code_of_a_dead_column_is_the_nearest_as_long_as_its_range_stays():
+    rng = np.random.default_rng(0)
+    hessian = correlated(rng, 8)
+    hessian[3] = hessian[:, 3] = 0
+    drawn = rounding_problem(rng.normal(size=(9, 8)), Scheme(group_size=1), hessian)
+    made, nearest = run(drawn), rounding.to_nearest(drawn)
+    assert torch.equal(made.codes[:, 3], nearest.codes[:, 3])
+    assert torch.equal(made.scale[:, 3], nearest.scale[:, 3])
+    assert not torch.equal(made.codes, nearest.codes)
+
+
+# Contract ---------------------------------------------------------------------------------------
+
+
+def test_the_plugin_keeps_the_contract():
+    assert objection(AutoRound(), Rounder) is None
+    assert AutoRound().needs == {"hessian"}
+    assert AutoRound().capabilities.objection(Scheme(strategy="tensor"))
+
+
+def test_a_layer_without_tokens_is_refused_by_name():
+    drawn = rounding_problem(np.ones((2, 3)), Scheme(), np.zeros((3, 3)), tokens=0)
+    with pytest.raises(UncalibratedLayerError, match=r"block\.up"):
+        run(drawn)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_numbers_that_are_not_finite_are_refused_by_layer(bad):
+    hessian = np.eye(3)
+    with pytest.raises(NonFiniteError, match=r"block\.up"):
+        run(rounding_problem([[1, bad, 1]], Scheme(), hessian))
+    hessian[1, 1] = bad
+    with pytest.raises(HessianError, match=r"block\.up"):
+        run(rounding_problem(np.ones((2, 3)), Scheme(), hessian))
+
+
+@pytest.mark.parametrize("shape", [(0, 7), (1, 1), (3, 1), (1, 7), (65, 3)])
+@pytest.mark.parametrize("sizes", [{}, {"group_size": 1}, {"group_size": 4}])
+def test_small_shapes_are_no_exception(shape, sizes):
+    rng = np.random.default_rng(0)
+    drawn = rounding_problem(
+        rng.normal(size=shape), Scheme(symmetric=False, **sizes), white(rng, shape[1])
+    )
+    made = run(drawn, iterations=5)
+    assert made.codes.shape == shape
+    assert tuple(made.scale.shape) == drawn.scheme.scale_shape(*shape)
+
+
+@settings(max_examples=20)
+@given(problems())
+def test_nothing_given_is_changed_and_the_result_is_the_same_again(drawn):
+    weight, hessian = drawn.weight.clone(), drawn.statistics["hessian"].clone()
+    made = run(drawn, iterations=5)
+    assert torch.equal(drawn.weight, weight)
+    assert torch.equal(drawn.statistics["hessian"], hessian)
+    assert same(made, run(drawn, iterations=5))
+
+
+def test_bits_depend_neither_on_threads_nor_on_the_other_rows():
+    drawn = ordinary(rows=150, columns=90, group_size=48, symmetric=False, scale_dtype="float32")
+    made = run(drawn, iterations=20)
+    threads = numba.get_num_threads()
+    try:
+        numba.set_num_threads(1)
+        assert same(made, run(drawn, iterations=20))
+    finally:
+        numba.set_num_threads(threads)
+    rows = torch.tensor([120, 3, 64, 149, 63])
+    alone = run(dataclasses.replace(drawn, weight=drawn.weight[rows]), iterations=20)
+    assert torch.equal(alone.codes, made.codes[rows])
+    assert torch.equal(alone.scale, made.scale[rows])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"group_size": 0}, "groups of 0"),
+        ({"zero_point": np.zeros((2, 1), np.int16)}, "do not fit"),
+        ({"codes": np.zeros((2, 3), np.int16)}, "do not fit"),
+        ({"hessian": np.eye(3)}, "4 columns"),
+    ],
+)
+def test_the_kernel_refuses_operands_that_do_not_fit(changes, message):
+    operands = {
+        "weight": np.ones((2, 4), np.float32),
+        "hessian": np.eye(4),
+        "codes": np.zeros((2, 4), np.int16),
+        "scale": np.ones((2, 2), np.float32),
+        "zero_point": np.zeros((2, 2), np.int16),
+        "group_size": 2,
+        "qmin": -8,
+        "qmax": 7,
+        "symmetric": True,
+        "scale_dtype": "float16",
+        "iterations": 1,
+        "rate": 1.0,
+    }
+    with pytest.raises(ValueError, match=message):
+        learn(**(operands | changes))
+
+
+def test_it_keeps_its_promises(qframe_check):
+    qframe_check(AutoRound(iterations=20), profile="fast")
