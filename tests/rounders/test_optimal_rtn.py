@@ -283,6 +283,7 @@ def test_bits_depend_neither_on_threads_nor_on_the_other_rows():
         ({"scale": np.ones((2, 3), np.float32)}, "does not fit"),
         ({"zero_point": np.zeros((2, 1), np.int16)}, "differ"),
         ({"qmin": 1}, "hold 0"),
+        ({"scale_dtype": "e8m0"}, "unknown scale_dtype"),
         ({"qmax": 0, "qmin": 0}, "another one"),
     ],
 )

@@ -10,7 +10,7 @@ Lanes are rows, so the bits of a row depend neither on the other rows nor on thr
 
 from __future__ import annotations
 
-from typing import Final, Literal
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -38,7 +38,7 @@ def learn(
     qmax: int,
     *,
     symmetric: bool,
-    scale_dtype: Literal["float32", "float16", "bfloat16"],
+    scale_dtype: str,
     iterations: int,
     rate: float,
 ) -> tuple[Int16, Float32, Int16]:
@@ -60,6 +60,8 @@ def learn(
         raise ValueError(f"codes {codes.shape} or zero_point {zero_point.shape} do not fit")
     if hessian.shape != (columns, columns):
         raise ValueError(f"hessian {hessian.shape} does not fit {columns} columns")
+    if scale_dtype not in SCALE_DTYPES:
+        raise ValueError(f"unknown scale_dtype={scale_dtype!r}")
     made = codes.astype(np.int16), scale.astype(np.float32), zero_point.astype(np.int16)
     share(
         _share_panels,

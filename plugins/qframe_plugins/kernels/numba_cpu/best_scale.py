@@ -15,7 +15,7 @@ Error:  none but that of float64: no number of the scale's dtype, with no zero p
 
 from __future__ import annotations
 
-from typing import Final, Literal
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -43,7 +43,7 @@ def best_scales(
     qmax: int,
     *,
     symmetric: bool,
-    scale_dtype: Literal["float32", "float16", "bfloat16"],
+    scale_dtype: str,
 ) -> tuple[Int16, Float32, Int16]:
     """Return (codes, scale, zero point) of the least squared error for every group.
 
@@ -62,6 +62,8 @@ def best_scales(
         raise ValueError(f"scale {scale.shape} and zero_point {zero_point.shape} differ")
     if not qmin <= 0 <= qmax or qmax == qmin:
         raise ValueError(f"codes in [{qmin}, {qmax}] do not hold 0 and another one")
+    if scale_dtype not in SCALE_DTYPES:
+        raise ValueError(f"unknown scale_dtype={scale_dtype!r}")
     made = scale.astype(np.float32), zero_point.astype(np.int16)
     codes = np.empty((rows, columns), np.int16)
     share(

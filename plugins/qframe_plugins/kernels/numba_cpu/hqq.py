@@ -10,7 +10,7 @@ Everything is in steps of the group's first scale, so that weights times 2^k giv
 
 from __future__ import annotations
 
-from typing import Final, Literal
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -36,7 +36,7 @@ def half_quadratic(
     qmax: int,
     *,
     symmetric: bool,
-    scale_dtype: Literal["float32", "float16", "bfloat16"],
+    scale_dtype: str,
     power: float,
     beta: float,
     kappa: float,
@@ -58,6 +58,8 @@ def half_quadratic(
     shape = (rows, -(-columns // max(group_size, 1)))
     if group_size < 1 or any(each.shape != shape for each in (*first, *kept)):
         raise ValueError(f"scales and zero points must be {list(shape)}, one for each group")
+    if scale_dtype not in SCALE_DTYPES:
+        raise ValueError(f"unknown scale_dtype={scale_dtype!r}")
     made = kept[0].astype(np.float32), kept[1].astype(np.int16)
     codes = np.empty((rows, columns), np.int16)
     share(
