@@ -18,6 +18,7 @@ from qframe.claims import Babai, Covers, HalfStep, SchemeScale
 from qframe.contracts import RoundingProblem
 from qframe.errors import CertificateError, HessianError
 from qframe.hessian import Feedback, inverse_spread
+from qframe.transforms import InputTransform, Rotation
 
 W4 = {"num_bits": 4, "group_size": 16}
 
@@ -195,10 +196,11 @@ def test_a_rewrite_keeps_every_weight_but_for_its_roundings(seed, handlers):
     for _ in range(handlers):
         factor = torch.exp(torch.randn(30, generator=generator))
         rewritten, scale = rewritten * factor, scale * factor
-    assert function_preserved(weight, rewritten, scale, handlers=handlers).holds
+    transform = InputTransform(scale)
+    assert function_preserved(weight, rewritten, transform, handlers=handlers).holds
     place = (int(seed % 20), int(seed % 30))
     rewritten[place] *= 1 + 2 * bounds.gamma(4 * handlers + 2)
-    broken = function_preserved(weight, rewritten, scale, handlers=handlers)
+    broken = function_preserved(weight, rewritten, transform, handlers=handlers)
     assert not broken.holds
     assert broken.place == place
 
@@ -206,7 +208,25 @@ def test_a_rewrite_keeps_every_weight_but_for_its_roundings(seed, handlers):
 def test_powers_of_two_change_nothing_at_all():
     weight = torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
     scale = 2.0 ** torch.arange(-4, 4)
-    assert function_preserved(weight, weight * scale, scale).ratio == 0
+    assert function_preserved(weight, weight * scale, InputTransform(scale)).ratio == 0
+
+
+@given(seed=st.integers(0, 999), scales=st.booleans())
+def test_a_rotation_keeps_every_block_but_for_its_roundings(seed, scales):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(20, 24, generator=generator)
+    scale = torch.exp(torch.randn(24, generator=generator)) if scales else None
+    rotation = Rotation.drawn(24, np.random.default_rng(seed))
+    transform = InputTransform(scale, rotation)
+    rewritten = transform.rewrite(weight)
+    assert function_preserved(weight, rewritten, transform).holds
+    row, block = seed % 20, seed % 3
+    length = torch.linalg.vector_norm(rewritten[row, 8 * block : 8 * block + 8])
+    rewritten[row, 8 * block] += 4 * bounds.gamma(7) * length
+    broken = function_preserved(weight, rewritten, transform)
+    assert not broken.holds
+    assert broken.theorem == "B4.f"
+    assert broken.place == (row, block)
 
 
 # In the pipeline --------------------------------------------------------------------------------
