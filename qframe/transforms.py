@@ -42,7 +42,7 @@ class Rotation:
         """
         import torch
 
-        block = columns & -columns
+        block = block_of(columns)
         signs = rng.integers(0, 2, (columns // block, block)) * 2 - 1
         return cls(torch.from_numpy(signs).float())
 
@@ -53,17 +53,30 @@ class Rotation:
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
         """Return rows [..., columns] rotated, in their own dtype."""
-        blocks = x.unflatten(-1, self.signs.shape)
-        return _butterflies(blocks * self.signs.to(x.dtype)).flatten(-2)
+        blocks = butterflies(x.unflatten(-1, self.signs.shape) * self.signs.to(x.dtype))
+        return (blocks * self._norm).flatten(-2)
 
     def undo(self, x: torch.Tensor) -> torch.Tensor:
         """Return rows [..., columns] rotated back, in their own dtype."""
-        blocks = _butterflies(x.unflatten(-1, self.signs.shape))
+        blocks = butterflies(x.unflatten(-1, self.signs.shape)) * self._norm
         return (blocks * self.signs.to(x.dtype)).flatten(-2)
 
+    @property
+    def _norm(self) -> float:
+        return 1 / math.sqrt(self.block)
 
-def _butterflies(x: torch.Tensor) -> torch.Tensor:
-    """Return x H / sqrt(n) for x [..., n]: log2(n) levels of sums and differences."""
+
+def block_of(columns: int) -> int:
+    """Return the largest block that `columns` can be cut into, a power of two; 1 for none."""
+    return max(columns & -columns, 1)
+
+
+def butterflies(x: torch.Tensor) -> torch.Tensor:
+    """Return x H for x [..., n], n a power of two, in its dtype; H H = n.
+
+    Sums and differences on log2(n) levels and not a product of matrices: so a row has the same bits
+    whatever rows come with it.
+    """
     import torch
 
     size = int(x.shape[-1])
@@ -72,7 +85,7 @@ def _butterflies(x: torch.Tensor) -> torch.Tensor:
         low, high = x.unflatten(-1, (size // (2 * half), 2, half)).unbind(-2)
         x = torch.stack((low + high, low - high), -2).flatten(-3)
         half *= 2
-    return x * (1 / math.sqrt(size))
+    return x
 
 
 @dataclass(frozen=True, slots=True, eq=False)

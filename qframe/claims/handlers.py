@@ -18,7 +18,7 @@ from qframe import bounds
 from qframe.certificates import Certificate
 from qframe.contracts import Grid, Rewrite, RoundingProblem
 from qframe.scheme import Scheme
-from qframe.transforms import InputTransform
+from qframe.transforms import InputTransform, block_of
 
 if TYPE_CHECKING:
     import torch
@@ -189,17 +189,17 @@ class Incoherent:
 
     def objection(self, rewriting: Rewriting) -> str | None:
         """Small blocks have too little room to spread anything."""
-        columns = len(rewriting.hessian)
-        if bounds.incoherence(1.0, columns & -columns, _count(rewriting), _UNLIKELY) < 1:
+        block = block_of(len(rewriting.hessian))
+        if bounds.incoherence(1.0, block, _count(rewriting), _UNLIKELY) < 1:
             return None
-        return f"in blocks of {columns & -columns} columns any weight may stand out"
+        return f"in blocks of {block} columns any weight may stand out"
 
     def certify(self, rewriting: Rewriting) -> Certificate:
         """Compare the largest weight of each block with the block's length."""
-        rotation, columns = rewriting.rewrite.rotation, len(rewriting.hessian)
+        rotation, largest = rewriting.rewrite.rotation, block_of(len(rewriting.hessian))
         block = 1 if rotation is None else rotation.block
-        if block < columns & -columns:
-            note = f"blocks of {block} columns, where {columns & -columns} are possible"
+        if block < largest:
+            note = f"blocks of {block} columns, where {largest} are possible"
             return Certificate(claim=self.name, theorem=self.theorem, ratio=np.inf, note=note)
         scale = rewriting.rewrite.input_scale.numpy().astype(np.float64)
         before = (rewriting.original() * scale).reshape(-1, block)

@@ -18,6 +18,8 @@ from qframe import bounds
 from qframe.certificates import Certificate, Float64, Place
 from qframe.kv_evidence import KVEvidence, KVPart, as_float64, ranges
 from qframe.kv_scheme import KVScheme
+from qframe.reference_ops import hadamard_matrix
+from qframe.transforms import block_of
 
 Dtype = Literal["float64", "float32", "float16", "bfloat16"]
 
@@ -123,13 +125,13 @@ class KVRotatedHalfStep(KVHalfStep):
 
     def _rotated(self, part: KVPart) -> tuple[Float64, Float64]:
         """Return x H / n, and what its computation may be off by."""
-        n = hadamard_block(part.x.shape[-1])
+        n = block_of(part.x.shape[-1])
         size = hadamard(np.abs(part.x), signs=False) / n
         return hadamard(part.x) / n, bounds.kv_butterflies(size, n)
 
     def _turned(self, part: KVPart, dtype: str) -> Float64:
         """Return what (s c + m) H may be off by where it is read."""
-        n = hadamard_block(part.x.shape[-1])
+        n = block_of(part.x.shape[-1])
         stored = part.scale * part.codes + part.offset
         own = bounds.kv_decode(part.scale, part.codes, part.offset)
         size = hadamard(np.abs(stored) + own, signs=False)
@@ -137,18 +139,11 @@ class KVRotatedHalfStep(KVHalfStep):
         return bounds.kv_returned(hadamard(stored), lost, dtype)
 
 
-def hadamard_block(head_dim: int) -> int:
-    """Return the largest power of two that divides head_dim."""
-    return max(head_dim & -head_dim, 1)
-
-
 def hadamard(x: Float64, *, signs: bool = True) -> Float64:
-    """Return x H over blocks of `hadamard_block` channels; without `signs`, all of H is 1."""
-    n = hadamard_block(x.shape[-1])
+    """Return x H over blocks of `block_of` channels; without `signs`, all of H is 1."""
+    n = block_of(x.shape[-1])
     blocks = x.reshape(*x.shape[:-1], -1, n)
-    matrix = np.ones((1, 1))
-    while len(matrix) < n:
-        matrix = np.kron(matrix, np.array([[1, 1], [1, -1 if signs else 1]]))
+    matrix = hadamard_matrix(n) if signs else np.ones((n, n))
     turned: Float64 = (blocks @ matrix).reshape(x.shape)
     return turned
 

@@ -44,8 +44,7 @@ class NoWorseThan:
 
         problem = evidence.problem
         weight, columns = problem.weight.double(), problem.weight.shape[1]
-        scheme = problem.scheme.replace(observer=self.observer or problem.scheme.observer)
-        nearest = rounding.to_nearest(replace(problem, scheme=scheme))
+        nearest = _nearest(problem, self.observer)
         own = weight - rounding.dequantize(evidence.quantized)
         theirs = weight - rounding.dequantize(nearest)
         spare = _spare(evidence.quantized, problem), _spare(nearest, problem)
@@ -86,8 +85,7 @@ class NoWorsePower:
 
         problem = evidence.problem
         weight, columns = problem.weight.double(), problem.weight.shape[1]
-        scheme = problem.scheme.replace(observer=self.observer or problem.scheme.observer)
-        nearest = rounding.to_nearest(replace(problem, scheme=scheme))
+        nearest = _nearest(problem, self.observer)
         own = (weight - rounding.dequantize(evidence.quantized)).numpy()
         theirs = (weight - rounding.dequantize(nearest)).numpy()
         spare = [_spare(each, problem).numpy() for each in (evidence.quantized, nearest)]
@@ -148,6 +146,14 @@ def _row_by_row(evidence: Evidence, judge: Callable[[slice], tuple[Float64, Floa
 
     starts = range(0, len(evidence.problem.weight), ROWS)
     return Closest.among(parallel.spread(work, starts, evidence.threads))
+
+
+def _nearest(problem: RoundingProblem, observer: str | None) -> QuantizedWeight:
+    """Return the layer rounded to nearest, on scales of this observer; None: of the scheme's."""
+    from qframe import rounding
+
+    scheme = problem.scheme.replace(observer=observer or problem.scheme.observer)
+    return rounding.to_nearest(replace(problem, scheme=scheme))
 
 
 def _objective(

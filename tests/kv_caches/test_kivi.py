@@ -15,9 +15,10 @@ from qframe import KVCacheScheme, KVScheme, bounds, rounding
 from qframe.claims.kv import KVRotatedHalfStep
 from qframe.errors import NonFiniteError
 from qframe.kv_evidence import KVEvidence
+from qframe.transforms import block_of
 from qframe_conformance import check_plugin
 from qframe_conformance.held import held_bytes
-from qframe_plugins.kv_caches.kivi import KIVI, LARGEST, block_of, hadamard
+from qframe_plugins.kv_caches.kivi import KIVI, LARGEST, turned
 
 CHANNEL = {"axis": "channel", "group_size": 32}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -171,7 +172,7 @@ def test_sinks_that_were_cropped_are_sinks_when_they_come_again():
 def test_blocks_are_powers_of_two_that_divide(head_dim, block):
     assert block_of(head_dim) == block
     x = torch.randint(-100, 100, (2, 3, head_dim)).float()
-    assert torch.equal(hadamard(hadamard(x)), x * block)  # in whole numbers nothing is rounded
+    assert torch.equal(turned(turned(x)), x * block)  # in whole numbers nothing is rounded
 
 
 def test_a_rotation_helps_tokens_with_an_outlier():

@@ -16,32 +16,12 @@ import numpy as np
 from qframe import Grid
 from qframe.claims import Codebook, FloatingPoint, UniformGrid
 from qframe.errors import UnsupportedError
+from qframe_plugins.formats.codebook import NF4
 from tests.mutants.mutant import Mutant, Twin
 
 E4M3 = FloatingPoint(significand=4, min_exponent=-6, largest=448.0)
 E5M2 = FloatingPoint(significand=3, min_exponent=-14, largest=57344.0)
 E2M1 = FloatingPoint(significand=2, min_exponent=0, largest=6.0)
-NF4 = tuple(
-    float(np.float32(value))
-    for value in (
-        -1.0,
-        -0.6961928009986877,
-        -0.5250730514526367,
-        -0.39491748809814453,
-        -0.28444138169288635,
-        -0.18477343022823334,
-        -0.09105003625154495,
-        0.0,
-        0.07958029955625534,
-        0.16093020141124725,
-        0.24611230194568634,
-        0.33791524171829224,
-        0.44070982933044434,
-        0.5626170039176941,
-        0.7229568362236023,
-        1.0,
-    )
-)
 
 
 def grid_of(values):

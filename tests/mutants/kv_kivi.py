@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from qframe.packing import pack_codes
-from qframe_plugins.kv_caches.kivi import KIVI, Run, Store, hadamard
+from qframe_plugins.kv_caches.kivi import KIVI, Run, Store, turned
 from tests.mutants.kv_caches import outputs
 from tests.mutants.mutant import Mutant, Twin
 
@@ -202,16 +202,16 @@ class StartsAreNotMoved(Store):
 class NotTurnedBack(Store):
     def _decode(self, run: Run):
         read = super()._decode(run)
-        return hadamard(read.float()).to(read.dtype)  # H H = n
+        return turned(read.float()).to(read.dtype)  # H H = n
 
 
 class TurnedOverTokens(Store):
     """The butterflies run over the tokens of a channel."""
 
     def _encode(self, tokens, start):
-        turned = hadamard(tokens.float().transpose(2, 3)).transpose(2, 3)
+        across = turned(tokens.float().transpose(2, 3)).transpose(2, 3)
         width = tokens.shape[2] & -tokens.shape[2]
-        return super()._encode((turned / max(width, 1)).to(tokens.dtype), start)
+        return super()._encode((across / max(width, 1)).to(tokens.dtype), start)
 
 
 # The tables -----------------------------------------------------------------------------------

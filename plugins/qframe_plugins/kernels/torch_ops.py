@@ -169,16 +169,9 @@ def linear_int8_outliers(
 
 def hadamard(x: torch.Tensor, signs: torch.Tensor, block: int) -> torch.Tensor:
     """Return x diag(signs) H / sqrt(block), each block of columns on its own."""
-    import torch
+    from qframe import Rotation
 
-    tokens, columns = x.shape
-    y, half = x * signs, 1
-    while half < block:
-        pairs = y.reshape(tokens, columns // (2 * half), 2, half)
-        a, b = pairs[:, :, 0], pairs[:, :, 1]
-        y, half = torch.stack((a + b, a - b), 2), 2 * half
-    factor = 1 / math.sqrt(block)
-    return y.reshape(tokens, columns) * factor
+    return Rotation(signs.reshape(-1, block)).apply(x)
 
 
 def attention_kv(

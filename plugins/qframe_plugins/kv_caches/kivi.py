@@ -224,10 +224,11 @@ class Store:
         import torch
 
         from qframe import packing
+        from qframe.transforms import block_of
 
         x = tokens.float()
         if self._rotate:
-            x = hadamard(x) / block_of(x.shape[3])  # exact, and no larger than before
+            x = turned(x) / block_of(x.shape[3])  # exact, and no larger than before
         scale, offset = self._fit(x)
         grid, shape = self.scheme.grid, tuple(x.shape)
         steps = (x - self._spread(offset, shape)) / self._spread(scale, shape)
@@ -321,32 +322,18 @@ class Store:
         scale, offset = (self._spread(each, tuple(codes.shape)) for each in self._scales(run))
         x = codes.to(torch.float32) * scale + offset
         if self._rotate:
-            x = hadamard(x)
+            x = turned(x)
         if recent.dtype != torch.float32:  # a scale that was rounded up may reach beyond its end
             largest = torch.finfo(recent.dtype).max
             x = x.clamp(-largest, largest)
         return x.to(recent.dtype)
 
 
-def block_of(head_dim: int) -> int:
-    """Return the size of the blocks that are rotated: the largest power of two that divides."""
-    return max(head_dim & -head_dim, 1)
+def turned(x: torch.Tensor) -> torch.Tensor:
+    """Return x H over blocks of channels, as large as their number can be cut into."""
+    from qframe.transforms import block_of, butterflies
 
-
-def hadamard(x: torch.Tensor) -> torch.Tensor:
-    """Return x H over blocks of n = `block_of` channels; H H = n I.
-
-    By butterflies and not as a product of matrices: so that a token has the same bits whatever
-    tokens come with it.
-    """
-    import torch
-
-    n, half, shape = block_of(x.shape[-1]), 1, x.shape
-    while half < n:
-        pairs = x.reshape(*shape[:-1], -1, 2, half)
-        a, b = pairs.unbind(-2)
-        x, half = torch.stack((a + b, a - b), dim=-2), 2 * half
-    return x.reshape(shape)
+    return butterflies(x.unflatten(-1, (-1, block_of(x.shape[-1])))).flatten(-2)
 
 
 @dataclass(frozen=True)
