@@ -4,34 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from qframe.cli import main
+from tests.ran import Ran, command
 
 METHODS = ("rtn", "gptq")
 SCHEMES = ("W4A16", "W3A16")
 TEXT = "All happy families are alike; {} is unhappy in a way of its own, and {} in another.\n"
-
-
-@dataclass(frozen=True)
-class Ran:
-    """How a command ended. `said` is stderr with its lines joined."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def said(self) -> str:
-        return " ".join(self.err.split())
-
-    def made(self) -> list[str]:
-        """Return the cells that were made, and not found in the store."""
-        return [line for line in self.err.splitlines() if line.endswith(": quantizing")]
 
 
 @pytest.fixture(scope="session")
@@ -76,15 +59,6 @@ def compare(capfd: pytest.CaptureFixture[str], model: Path, texts: list[str]) ->
 def run(capfd: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
     """Run `qframe ARGUMENTS`."""
     return lambda *arguments: command(capfd, *arguments)
-
-
-def command(capfd: pytest.CaptureFixture[str], *arguments: str | Path) -> Ran:
-    capfd.readouterr()
-    with pytest.raises(SystemExit) as stopped:
-        main([str(argument) for argument in arguments])
-    captured = capfd.readouterr()
-    code = stopped.value.code
-    return Ran(code if isinstance(code, int) else 0, captured.out, captured.err)
 
 
 @pytest.fixture(scope="session")

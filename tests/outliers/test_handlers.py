@@ -12,7 +12,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import qframe
-from qframe import Grid, Host, RewriteProblem, RoundingProblem, Scheme, bounds, hookimpl, rounding
+from qframe import (
+    Capabilities,
+    Grid,
+    Host,
+    RewriteProblem,
+    RoundingProblem,
+    Scheme,
+    bounds,
+    hookimpl,
+    rounding,
+)
 from qframe.calibration import CalibrationData
 from qframe.claims.handlers import Rewriting, root_of_loss
 from qframe.errors import FallbackError, UncalibratedLayerError
@@ -200,6 +210,38 @@ def test_without_tokens_layers_stay_as_they_are_and_the_report_says_so(method):
         qframe.quantize(net, {**recipe, "max_fallback_frac": 0.4}, calibration=data)
     with pytest.raises(UncalibratedLayerError, match="layer 'idle'"):
         qframe.quantize(net, {**recipe, "on_fallback": "error"}, calibration=data)
+
+
+@pytest.mark.parametrize("first", ["smoothquant", "awq"])
+def test_a_handler_is_given_statistics_of_what_those_before_it_left(first):
+    """A maximum of quotients is the quotient of the maximum, bit for bit."""
+    seen = []
+
+    @dataclasses.dataclass(frozen=True)
+    class Spy:
+        name: str = "spy"
+        needs: frozenset = frozenset({"absmax"})
+        capabilities: Capabilities = dataclasses.field(default_factory=Capabilities)
+
+        def rewrite(self, problem, rng):
+            seen.append(problem.statistics["absmax"])
+            return problem.scaled(torch.ones(problem.columns))
+
+    class Plugin:
+        @hookimpl
+        def qframe_outlier_handlers(self):
+            return [Spy()]
+
+    host = Host.discover()
+    host.add(Plugin(), "spy")
+    net, data = network()
+    result = qframe.quantize(
+        net, {"method": f"{first}+spy", "scheme": W4}, calibration=data, host=host
+    )
+    largest = torch.stack([x.abs().amax(0) for (x,) in data.inputs]).amax(0)
+    scale = result.module[0].input_scale
+    assert not torch.equal(scale, torch.ones(32))
+    assert torch.equal(seen[0], largest / scale)
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,7 @@
 """AutoRound loses no more output than round-to-nearest, row by row, and less where it can."""
 
-import dataclasses
 import functools
 
-import numba
 import numpy as np
 import pytest
 import torch
@@ -29,6 +27,7 @@ from qframe_conformance.strategies import (
 )
 from qframe_plugins.kernels.numba_cpu.autoround import learn
 from qframe_plugins.rounders.autoround import AutoRound
+from tests.rounders.alike import depends_on_rows_alone, same
 
 RNG = np.random.default_rng(0)  # the method takes no random numbers
 
@@ -60,11 +59,6 @@ def run(drawn, **options):
 def losses(drawn, made):
     error = drawn.weight.double() - rounding.dequantize(made)
     return ((error @ drawn.statistics["hessian"]) * error).sum(1)
-
-
-def same(one, other):
-    names = ("codes", "scale", "zero_point", "group_index")
-    return all(torch.equal(getattr(one, name), getattr(other, name)) for name in names)
 
 
 @given(problems(), st.sampled_from([0, 1, 9]), st.sampled_from([None, 0.3, 2.0]))
@@ -169,24 +163,15 @@ def test_nothing_given_is_changed_and_the_result_is_the_same_again(drawn):
 
 def test_bits_depend_neither_on_threads_nor_on_the_other_rows():
     drawn = ordinary(rows=150, columns=90, group_size=48, symmetric=False, scale_dtype="float32")
-    made = run(drawn, iterations=20)
-    threads = numba.get_num_threads()
-    try:
-        numba.set_num_threads(1)
-        assert same(made, run(drawn, iterations=20))
-    finally:
-        numba.set_num_threads(threads)
-    rows = torch.tensor([120, 3, 64, 149, 63])
-    alone = run(dataclasses.replace(drawn, weight=drawn.weight[rows]), iterations=20)
-    assert torch.equal(alone.codes, made.codes[rows])
-    assert torch.equal(alone.scale, made.scale[rows])
+    few = functools.partial(run, iterations=20)
+    assert depends_on_rows_alone(few, drawn, [120, 3, 64, 149, 63])
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"group_size": 0}, "groups of 0"),
-        ({"zero_point": np.zeros((2, 1), np.int16)}, "do not fit"),
+        ({"group_size": 0}, "group_size=0"),
+        ({"zero_point": np.zeros((2, 1), np.int16)}, "one for each group"),
         ({"codes": np.zeros((2, 3), np.int16)}, "do not fit"),
         ({"hessian": np.eye(3)}, "4 columns"),
     ],

@@ -6,7 +6,6 @@ Everything is checked from the outside: weight, Hessian, options and what `round
 import dataclasses
 import functools
 
-import numba
 import numpy as np
 import pytest
 import torch
@@ -31,6 +30,7 @@ from qframe_conformance.strategies import (
 )
 from qframe_plugins.rounders.gptq import DAMPINGS, GPTQ
 from qframe_plugins.rounders.rtn import RTN
+from tests.rounders.alike import depends_on_rows_alone, same
 
 RNG = np.random.default_rng(0)  # GPTQ takes no random numbers
 OPTIONS = [
@@ -133,13 +133,6 @@ def certificate(drawn, made, damping=1 / 100):
 
 def run(drawn, damping=1 / 100, **options):
     return GPTQ(dampening_frac=damping, **options).round(drawn, RNG)
-
-
-def same(one, other):
-    return all(
-        torch.equal(getattr(one, name), getattr(other, name))
-        for name in ("codes", "scale", "zero_point", "group_index", "order")
-    )
 
 
 # The certificate ------------------------------------------------------------------------------
@@ -548,17 +541,8 @@ def test_bits_depend_neither_on_threads_nor_on_the_other_rows(options):
         correlated(rng, 150),
         Scheme(group_size=48, symmetric=False),
     )
-    made = run(drawn, **options)
-    threads = numba.get_num_threads()
-    try:
-        numba.set_num_threads(1)
-        assert same(made, run(drawn, **options))
-    finally:
-        numba.set_num_threads(threads)
-    rows = torch.tensor([150, 3, 64, 199, 63])
-    alone = run(dataclasses.replace(drawn, weight=drawn.weight[rows]), **options)
-    assert torch.equal(alone.codes, made.codes[rows])
-    assert torch.equal(alone.scale, made.scale[rows])
+    asked = functools.partial(run, **options)
+    assert depends_on_rows_alone(asked, drawn, [150, 3, 64, 199, 63])
 
 
 # Mutants --------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import numba
 import numpy as np
 import pytest
 import torch
@@ -18,6 +17,7 @@ from qframe_conformance.kinds import NASTY, heavy_tailed, small
 from qframe_conformance.strategies import rounding_problem, rounding_problems
 from qframe_plugins.kernels.numba_cpu.hqq import half_quadratic
 from qframe_plugins.rounders.hqq import HQQ
+from tests.rounders.alike import depends_on_rows_alone, same
 
 RNG = np.random.default_rng(0)  # the method takes no random numbers
 
@@ -33,11 +33,6 @@ def problems(**given):
 
 def run(drawn, **options):
     return HQQ(**options).round(drawn, RNG)
-
-
-def same(one, other):
-    names = ("codes", "scale", "zero_point", "group_index")
-    return all(torch.equal(getattr(one, name), getattr(other, name)) for name in names)
 
 
 @given(problems(), st.sampled_from([0.3, 0.7, 1.0]), st.sampled_from([1.0, 10.0]))
@@ -127,17 +122,7 @@ def test_bits_depend_neither_on_threads_nor_on_the_other_rows():
     rng = np.random.default_rng(2)
     scheme = Scheme(group_size=48, symmetric=False, scale_dtype="float32")
     drawn = rounding_problem(rng.normal(size=(60, 150)), scheme)
-    made = run(drawn)
-    threads = numba.get_num_threads()
-    try:
-        numba.set_num_threads(1)
-        assert same(made, run(drawn))
-    finally:
-        numba.set_num_threads(threads)
-    rows = torch.tensor([50, 3, 24, 59])
-    alone = run(dataclasses.replace(drawn, weight=drawn.weight[rows]))
-    assert torch.equal(alone.codes, made.codes[rows])
-    assert torch.equal(alone.scale, made.scale[rows])
+    assert depends_on_rows_alone(run, drawn, [50, 3, 24, 59])
 
 
 def test_the_kernel_refuses_scales_that_do_not_fit():

@@ -15,7 +15,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from qframe_plugins.kernels.numba_cpu.scales import SCALE_DTYPES, group_scale
+from qframe_plugins.kernels.numba_cpu.scales import check_groups, grid_of, group_scale
 from qframe_plugins.kernels.numba_cpu.simd import LANES, QUAD, claim, kernel, tile_add
 from qframe_plugins.kernels.numba_cpu.threads import share
 
@@ -54,14 +54,12 @@ def learn(
     Raises ValueError for operands that do not fit.
     """
     rows, columns = weight.shape
-    if group_size < 1 or scale.shape != (rows, -(-columns // group_size)):
-        raise ValueError(f"scale {scale.shape} does not fit {rows} rows in groups of {group_size}")
-    if scale.shape != zero_point.shape or codes.shape != weight.shape:
-        raise ValueError(f"codes {codes.shape} or zero_point {zero_point.shape} do not fit")
+    check_groups(weight.shape, group_size, scale, zero_point)
+    if codes.shape != weight.shape:
+        raise ValueError(f"codes {codes.shape} do not fit a weight {weight.shape}")
     if hessian.shape != (columns, columns):
         raise ValueError(f"hessian {hessian.shape} does not fit {columns} columns")
-    if scale_dtype not in SCALE_DTYPES:
-        raise ValueError(f"unknown scale_dtype={scale_dtype!r}")
+    grid = grid_of(qmin, qmax, symmetric=symmetric, scale_dtype=scale_dtype)
     made = codes.astype(np.int16), scale.astype(np.float32), zero_point.astype(np.int16)
     share(
         _share_panels,
@@ -69,7 +67,7 @@ def learn(
         np.require(weight, np.float32, _OWN),
         _scaled(hessian),
         np.int64(group_size),
-        (np.int64(qmin), np.int64(qmax), bool(symmetric), np.int64(SCALE_DTYPES[scale_dtype])),
+        grid,
         np.int64(iterations),
         np.float64(rate),
         *made,

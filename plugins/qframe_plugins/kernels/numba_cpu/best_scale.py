@@ -20,7 +20,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from qframe_plugins.kernels.numba_cpu.scales import SCALE_DTYPES, round_up
+from qframe_plugins.kernels.numba_cpu.scales import check_groups, grid_of, round_up
 from qframe_plugins.kernels.numba_cpu.simd import claim, kernel
 from qframe_plugins.kernels.numba_cpu.threads import share
 
@@ -55,23 +55,18 @@ def best_scales(
 
     Raises ValueError for operands that do not fit.
     """
-    rows, columns = weight.shape
-    if group_size < 1 or scale.shape != (rows, -(-columns // group_size)):
-        raise ValueError(f"scale {scale.shape} does not fit {rows} rows in groups of {group_size}")
-    if scale.shape != zero_point.shape:
-        raise ValueError(f"scale {scale.shape} and zero_point {zero_point.shape} differ")
+    check_groups(weight.shape, group_size, scale, zero_point)
     if not qmin <= 0 <= qmax or qmax == qmin:
         raise ValueError(f"codes in [{qmin}, {qmax}] do not hold 0 and another one")
-    if scale_dtype not in SCALE_DTYPES:
-        raise ValueError(f"unknown scale_dtype={scale_dtype!r}")
+    grid = grid_of(qmin, qmax, symmetric=symmetric, scale_dtype=scale_dtype)
     made = scale.astype(np.float32), zero_point.astype(np.int16)
-    codes = np.empty((rows, columns), np.int16)
+    codes = np.empty(weight.shape, np.int16)
     share(
         _share_rows,
-        rows,
+        len(weight),
         np.require(weight, np.float32, _OWN),
         np.int64(group_size),
-        (np.int64(qmin), np.int64(qmax), bool(symmetric), np.int64(SCALE_DTYPES[scale_dtype])),
+        grid,
         *made,
         codes,
     )

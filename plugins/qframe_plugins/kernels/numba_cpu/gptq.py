@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from qframe_plugins.kernels.numba_cpu.feedback import Feedback
 from qframe_plugins.kernels.numba_cpu.gptq_panel import share_panels
-from qframe_plugins.kernels.numba_cpu.scales import SCALE_DTYPES
+from qframe_plugins.kernels.numba_cpu.scales import grid_of
 from qframe_plugins.kernels.numba_cpu.simd import LANES
 from qframe_plugins.kernels.numba_cpu.threads import share
 
@@ -97,14 +97,13 @@ def solve_dynamic(
     rows, columns = _check_weight(weight, feedback, qmin, qmax)
     if group_size < 1:
         raise ValueError(f"group_size={group_size}; give a positive number")
-    if scale_dtype not in SCALE_DTYPES or observer not in ("minmax", "mse"):
-        raise ValueError(f"unknown scale_dtype={scale_dtype!r} or observer={observer!r}")
+    if observer not in ("minmax", "mse"):
+        raise ValueError(f"unknown observer={observer!r}")
+    grid = grid_of(qmin, qmax, symmetric=symmetric, scale_dtype=scale_dtype)
     group_size = min(group_size, columns)
     groups = np.arange(columns, dtype=np.int32) // np.int32(group_size)
     scale = np.empty((rows, groups[-1] + 1), np.float32)
     zero_point = np.empty(scale.shape, np.int16)
-    dtype = np.int64(SCALE_DTYPES[scale_dtype])
-    grid = (np.int64(qmin), np.int64(qmax), bool(symmetric), dtype)
     mse = observer == "mse"
     codes = _solve(weight, feedback, grid, group_size, mse, groups, scale, zero_point)
     return codes, scale, zero_point

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qframe_plugins.kernels.numba_cpu.best_scale import nearest_steps, neighbours
-from qframe_plugins.kernels.numba_cpu.scales import SCALE_DTYPES
+from qframe_plugins.kernels.numba_cpu.scales import check_groups, grid_of
 from qframe_plugins.kernels.numba_cpu.simd import claim, kernel
 from qframe_plugins.kernels.numba_cpu.threads import share
 
@@ -54,20 +54,16 @@ def half_quadratic(
 
     Raises ValueError for operands that do not fit.
     """
-    rows, columns = weight.shape
-    shape = (rows, -(-columns // max(group_size, 1)))
-    if group_size < 1 or any(each.shape != shape for each in (*first, *kept)):
-        raise ValueError(f"scales and zero points must be {list(shape)}, one for each group")
-    if scale_dtype not in SCALE_DTYPES:
-        raise ValueError(f"unknown scale_dtype={scale_dtype!r}")
+    check_groups(weight.shape, group_size, *first, *kept)
+    grid = grid_of(qmin, qmax, symmetric=symmetric, scale_dtype=scale_dtype)
     made = kept[0].astype(np.float32), kept[1].astype(np.int16)
-    codes = np.empty((rows, columns), np.int16)
+    codes = np.empty(weight.shape, np.int16)
     share(
         _share_rows,
-        rows,
+        len(weight),
         np.require(weight, np.float32, _OWN),
         np.int64(group_size),
-        (np.int64(qmin), np.int64(qmax), bool(symmetric), np.int64(SCALE_DTYPES[scale_dtype])),
+        grid,
         (float(power), float(beta), float(kappa), np.int64(iterations)),
         np.require(first[0], np.float32, _OWN),
         np.require(first[1], np.int16, _OWN),

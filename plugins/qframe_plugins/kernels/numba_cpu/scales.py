@@ -13,7 +13,10 @@ never clips a weight. A group that is not all zero has a positive scale; an all-
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
 
 from qframe_plugins.kernels.numba_cpu.simd import LANES, kernel
 
@@ -25,6 +28,32 @@ CANDIDATES = 80  # of the mse search: the range shrunk by k percent, k = 0..79
 _INFINITY = 0x7F800000  # bit patterns of float32
 _HALF_NORMAL = (127 - 14) << 23  # the smallest normal float16
 _HALF_LARGEST = ((127 + 15) << 23) | (0x3FF << 13)  # 65504
+
+
+def grid_of(
+    qmin: int, qmax: int, *, symmetric: bool, scale_dtype: str
+) -> tuple[np.int64, np.int64, bool, np.int64]:
+    """Return codes, rule and scale dtype as kernels take them. Raises ValueError."""
+    if scale_dtype not in SCALE_DTYPES:
+        raise ValueError(f"unknown scale_dtype={scale_dtype!r}")
+    return np.int64(qmin), np.int64(qmax), bool(symmetric), np.int64(SCALE_DTYPES[scale_dtype])
+
+
+def check_groups(shape: tuple[int, ...], group_size: int, *per_group: npt.NDArray[Any]) -> None:
+    """Raise ValueError unless each array has one number for every group of a layer.
+
+    shape   of the layer, (rows, columns)
+    """
+    rows, columns = shape
+    if group_size < 1:
+        raise ValueError(f"group_size={group_size}; give a positive number")
+    wanted = (rows, -(-columns // group_size))
+    for each in per_group:
+        if each.shape != wanted:
+            raise ValueError(
+                f"scales and zero points must be {list(wanted)}, one for each group, got "
+                f"{list(each.shape)}"
+            )
 
 
 @kernel
