@@ -1,6 +1,8 @@
 """Layers that are worse than nearest on held-out tokens, and tokens that outweigh all others."""
 
+import re
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ import qframe
 from qframe import Capabilities, Host, claims, hookimpl
 from qframe.calibration import CalibrationData
 from qframe.errors import OverfitError
-from qframe.fallbacks import OVERFIT, massive_token
+from qframe.fallbacks import HOST_EVENTS, OVERFIT, massive_token
 
 W3 = {"num_bits": 3, "group_size": 8, "symmetric": False}
 
@@ -135,3 +137,12 @@ def test_a_run_names_massive_tokens_by_the_first_layer_that_reads_them():
     events = [event for event in report.events if event.kind == "massive token"]
     assert [event.layer for event in events] == ["0", "2"]
     assert events[0].message.startswith("token 5 of chunk 0")
+
+
+def test_every_event_about_a_layer_that_is_not_its_rounders_is_known():
+    """`verify` gives a rounder's claims the rounder's own events, and no others."""
+    package = Path(qframe.__file__).parent
+    said = set()
+    for file in ("fallbacks.py", "solve.py", "walk.py"):
+        said |= set(re.findall(r'Event\(\s*kind="([^"]+)"', (package / file).read_text("utf-8")))
+    assert said == HOST_EVENTS

@@ -7,11 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import qframe
-from qframe import Rewrite, Rotation, bounds, reference_ops
+from qframe import Recipe, Rewrite, Rotation, bounds, reference_ops
 from qframe.calibration import CalibrationData
 from qframe.errors import UnsupportedError
+from qframe.memory import bits_per_weight, stored_bits_per_weight
 from qframe.model import QuantizedLinear
+from qframe.pipeline import plan_job
 from qframe.transforms import InputTransform
+from qframe.weights import ModelFolder
 
 COLUMNS = st.sampled_from([1, 2, 3, 8, 12, 64, 96])
 
@@ -192,6 +195,31 @@ def test_certificates_of_a_rotated_folder_can_be_computed_once_more(tiny_llama, 
     report = qframe.verify(tmp_path / "out", reference=tiny_llama)
     assert report.problems == []
     assert report.unchecked == []
+
+
+INT4 = {"num_bits": 4, "group_size": 16, "symmetric": False}
+
+
+@pytest.mark.parametrize(
+    ("method", "scheme"),
+    [
+        *(("rtn", scheme) for scheme in (INT4, "NVFP4", "MXFP8", "NF4")),
+        *((method, INT4) for method in ("awq", "hadamard", "awq+hadamard", "smoothquant+awq")),
+    ],
+)
+def test_what_is_stored_is_promised_before(tiny_llama, tmp_path, method, scheme):
+    recipe = Recipe.parse(
+        {
+            "method": method,
+            "scheme": scheme,
+            "calibration": {"num_calibration_samples": 4, "max_seq_length": 16},
+        },
+        "test",
+    )
+    job = plan_job(tiny_llama, recipe)
+    qframe.quantize(tiny_llama, recipe, out=tmp_path / "out")
+    sizes = {name: job.network.layers[name].size for name in job.plan.schemes}
+    assert bits_per_weight(job) == stored_bits_per_weight(ModelFolder(tmp_path / "out"), sizes)
 
 
 def test_a_rotation_keeps_one_loud_channel_from_spoiling_the_others():

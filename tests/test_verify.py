@@ -24,7 +24,7 @@ from qframe import (
     rounding,
 )
 from qframe.claims import HalfStep
-from qframe.errors import CertificateError, RecipeError, VerifyError
+from qframe.errors import CertificateError, HessianError, RecipeError, VerifyError
 from qframe.manifest import STATISTICS, fingerprint, own_hash, sha256
 from qframe.weights import ModelFolder
 
@@ -483,3 +483,36 @@ def test_a_plugin_that_is_not_here_is_said(tmp_path, host):
     report = qframe.verify(tmp_path / "out", network(), host=host)
     assert report.unchecked == []
     assert len(report.recomputed["0"]) == 1
+
+
+def test_a_layer_that_was_rounded_to_nearest_instead_needs_no_plugin(tmp_path):
+    """What fell back is held against the claims of nearest, whoever could not do it."""
+
+    @dataclass(frozen=True)
+    class Unable:
+        name: str = "unable"
+        needs: frozenset = frozenset({"hessian"})
+        capabilities: Capabilities = field(default_factory=Capabilities)
+
+        def round(self, problem, rng):
+            if problem.name == "0":
+                raise HessianError(f"layer {problem.name!r}: made to fail")
+            return Host.discover().get("rounder", "rtn").round(problem, rng)
+
+    class Plugin:
+        @hookimpl
+        def qframe_rounders(self):
+            return [Unable()]
+
+    host = Host.discover()
+    host.add(Plugin(), "unable")
+    recipe = {
+        "method": "unable",
+        "scheme": {"num_bits": 4, "group_size": 12},
+        "max_fallback_frac": 1,
+    }
+    qframe.quantize(network(), recipe, out=tmp_path / "out", calibration=data(), host=host)
+    report = qframe.verify(tmp_path / "out", network())
+    assert report.problems == []
+    assert {c.claim for c in report.recomputed["0"]} == {"half step", "scale", "coverage"}
+    assert report.recomputed["2"] == ()

@@ -149,14 +149,15 @@ class RounderCase:
         """Return the layer as plain Python; `plugin` and `arrays` are defined before it."""
         problem = self.problem
         arrays: dict[str, Any] = {"weight": problem.weight.numpy()}
-        for name, value in problem.statistics.items():
-            arrays[f"statistics_{name}"] = np.asarray(value)
+        kept = {"statistics": problem.statistics, "held_out": problem.held_out}
+        for kind, given in kept.items():
+            arrays |= {f"{kind}_{name}": np.asarray(value) for name, value in given.items()}
+        statistics, held_out = (
+            ", ".join(f"{name!r}: torch.from_numpy(arrays['{kind}_{name}'])" for name in given)
+            for kind, given in kept.items()
+        )
         changed = problem.scheme.model_dump(exclude_defaults=True)
         fields = ", ".join(f"{key}={value!r}" for key, value in changed.items())
-        statistics = ", ".join(
-            f"{name!r}: torch.from_numpy(arrays['statistics_{name}'])"
-            for name in problem.statistics
-        )
         grid = problem.grid
         values = "" if grid.values is None else f", {grid.values!r}"
         text = f"""\
@@ -173,6 +174,7 @@ problem = RoundingProblem(
     grid=Grid({grid.qmin}, {grid.qmax}{values}),
     statistics={{{statistics}}},
     tokens={problem.tokens},
+    held_out={{{held_out}}},
 )
 print(replay({check!r}, RounderCase(plugin, problem, seed={self.seed})))
 """
@@ -226,11 +228,11 @@ print(replay({check!r}, calibration_case(plugin, Scheme({fields}))))
 
 def copied(problem: RoundingProblem) -> RoundingProblem:
     """Return the problem with tensors of its own."""
-    statistics = {
-        name: value.clone() if isinstance(value, torch.Tensor) else value
-        for name, value in problem.statistics.items()
-    }
-    return replace(problem, weight=problem.weight.clone(), statistics=statistics)
+    statistics, held_out = (
+        {n: v.clone() if isinstance(v, torch.Tensor) else v for n, v in values.items()}
+        for values in (problem.statistics, problem.held_out)
+    )
+    return replace(problem, weight=problem.weight.clone(), statistics=statistics, held_out=held_out)
 
 
 def global_states() -> dict[str, object]:

@@ -100,7 +100,7 @@ def uncalibrated(case: RounderCase) -> Outcome:
     _ = case.quantized
     nothing = np.zeros((1, case.weight.shape[1]))
     statistics = {name: statistic(name, nothing) for name in case.problem.statistics}
-    problem = replace(case.problem, statistics=statistics, tokens=0)
+    problem = replace(case.problem, statistics=statistics, tokens=0, held_out=statistics)
     answer = case.ask(problem)
     if answer.error is None:
         try:
@@ -124,9 +124,11 @@ def purity(case: RounderCase) -> Outcome:
     """Weight and statistics are left as they were, to the last bit."""
     given, original = case.answer.given, case.problem
     same_bits(original.weight, given.weight, "the weight after rounding")
-    for name, value in original.statistics.items():
-        if isinstance(value, (torch.Tensor, np.ndarray)):
-            same_bits(value, given.statistics[name], f"statistics[{name!r}] after rounding")
+    for kind in ("statistics", "held_out"):
+        now = getattr(given, kind)
+        for name, value in getattr(original, kind).items():
+            if isinstance(value, (torch.Tensor, np.ndarray)):
+                same_bits(value, now[name], f"{kind}[{name!r}] after rounding")
     return None
 
 

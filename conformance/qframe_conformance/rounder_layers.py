@@ -236,14 +236,23 @@ def row_kinds(grid: Grid, width: int, symmetric: bool, calibrated: bool) -> tupl
 def problem_of(
     weight: Any, scheme: Scheme, grid: Grid, needs: Collection[str], x: Float64 | None
 ) -> RoundingProblem:
-    """Return the problem of a layer with inputs x [tokens, columns], None for a data-free run."""
+    """Return the problem of a layer with inputs x [tokens, columns], None for a data-free run.
+
+    Each held-out token is one of x with its numbers a column further: of the same size, and with
+    correlations of their own.
+    """
+
+    def values(seen: Float64 | None) -> dict[str, Any]:
+        return {} if seen is None else {name: statistic(name, seen) for name in sorted(needs)}
+
     return RoundingProblem(
         name=NAME,
         weight=torch.from_numpy(np.ascontiguousarray(weight)),
         scheme=scheme,
         grid=grid,
-        statistics={} if x is None else {name: statistic(name, x) for name in sorted(needs)},
+        statistics=values(x),
         tokens=0 if x is None else len(x),
+        held_out=values(None if x is None else np.roll(x, 1, axis=1)),
     )
 
 

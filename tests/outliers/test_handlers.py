@@ -27,7 +27,7 @@ from qframe.calibration import CalibrationData
 from qframe.claims.handlers import Rewriting, root_of_loss
 from qframe.errors import FallbackError, UncalibratedLayerError
 from qframe_conformance import check_plugin
-from qframe_plugins.outliers.awq import AWQ
+from qframe_plugins.outliers.awq import AWQ, PART
 from qframe_plugins.outliers.smoothquant import RANGE, SmoothQuant
 from tests.mutants import handlers as reference
 
@@ -99,6 +99,23 @@ def test_every_layer_counts_with_its_own_scheme():
         mine, other = (handler.rewrite(mixed, rng) for handler in (AWQ(), reference.AWQ()))
         assert torch.equal(mine.input_scale, other.input_scale)
         swayed += not torch.equal(mine.input_scale, AWQ().rewrite(problem(seed), rng).input_scale)
+    assert swayed
+
+
+@pytest.mark.parametrize("strategy", ["tensor", "channel", "group"])
+def test_all_rows_of_a_layer_decide_however_many_there_are(strategy):
+    """The first rows, which are searched together, do not use the loud channels at all."""
+    scheme = Scheme(strategy=strategy, group_size=8 if strategy == "group" else None)
+    rng, swayed = np.random.default_rng(0), 0
+    for seed in range(5):
+        given = problem(seed, rows=(2 * PART + 5, 0), schemes=(scheme, scheme))
+        layer, loudness = given.layers["q"], given.statistics["hessian"].diagonal()
+        layer.weight[:PART, loudness > loudness.median()] = 0
+        layer.weight[-1] *= 4  # with one scale for all rows, all must be seen to know it
+        mine, other = (handler.rewrite(given, rng) for handler in (AWQ(), reference.AWQ()))
+        assert torch.equal(mine.input_scale, other.input_scale)
+        layer.weight[PART:] = layer.weight[:1]
+        swayed += not torch.equal(mine.input_scale, AWQ().rewrite(given, rng).input_scale)
     assert swayed
 
 

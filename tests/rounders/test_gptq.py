@@ -16,6 +16,7 @@ from qframe import Scheme, bounds, claims, reference, rounding
 from qframe.certificates import Evidence
 from qframe.errors import HessianError, NonFiniteError, UncalibratedLayerError, UnsupportedError
 from qframe.host import objection
+from qframe_conformance import check_plugin
 from qframe_conformance.strategies import (
     HESSIANS,
     correlated,
@@ -480,6 +481,11 @@ def test_of_several_declared_dampings_the_codes_must_be_those_of_one():
     assert between.note == "damping 0.05 is not one of the declared 0.01, 0.1, 1"
     raised = certify(run(drawn, 1.0))
     assert raised.note == "damping was raised to 1, and no event says so"
+
+
+def test_automatic_damping_keeps_its_promises():
+    report = check_plugin(GPTQ(dampening_frac="auto"), profile="fast", shrink=False)
+    assert report.ok, str(report)
 
 
 def test_automatic_damping_without_held_out_tokens_is_refused():

@@ -69,7 +69,6 @@ class GPTQ:
 
     name: str = field(init=False, default="gptq")
     needs: frozenset[str] = field(init=False, default=frozenset({"hessian"}))
-    capabilities: Capabilities = field(init=False, default=Capabilities())
 
     def __post_init__(self) -> None:
         if self.actorder == "static" and self.static_groups is False:
@@ -78,6 +77,11 @@ class GPTQ:
                 "known beforehand: static_groups=False is not possible; use actorder='group' or "
                 "None, or leave static_groups out"
             )
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """All integer schemes; an automatic damping is one for all rows of a layer."""
+        return Capabilities(row_independent=self.dampening_frac != "auto")
 
     @property
     def claims(self) -> tuple[object, ...]:
