@@ -25,7 +25,7 @@ from typing_extensions import get_protocol_members
 
 from qframe import contracts, hookspecs
 from qframe.errors import PluginError, RecipeError, UnknownNameError
-from qframe.strict import suggestion
+from qframe.strict import mistakes, suggestion
 
 KINDS: Mapping[str, tuple[str, type]] = {
     "observer": ("qframe_observers", contracts.Observer),
@@ -187,11 +187,10 @@ class Host:
             values = {n: getattr(target, n) for n in known}
             checked = pydantic.TypeAdapter(type(target)).validate_python({**values, **options})
         except pydantic.ValidationError as error:
-            mistake = error.errors()[0]
-            path = ".".join(str(part) for part in mistake["loc"])
+            loc, said, given = next(mistakes(error, lambda loc: 1))
+            path = ".".join(str(part) for part in loc)
             raise RecipeError(
-                f"{where}: {kind} {name!r}: option {path!r}: {mistake['msg']} "
-                f"(got {mistake['input']!r})"
+                f"{where}: {kind} {name!r}: option {path!r}: {said} (got {given!r})"
             ) from None
         except pydantic.errors.PydanticUserError as error:
             raise PluginError(

@@ -154,14 +154,8 @@ class Recipe(Strict):
         try:
             return cls.model_validate(data)
         except ValidationError as error:
-            lines = explain(error, str(path), cls).splitlines()
-            keys = [str(m["loc"][-1]) for m in error.errors() if m["loc"]]
-            numbers = [_line_of(key, text) for key in keys]
-            numbered = [
-                line.replace(str(path), f"{path}:{number}", 1) if number else line
-                for line, number in zip(lines, [*numbers, *[0] * len(lines)], strict=False)
-            ]
-            raise RecipeError("\n".join(numbered)) from None
+            said = explain(error, str(path), cls, lambda key: _line_of(key, text))
+            raise RecipeError(said) from None
 
     def replace(self, **changes: Any) -> Self:
         """Return a copy with changes, validated."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
@@ -22,6 +22,9 @@ def suggestion(wrong: str, known: Iterable[str]) -> str:
     if near:
         return f"; did you mean {near[0]!r}?"
     return f"; known: {', '.join(names)}" if names else ""
+
+
+Location = tuple[int | str, ...]  # of a mistake: fields and places, from outside to inside
 
 
 class Strict(BaseModel):
@@ -59,28 +62,76 @@ class Strict(BaseModel):
             raise RecipeError(explain(error, where, cls)) from None
 
 
-def explain(error: ValidationError, where: str, model: type[Strict]) -> str:
-    """Turn a validation error into one line per mistake, with suggestions."""
-    lines = []
-    for mistake in error.errors():
-        path = ".".join(str(part) for part in mistake["loc"])
-        if mistake["type"] == "extra_forbidden":
-            known = set(_fields_at(model, mistake["loc"][:-1]))
-            wrong = str(mistake["loc"][-1])
-            lines.append(f"{where}: unknown key {path!r}{suggestion(wrong, known)}")
+def explain(
+    error: ValidationError,
+    where: str,
+    model: type[Strict],
+    line_of: Callable[[str], int] = lambda key: 0,
+) -> str:
+    """Turn a validation error into one line per mistake, with suggestions.
+
+    line_of   returns the line of `where` on which a key stands, 0 where that is not known
+    """
+    lines, source = [], where
+    for loc, said, given in mistakes(error, lambda loc: _depth(model, loc)):
+        path = ".".join(str(part) for part in loc)
+        number = line_of(str(loc[-1])) if loc else 0
+        where = f"{source}:{number}" if number else source
+        if not said:
+            known = set(_words(_model_at(model, loc[:-1])))
+            lines.append(f"{where}: unknown key {path!r}{suggestion(str(loc[-1]), known)}")
         else:
-            said = mistake["msg"].removeprefix("Value error, ")
-            given = "" if isinstance(mistake["input"], dict) else f" (got {mistake['input']!r})"
-            lines.append(f"{where}: {path + ': ' if path else ''}{said}{given}")
+            got = "" if isinstance(given, dict) else f" (got {given!r})"
+            lines.append(f"{where}: {path + ': ' if path else ''}{said}{got}")
     return "\n".join(lines)
 
 
-def _fields_at(model: type[Strict], path: tuple[int | str, ...]) -> list[str]:
-    """Return the field names (and aliases) of the model nested at `path`."""
+def mistakes(
+    error: ValidationError, depth: Callable[[Location], int]
+) -> Iterator[tuple[Location, str, Any]]:
+    """Yield (where, what is wrong, what was given); nothing is wrong with a key but that it is one.
+
+    A value that may be of several types is wrong in as many ways: they become one mistake.
+
+    depth   how many parts of a location are names of fields
+    """
+    found: dict[Location, list[Any]] = {}
+    for mistake in error.errors():
+        loc = mistake["loc"]
+        field = loc if mistake["type"] == "extra_forbidden" else loc[: depth(loc)]
+        found.setdefault(field, []).append(mistake)
+    for field, several in found.items():
+        first = several[0]
+        if first["type"] == "extra_forbidden":
+            yield field, "", first["input"]
+        elif len({mistake["loc"] for mistake in several}) == 1:
+            yield first["loc"], first["msg"].removeprefix("Value error, "), first["input"]
+        else:
+            first_said, *others = dict.fromkeys(mistake["msg"] for mistake in several)
+            said = [first_said, *(other.removeprefix("Input should be ") for other in others)]
+            yield field, ", or ".join(said), first["input"]
+
+
+def _depth(model: type[Strict], loc: Location) -> int:
+    """Return how many parts of a location are names of fields, of the model or of nested ones."""
+    for place, part in enumerate(loc):
+        if str(part) not in model.model_fields:
+            return place
+        model = _model_at(model, (part,))
+    return len(loc)
+
+
+def _model_at(model: type[Strict], path: Location) -> type[Strict]:
+    """Return the model nested at `path`."""
     for part in path:
         field = model.model_fields.get(str(part))
         annotation = field.annotation if field else None
         for nested in (annotation, *get_args(annotation)):  # "Model | None" has the model inside
             if isinstance(nested, type) and issubclass(nested, Strict):
                 model = nested
+    return model
+
+
+def _words(model: type[Strict]) -> list[str]:
+    """Return the field names of a model, and what else is taken for them."""
     return [*model.model_fields, *model.aliases, *model.shared]

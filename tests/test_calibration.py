@@ -9,9 +9,10 @@ from torch import nn
 from qframe.calibration import CalibrationData, Lockstep, Stop, prepare, read_text, tokenize
 from qframe.errors import CalibrationError, ModelError, RecipeError
 from qframe.evaluation import windows_of
+from qframe.host import Host
 from qframe.pipeline import shortfall
 from qframe.positions import positions, window_length
-from qframe.recipe import CalibrationSettings
+from qframe.recipe import CalibrationSettings, Recipe
 
 
 def test_every_kind_of_file_gives_its_documents(tmp_path):
@@ -197,8 +198,23 @@ def test_every_data_set_gives_its_share_of_windows(tiny_llama, tmp_path):
 
 def test_one_data_set_in_a_list_is_that_data_set():
     assert CalibrationSettings(dataset=["topics"]) == CalibrationSettings(dataset="topics")
-    with pytest.raises(RecipeError, match="dataset"):
+    with pytest.raises(RecipeError, match=r"dataset.*at least 1 item"):
         CalibrationSettings.parse({"dataset": []}, "calibration")
+
+
+def test_a_value_that_may_be_of_several_types_is_one_mistake(tmp_path):
+    with pytest.raises(RecipeError) as raised:
+        Recipe.parse({"calibration": {"dataset": 3}, "scheme": {"grup_size": 1}}, "mine")
+    assert str(raised.value).splitlines() == [
+        "mine: unknown key 'scheme.grup_size'; did you mean 'group_size'?",
+        "mine: calibration.dataset: Input should be a valid string, or a valid tuple (got 3)",
+    ]
+    file = tmp_path / "mine.yaml"
+    file.write_text("method: rtn\ncalibration:\n  dataset: 3\n", encoding="utf-8")
+    with pytest.raises(RecipeError, match=r"mine\.yaml:3: calibration\.dataset: Input should be"):
+        Recipe.from_file(file)
+    with pytest.raises(RecipeError, match=r"'dampening_frac': .*, or 'auto' \(got 'aut'\)"):
+        Host.discover().configured("rounder", "gptq", {"dampening_frac": "aut"}, "mine")
 
 
 def test_too_little_text_is_told_and_almost_none_refused(tiny_llama, tmp_path):
