@@ -150,19 +150,28 @@ def _next_stored(x: Array, dtype: str) -> Array:
 
 
 def coverage(
-    lo: Numbers, hi: Numbers, scale: Numbers, grid: Grid, *, symmetric: bool, rule: str = "full"
+    lo: Numbers,
+    hi: Numbers,
+    scale: Numbers,
+    grid: Grid,
+    *,
+    symmetric: bool,
+    rule: str = "full",
+    two_level: bool = False,
 ) -> Array:
     """B1.f: how far a group may reach beyond [s (qmin - z), s (qmax - z)] with minmax scales.
 
     A symmetric full grid is half a step short on the positive side; a rounded zero point shifts
     the range by half a step. Beyond that a scale lacks no more than its two float32 roundings
-    take, because storage rounds up: levels times gamma_2 d, with d the ideal scale. B2.d, B2.f: on
+    take, three in a two-level scheme, because storage rounds up: levels times gamma_2 d, with d the
+    ideal scale. B2.d, B2.f: on
     a grid with values nothing else is short, but for what the `rule` "ocp" leaves out.
     """
     s, low = as_array(scale), as_array(lo)
     levels = grid.qmax - grid.qmin
     ideal = ideal_scale(lo, hi, grid, symmetric=symmetric)
-    lacking = gamma(4) * ideal + ETA["float32"]  # one more than 3, for the check's own rounding
+    roundings = 3 if two_level else 2
+    lacking = gamma(roundings + 1) * ideal + ETA["float32"]  # one more for the check's own
     if rule == "ocp":
         return as_array(s * (2.0 ** np.frexp(grid.reach)[1] - grid.reach))
     if grid.values is not None:

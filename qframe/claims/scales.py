@@ -147,6 +147,12 @@ class Covers:
         zero = evidence.quantized.zero_point.numpy().astype(np.float64)
         scheme = problem.scheme
         allowed = bounds.coverage(
-            lo, hi, scale, grid, symmetric=scheme.symmetric, rule=scheme.scale_rule
+            lo,
+            hi,
+            scale,
+            grid,
+            symmetric=scheme.symmetric,
+            rule=scheme.scale_rule,
+            two_level=scheme.two_level,
         )
         return Closest.of(beyond(lo, hi, scale, zero, grid), allowed).certificate(self)
