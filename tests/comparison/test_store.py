@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qframe.comparison.identity import package_source
 from qframe.comparison.store import Store, key_of, plain
 from qframe.errors import OutputError
 
@@ -141,3 +142,23 @@ def test_a_file_is_no_store(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="give another"):
         Store(tmp_path / "file")
+
+
+def test_a_package_is_known_by_the_names_and_the_content_of_its_modules(tmp_path):
+    def source(**files):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        (folder / "inner").mkdir(parents=True)
+        for name, text in files.items():
+            (folder / f"{name.replace('_in_', 'inner/')}.py").write_text(text, encoding="utf-8")
+        (folder / "data.txt").write_text(str(folder), encoding="utf-8")
+        return package_source(folder)
+
+    first = source(a="x = 1\n", _in_b="y = 1\n")
+    assert source(a="x = 1\n", _in_b="y = 1\n") == first
+    others = [
+        source(a="x = 2\n", _in_b="y = 1\n"),
+        source(a="x = 1\n", _in_b="y = 2\n"),
+        source(a="x = 1\n", b="y = 1\n"),
+        source(a="x = 1\n"),
+    ]
+    assert len({first, *others}) == 5
