@@ -349,14 +349,16 @@ def function_preserved(
     original: torch.Tensor,
     rewritten: torch.Tensor,
     transform: InputTransform,
+    kept: torch.Tensor | None = None,
     *,
     handlers: int = 1,
 ) -> Certificate:
-    """B4.a, B4.f: the rewritten weight is the weight, scaled and rotated, up to roundings.
+    """B4.a, B4.f, B4.g: the rewritten weight is the weight, scaled and rotated, up to roundings.
 
     Without a rotation it is compared element by element, else block by block of a row.
 
     original, rewritten   W and W', [rows, columns] float32
+    kept                  [rows, k] float16, the weights that the transform keeps
     handlers              in a row; each may round twice: its product, and the scale so far
     """
     rotation, columns = transform.rotation, original.shape[1]
@@ -367,17 +369,24 @@ def function_preserved(
     found = []
     for first in range(0, len(original), height):
         weight = original[first : first + height].numpy().astype(np.float64)
-        made = rewritten[first : first + height]
+        made = rewritten[first : first + height].double()
+        stored = np.zeros(made.shape)  # what storing the kept weights may change
+        if kept is not None and transform.kept is not None:
+            own = kept[first : first + height].double()
+            places = transform.kept.numpy()
+            stored[:, places] = bounds.kept_weight(own.numpy())
+            made = made.index_add(1, transform.kept, own)  # W' is zero there, or else it shows
         if rotation is None:
             error = np.abs(made.numpy() / scale - weight)
             tiny = 2 * handlers * bounds.ETA["float32"] / scale  # where W' underflowed
-            allowed = bounds.gamma(2 * handlers) * np.abs(weight) + tiny
+            allowed = bounds.gamma(2 * handlers) * np.abs(weight) + tiny + stored / scale
         else:
             blocks = (len(weight), *rotation.signs.shape)
-            moved = rotation.undo(made.double()).numpy() - weight * scale
+            moved = rotation.undo(made).numpy() - weight * scale
             error = np.linalg.norm(moved.reshape(blocks), axis=2)
             norms = np.linalg.norm((weight * scale).reshape(blocks), axis=2)
             allowed = bounds.rotated_block(norms, rotation.block, 2 * handlers)
+            allowed = allowed + np.linalg.norm(stored.reshape(blocks), axis=2)
         found.append(Closest.of(error, allowed, first))
     worst = Closest.among(found)
     return Certificate(

@@ -2,9 +2,9 @@
 
 Layout: that of the Hugging Face Hub. A quantized layer NAME is stored as NAME.weight_packed,
 NAME.weight_scale and, where the scheme or a rewrite needs them, NAME.weight_zero_point,
-NAME.weight_g_idx, NAME.input_scale and NAME.input_signs; every other tensor and file is carried
-over as it was. `qframe.json` says what was done (`qframe.manifest`). Statistics that were asked to
-be kept have files of their own.
+NAME.weight_g_idx, NAME.weight_kept and what is done to the input (`qframe.stored.PARTS`); every
+other tensor and file is carried over as it was. `qframe.json` says what was done
+(`qframe.manifest`). Statistics that were asked to be kept have files of their own.
 
 Everything is written to a temporary folder beside the output, which takes its name at the very
 end: a run that fails leaves nothing behind. Nothing in the folder depends on time, machine or
@@ -34,12 +34,13 @@ from qframe.manifest import (
     STATISTICS,
     fingerprint,
     own_hash,
-    packed_layers,
     read_manifest,
     sha256,
+    stored_layers,
 )
-from qframe.model import QuantizedLinear, build, replace_module, set_weight, stored_names
+from qframe.model import build, replace_module, set_weight, stored_names
 from qframe.scheme import Scheme
+from qframe.stored import QuantizedLinear
 from qframe.weights import DTYPE_NAMES, MODEL, ModelFolder, index_name
 
 MAX_SHARD_BYTES = 1 << 30  # what waits in memory to be written
@@ -238,8 +239,8 @@ def load(
 
     module       the unquantized network, for a folder that was made from a module in memory
                  instead of a Hugging Face folder; it is changed in place
-    dequantize   give plain linear layers with the dequantized weights (faster to run, and as
-                 large as the original in memory) instead of QuantizedLinear
+    dequantize   keep dequantized weights in memory, as large as the original: faster to run.
+                 Layers whose activations are not quantized become plain linear layers
 
     Raises VerifyError when the folder is not what its manifest says.
     """
@@ -249,11 +250,10 @@ def load(
         source.config.pop("quantization_config", None)
         module = build(source)
     stored = source.tensors
-    for name, packed, transform in packed_layers(source, manifest):
+    for name, layer in stored_layers(source, manifest):
         old = module.get_submodule(name)
-        if dequantize:
-            weight = packed.dequantize()
-            set_weight(old, weight if transform is None else transform.undo(weight))
+        if dequantize and layer.inputs is None:
+            set_weight(old, layer.plain(layer.weight()))
             bias = stored.get(f"{name}.bias")
             if bias is not None:
                 old._parameters["bias"] = nn.Parameter(
@@ -261,7 +261,8 @@ def load(
                 )
         else:
             bias_values = source.read(f"{name}.bias").float() if f"{name}.bias" in stored else None
-            module = replace_module(module, name, QuantizedLinear(packed, bias_values, transform))
+            made = QuantizedLinear(layer, bias_values, dense=dequantize)
+            module = replace_module(module, name, made)
     _load_rest(module, source)
     return module.eval()
 

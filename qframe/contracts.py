@@ -78,8 +78,15 @@ class Capabilities:
     scale_dtypes: frozenset[str] = frozenset({"float32", "float16", "bfloat16"})
     strategies: frozenset[str] = frozenset({"tensor", "channel", "group"})
     symmetric: frozenset[bool] = frozenset({True, False})
+    quantized_inputs: frozenset[bool] = frozenset({True, False})
     deterministic: bool = True
     row_independent: bool = True
+
+    @classmethod
+    def any_format(cls, **fields: Any) -> Self:
+        """Return those of a plugin that works with integers, floats and scales of every kind."""
+        scales = frozenset({"float32", "float16", "bfloat16", "e8m0", "e4m3"})
+        return cls(types=frozenset({"int", "float"}), scale_dtypes=scales, **fields)
 
     def objection(self, scheme: Scheme | KVScheme) -> str | None:
         """Return why `scheme` is not supported, or None when it is."""
@@ -93,6 +100,10 @@ class Capabilities:
         for parameter, value, allowed in wanted:
             if allowed is not None and value not in allowed:
                 return f"{parameter}={value!r} is not supported (supported: {sorted(allowed)})"
+        quantized = getattr(scheme, "input_activations", None) is not None
+        if quantized not in self.quantized_inputs:
+            which = "without" if quantized else "with"
+            return f"only schemes {which} input_activations are supported"
         return None
 
 
@@ -202,7 +213,12 @@ class Statistic(Protocol):
 
 
 class Observer(Protocol):
-    """Decides which statistic of a layer's inputs is collected during calibration."""
+    """Decides which statistic of a layer's inputs is collected during calibration.
+
+    One whose value says how far a stored scale of activations has to reach, [1] float32, has an
+    attribute `finds_reach`, which is True: the largest |x| that is not to be clipped, 0 for none.
+    Such a one may be a frozen dataclass with a field `grid`: it is given that of the codes.
+    """
 
     name: str
 
@@ -258,22 +274,46 @@ class RewriteProblem:
     def rotated(self, rotation: Rotation) -> Rewrite:
         """Return the rewrite that rotates weights and input alike."""
         weights = {name: rotation.apply(weight) for name, weight in self.weights.items()}
-        unscaled = self.layers[self.name].weight.new_ones(self.columns)
-        return Rewrite(weights=weights, input_scale=unscaled, rotation=rotation)
+        return Rewrite(weights=weights, input_scale=self._unscaled(), rotation=rotation)
+
+    def keeping(self, columns: torch.Tensor) -> Rewrite:
+        """Return the rewrite that keeps these columns [k] int64, ascending, in 16 bits."""
+        if not len(columns):
+            return Rewrite(weights=dict(self.weights), input_scale=self._unscaled())
+        weights = {name: w.index_fill(1, columns, 0.0) for name, w in self.weights.items()}
+        share = len(columns) / max(self.columns, 1)
+        info = {"kept_columns": len(columns), "kept_share": share}
+        return Rewrite(weights=weights, input_scale=self._unscaled(), kept=columns, info=info)
+
+    def leaving(self, threshold: float) -> Rewrite:
+        """Return the rewrite that leaves inputs alone whose column reaches a threshold; 0: none."""
+        scale, weights = self._unscaled(), dict(self.weights)
+        return Rewrite(weights=weights, input_scale=scale, threshold=threshold or None)
+
+    def _unscaled(self) -> torch.Tensor:
+        return self.layers[self.name].weight.new_ones(self.columns)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rewrite:
-    """W x = W' rotate(x / input_scale), exactly in real numbers.
+    """W x = W' z + (W z of the kept columns), z = rotate(x / input_scale), exactly in real numbers.
 
-    weights       layer name -> rewritten weight W' [rows, columns]
+    weights       layer name -> rewritten weight W' [rows, columns], 0 in the columns that are kept
     input_scale   [columns], positive and finite: what the input is divided by at run time
     rotation      how it is rotated after that; None: not at all
+    kept          [k] int64, ascending: columns whose weights, as the handler was given them, are
+                  multiplied in 16 bits and take no part in any rounding; None for none
+    threshold     at run time columns in which any |z| of a call reaches it are not rounded, though
+                  activations are; None: all are. It changes no weight
+    info          what the report should show, e.g. {"alpha": 0.5}
     """
 
     weights: Mapping[str, torch.Tensor]
     input_scale: torch.Tensor
     rotation: Rotation | None = None
+    kept: torch.Tensor | None = None
+    threshold: float | None = None
+    info: Mapping[str, float | int | str] = field(default_factory=dict)
 
 
 class OutlierHandler(Protocol):

@@ -20,16 +20,15 @@ from pydantic import Field
 from qframe.certificates import Certificate
 from qframe.contracts import Grid
 from qframe.errors import RecipeError, VerifyError, WeightsError
-from qframe.packing import PackedWeight
 from qframe.recipe import Recipe
 from qframe.report.layers import LayerReport, words_for_infinities
 from qframe.scheme import Scheme
+from qframe.stored import PARTS, StoredLayer
 from qframe.strict import Strict
-from qframe.transforms import SCALE, SIGNS, InputTransform
 from qframe.weights import ModelFolder, read_json
 
 MANIFEST = "qframe.json"
-MANIFEST_VERSION = 2
+MANIFEST_VERSION = 3
 STATISTICS = "qframe_statistics"  # the stem of the files that --keep-statistics writes
 ORDER = "processing_order"  # after a layer's name: the order of its columns, in those files
 
@@ -74,6 +73,10 @@ class GridRecord(Strict):
     qmax: int
     values: tuple[float, ...] | None = None
 
+    def grid(self) -> Grid:
+        """Return it as the object that it was."""
+        return Grid(self.qmin, self.qmax, self.values)
+
 
 class CertificateRecord(Strict):
     """A certificate as the manifest stores it; see `qframe.certificates.Certificate`."""
@@ -94,12 +97,14 @@ class CertificateRecord(Strict):
 class LayerRecord(Strict):
     """One quantized layer as the manifest stores it.
 
+    input_grid    the codes of activations, where they are quantized
     source        sha256 of the weight that it was made of, [rows, columns] float32
     rewritten     the same of what the outlier handlers made of that; None without any
     input_group   the first layer of those that read the same input; names the kept statistics
     tokens        calibration tokens behind the statistics
     info          what the rounder told, e.g. {"damp": 0.01}
     clipped       share of weights more than half a step outside the range of the codes
+    inputs        what became of the layer's inputs; see `LayerReport`
     """
 
     rows: Annotated[int, Field(ge=0)]
@@ -107,20 +112,20 @@ class LayerRecord(Strict):
     method: str
     scheme: Scheme
     grid: GridRecord
+    input_grid: GridRecord | None = None
     source: str
     rewritten: str | None = None
     input_group: str
     tokens: Annotated[int, Field(ge=0)] = 0
     info: Mapping[str, float | int | str] = Field(default_factory=dict)
     clipped: float = 0.0
+    inputs: Mapping[str, float | int | str] = Field(default_factory=dict)
     certificates: tuple[CertificateRecord, ...] = ()
 
-    def scheme_grid(self) -> Grid:
-        """Return the codes that exist."""
-        return Grid(self.grid.qmin, self.grid.qmax, self.grid.values)
 
-
-def layer_record(report: LayerReport, scheme: Scheme, grid: Grid) -> dict[str, Any]:
+def layer_record(
+    report: LayerReport, scheme: Scheme, grid: Grid, input_grid: Grid | None
+) -> dict[str, Any]:
     """Return the record of a layer as plain values."""
     record: dict[str, Any] = {
         "rows": report.rows,
@@ -128,12 +133,14 @@ def layer_record(report: LayerReport, scheme: Scheme, grid: Grid) -> dict[str, A
         "method": report.method,
         "scheme": scheme.model_dump(),
         "grid": dataclasses.asdict(grid),
+        "input_grid": None if input_grid is None else dataclasses.asdict(input_grid),
         "source": report.source,
         "rewritten": report.rewritten,
         "input_group": report.input_group,
         "tokens": report.tokens,
         "info": dict(report.info),
         "clipped": report.clipped,
+        "inputs": dict(report.inputs),
         "certificates": [certificate.record() for certificate in report.certificates],
     }
     finite: dict[str, Any] = words_for_infinities(record)
@@ -211,10 +218,10 @@ def parse_manifest(source: ModelFolder) -> Manifest:
         raise VerifyError(str(error)) from None
 
 
-def packed_layers(
+def stored_layers(
     source: ModelFolder, manifest: Mapping[str, Any]
-) -> Iterator[tuple[str, PackedWeight, InputTransform | None]]:
-    """Yield (layer name, packed weight, transform of its input) for every quantized layer.
+) -> Iterator[tuple[str, StoredLayer]]:
+    """Yield (layer name, layer) for every quantized layer.
 
     manifest   as `read_manifest` returns it
     """
@@ -227,33 +234,25 @@ def packed_layers(
             record = LayerRecord.parse(raw, f"{where}: layer {name!r}")
         except RecipeError as error:
             raise VerifyError(str(error)) from None
-        yield name, *packed_layer(source, name, record)
+        yield name, stored_layer(source, name, record)
 
 
-def packed_layer(
-    source: ModelFolder, name: str, record: LayerRecord
-) -> tuple[PackedWeight, InputTransform | None]:
-    """Return (packed weight, transform of its input) of one layer.
+def stored_layer(source: ModelFolder, name: str, record: LayerRecord) -> StoredLayer:
+    """Return one layer.
 
     Raises WeightsError when a tensor is missing, or is not what it can be.
     """
     prefix = f"{name}." if name else ""
-    tensors = {
-        key.removeprefix(prefix): source.read(key)
-        for key in source.tensors
-        if key.startswith(f"{prefix}weight_")
-    }
-    packed = PackedWeight.from_tensors(
-        tensors,
+    return StoredLayer.from_tensors(
+        {
+            part: source.read(f"{prefix}{part}")
+            for part in PARTS
+            if f"{prefix}{part}" in source.tensors
+        },
+        record.scheme,
+        record.grid.grid(),
+        None if record.input_grid is None else record.input_grid.grid(),
         name=name,
         rows=record.rows,
         columns=record.columns,
-        scheme=record.scheme,
-        grid=record.scheme_grid(),
     )
-    inputs = {
-        part: source.read(f"{prefix}{part}")
-        for part in (SCALE, SIGNS)
-        if f"{prefix}{part}" in source.tensors
-    }
-    return packed, InputTransform.stored(inputs)

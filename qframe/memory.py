@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qframe.activations import STEP
 from qframe.contracts import Grid, LayerInfo
 from qframe.positions import CALIBRATION_WINDOW, window_length
 from qframe.report.layers import LayerReport, RunReport
@@ -203,6 +204,8 @@ def _quantized_tensors(job: Job, layer: str) -> Iterator[_Tensor]:
     # Groups that follow the order of activations need an index, the group of each column.
     if getattr(job.method.rounder, "actorder", None) == "group" and scales[1] > 1:
         yield _Tensor(f"{layer}.weight_g_idx", "I32", (info.columns,), 4 * info.columns)
+    if scheme.input_activations is not None and not scheme.input_activations.dynamic:
+        yield _Tensor(f"{layer}.{STEP}", "F32", (1,), 4)
     rotating = [getattr(handler, "rotates", False) for handler in job.method.handlers]
     if not all(rotating):
         yield _Tensor(f"{layer}.{SCALE}", "F32", (info.columns,), 4 * info.columns)
@@ -234,7 +237,8 @@ def _header_bytes(tensors: Sequence[_Tensor]) -> int:
 
 def calibrates(job: Job) -> bool:
     """Return whether a run shows calibration text to the network."""
-    return bool(job.method.needs) or "calibration" in job.recipe.model_fields_set
+    needed = job.method.needs | job.plan.observers
+    return bool(needed) or "calibration" in job.recipe.model_fields_set
 
 
 def _record_bytes(job: Job, tensors: Sequence[_Tensor]) -> int:
@@ -281,7 +285,12 @@ def _record_bytes(job: Job, tensors: Sequence[_Tensor]) -> int:
         "plugins": [dict.fromkeys(("kind", "name", "plugin", "source", "version"), "0" * 7)] * 3,
         "calibration": report.calibration,
         "layers": {
-            layer.name: layer_record(layer, job.plan.schemes[layer.name], Grid(-8, 7))
+            layer.name: layer_record(
+                layer,
+                scheme := job.plan.schemes[layer.name],
+                Grid(-8, 7),
+                Grid(-127, 127) if scheme.input_activations else None,
+            )
             for layer in layers
         },
         "tensors": {

@@ -7,7 +7,6 @@ Conv1D. A network without such lists, an nn.Sequential say, is one block.
 
 from __future__ import annotations
 
-import dataclasses
 import threading
 from collections import Counter
 from collections.abc import Container, Iterator, Mapping
@@ -19,8 +18,6 @@ from torch import nn
 
 from qframe.contracts import LayerInfo
 from qframe.errors import ModelError
-from qframe.packing import WEIGHT_PARTS, PackedWeight
-from qframe.transforms import SCALE, SIGNS, InputTransform
 from qframe.weights import ModelFolder, check_finite
 
 
@@ -165,74 +162,6 @@ def stored_names(module: nn.Module, stored: Container[str]) -> dict[str, str]:
         for names in aliases.values()
         for name in names
     }
-
-
-class QuantizedLinear(nn.Module):
-    """A linear layer whose weight is stored as codes: y = Q(W) transform(x) + b.
-
-    packed      the codes, scales and zero points
-    bias        [rows] or None
-    transform   of the input, from a rewrite; None for none
-    """
-
-    weight_packed: torch.Tensor
-    weight_scale: torch.Tensor
-    weight_zero_point: torch.Tensor | None
-    weight_g_idx: torch.Tensor | None
-    weight_global_scale: torch.Tensor | None
-    bias: torch.Tensor | None
-    input_scale: torch.Tensor | None
-    input_signs: torch.Tensor | None
-
-    def __init__(
-        self,
-        packed: PackedWeight,
-        bias: torch.Tensor | None = None,
-        transform: InputTransform | None = None,
-    ) -> None:
-        super().__init__()
-        self._layout = packed
-        self.in_features, self.out_features = packed.columns, packed.rows
-        for suffix in WEIGHT_PARTS:
-            self.register_buffer(suffix, packed.tensors().get(suffix))
-        self.register_buffer("bias", bias)
-        stored = {} if transform is None else transform.tensors()
-        for name in (SCALE, SIGNS):
-            self.register_buffer(name, stored.get(name))
-
-    @property
-    def packed(self) -> PackedWeight:
-        """The weight as it is stored, made of this module's buffers."""
-        return dataclasses.replace(
-            self._layout,
-            words=self.weight_packed,
-            scale=self.weight_scale,
-            zero_point=self.weight_zero_point,
-            group_index=self.weight_g_idx,
-            global_scale=self.weight_global_scale,
-        )
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """The weight that the codes stand for, [rows, columns] float32."""
-        return self.packed.dequantize()
-
-    @property
-    def transform(self) -> InputTransform | None:
-        """What is done to the input first, made of this module's buffers."""
-        found = {SCALE: self.input_scale, SIGNS: self.input_signs}
-        return InputTransform.stored({k: v for k, v in found.items() if v is not None})
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return Q(W) transform(x) + b for x [..., columns]."""
-        transform = self.transform
-        if transform is not None:
-            x = transform.apply(x)
-        return nn.functional.linear(x, self.weight.to(x.dtype), self.bias)
-
-    def extra_repr(self) -> str:
-        """Show shape and scheme when the network is printed."""
-        return f"{self.in_features}, {self.out_features}, {self._layout.scheme.describe()}"
 
 
 def replace_module(network: nn.Module, name: str, new: nn.Module) -> nn.Module:

@@ -27,8 +27,7 @@ WEIGHT_PARTS = (
     "weight_g_idx",
     "weight_global_scale",
 )
-PARTS = (*WEIGHT_PARTS, "input_scale", "input_signs")
-"""What a quantized layer may be stored as, after its name."""
+"""What a packed weight may be stored as, after its layer's name."""
 _CHUNK = 1 << 18  # codes at a time, so that intermediate results stay in the cache
 
 

@@ -29,7 +29,7 @@ from qframe.manifest import MANIFEST_VERSION, layer_record
 from qframe.model import Network, left_weights
 from qframe.recipe import Method, Plan, Recipe, check_supported, kv_quantizer, parse_method, resolve
 from qframe.report.layers import Coverage, RunReport
-from qframe.solve import Solver, grid_of
+from qframe.solve import Solver, grid_of, input_grid_of
 from qframe.walk import Progress, Walk
 from qframe.weights import ModelFolder
 
@@ -126,7 +126,8 @@ def quantize(
         raise RecipeError("quantizing a folder needs a folder for the result: out=...")
     if out is not None:
         check_output(Path(out), overwrite=overwrite)
-    wanted = job.method.needs or "calibration" in job.recipe.model_fields_set
+    needed = job.method.needs | job.plan.observers
+    wanted = needed or "calibration" in job.recipe.model_fields_set
     if calibration is None and wanted:
         calibration = _default_calibration(job)
 
@@ -224,6 +225,11 @@ def _write_records(writer: CheckpointWriter, job: Job, report: RunReport) -> dic
     writer.write_text("qframe_report.json", report.to_json(timings=False))
     writer.write_text("quant_log.csv", report.to_csv(timings=False))
     grids = {name: grid_of(job.host, scheme) for name, scheme in job.plan.schemes.items()}
+    input_grids = {
+        name: input_grid_of(job.host, scheme.input_activations)
+        for name, scheme in job.plan.schemes.items()
+        if scheme.input_activations is not None
+    }
     return writer.finish(
         {
             "manifest_version": MANIFEST_VERSION,
@@ -233,7 +239,12 @@ def _write_records(writer: CheckpointWriter, job: Job, report: RunReport) -> dic
             "calibration": report.calibration,
             "events": [dataclasses.asdict(event) for event in report.events],
             "layers": {
-                layer.name: layer_record(layer, job.plan.schemes[layer.name], grids[layer.name])
+                layer.name: layer_record(
+                    layer,
+                    job.plan.schemes[layer.name],
+                    grids[layer.name],
+                    input_grids.get(layer.name),
+                )
                 for layer in report.layers
             },
         }
@@ -242,12 +253,14 @@ def _write_records(writer: CheckpointWriter, job: Job, report: RunReport) -> dic
 
 def plugins_used(job: Job) -> list[dict[str, str]]:
     """Return which plugin provided each object of the run, with its version."""
-    formats = sorted({scheme.format_name for scheme in job.plan.schemes.values()})
+    schemes = job.plan.schemes.values()
+    inputs = {scheme.input_activations for scheme in schemes}
+    formats = {s.format_name for s in schemes} | {s.format_name for s in inputs if s}
     used = [
         ("rounder", job.method.rounder.name),
         *(("outlier handler", handler.name) for handler in job.method.handlers),
-        *(("observer", name) for name in sorted(job.method.needs)),
-        *(("number format", name) for name in formats),
+        *(("observer", name) for name in sorted(job.method.needs | job.plan.observers)),
+        *(("number format", name) for name in sorted(formats)),
     ]
     if job.recipe.kv_cache_scheme is not None:
         used.append(("kv cache", job.recipe.kv_cache_scheme.method))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -22,7 +22,7 @@ from qframe.contracts import KVCacheQuantizer, LayerInfo, OutlierHandler, Rounde
 from qframe.errors import RecipeError, UnsupportedError
 from qframe.host import Host, option_hint, option_names
 from qframe.kv_scheme import KVCacheScheme
-from qframe.scheme import Scheme
+from qframe.scheme import ActivationScheme, Scheme
 from qframe.strict import Strict, explain, suggestion
 
 DEFAULT_ROUNDER = "rtn"  # what a method without a rounder, "awq" say, rounds with
@@ -268,6 +268,12 @@ class Plan:
     schemes: Mapping[str, Scheme]
     left: Mapping[str, str]
 
+    @property
+    def observers(self) -> frozenset[str]:
+        """The observers that stored scales of activations come from."""
+        inputs = (scheme.input_activations for scheme in self.schemes.values())
+        return frozenset(s.static_observer for s in inputs if s and s.static_observer)
+
 
 def resolve(recipe: Recipe, layers: Mapping[str, LayerInfo]) -> Plan:
     """Match the recipe's patterns against the layers.
@@ -318,8 +324,7 @@ def check_supported(method: Method, plan: Plan, host: Host) -> None:
             reason = part.capabilities.objection(scheme)
             if reason:
                 objections.setdefault(f"{part.name}: {reason}", []).append(name)
-        reason = _format_objection(scheme, host)
-        if reason:
+        for reason in _format_objections(scheme, host):
             objections.setdefault(reason, []).append(name)
     if objections:
         raise UnsupportedError(
@@ -346,8 +351,33 @@ def kv_quantizer(scheme: KVCacheScheme, host: Host) -> KVCacheQuantizer:
     return quantizer
 
 
-def _format_objection(scheme: Scheme, host: Host) -> str | None:
-    """Return why no number format serves a scheme, or None."""
+def _format_objections(scheme: Scheme, host: Host) -> Iterator[str]:
+    """Yield why no number format serves a scheme, or no observer the scales of its activations."""
+    own = _format_objection(scheme, host, symmetric=scheme.symmetric, scale_rule=scheme.scale_rule)
+    if own:
+        yield own
+    inputs = scheme.input_activations
+    if inputs is None:
+        return
+    theirs = _format_objection(inputs, host, symmetric=True, scale_rule="restricted")
+    if theirs:
+        yield f"input_activations: {theirs}"
+    observer = inputs.static_observer
+    if observer is None:
+        return
+    every = {name: host.get("observer", name) for name in host.names("observer")}
+    known = [name for name, each in every.items() if getattr(each, "finds_reach", False)]
+    if observer not in known:
+        yield (
+            f"input_activations: no observer {observer!r} that finds how far a stored scale has "
+            f"to reach{suggestion(observer, known)}"
+        )
+
+
+def _format_objection(
+    scheme: Scheme | ActivationScheme, host: Host, *, symmetric: bool, scale_rule: str
+) -> str | None:
+    """Return why no number format serves codes, or None."""
     name = scheme.format_name
     if name not in host.names("number format"):
         return f"no number format {name!r} (known: {', '.join(host.names('number format'))})"
@@ -358,7 +388,7 @@ def _format_objection(scheme: Scheme, host: Host) -> str | None:
             f"scheme says {scheme.type!r} and {scheme.num_bits}"
         )
     try:
-        made.grid(symmetric=scheme.symmetric, scale_rule=scheme.scale_rule)
+        made.grid(symmetric=symmetric, scale_rule=scale_rule)
     except UnsupportedError as error:
         return str(error)
     return None

@@ -23,12 +23,12 @@ from qframe.hessian import SECOND_MOMENTS
 from qframe.host import Host
 from qframe.manifest import ORDER, Manifest, fingerprint
 from qframe.model import Network
-from qframe.packing import PARTS
 from qframe.recipe import Method, parse_method
+from qframe.stored import PARTS
 from qframe.weights import ModelFolder
 
 if TYPE_CHECKING:
-    from qframe.verification import StoredLayer, VerifyReport
+    from qframe.verification import FoundLayer, VerifyReport
 
 Names = set[tuple[str, str]]  # of claims: (name, theorem)
 
@@ -36,7 +36,7 @@ Names = set[tuple[str, str]]  # of claims: (name, theorem)
 def recompute(
     report: VerifyReport,
     manifest: Manifest,
-    layers: Mapping[str, StoredLayer],
+    layers: Mapping[str, FoundLayer],
     kept: ModelFolder,
     reference: str | Path | nn.Module,
     host: Host,
@@ -67,7 +67,7 @@ def recompute(
     _check_carried(report, manifest, network)
 
 
-def _other_source(network: Network, name: str, layer: StoredLayer) -> str:
+def _other_source(network: Network, name: str, layer: FoundLayer) -> str:
     """Return the name of the reference's tensor if the layer was not made of it, else ""."""
     if name not in network.layers:
         return f"{name}.weight"
@@ -115,20 +115,22 @@ class _Bench:
         self._shared: dict[Any, Any] = {}
         self._method, self._missing = _method(report, manifest, host)
 
-    def certify(self, name: str, layer: StoredLayer, weight: torch.Tensor) -> None:
+    def certify(self, name: str, layer: FoundLayer, weight: torch.Tensor) -> None:
         """Compute the certificates of a layer once more.
 
         weight   the original one, [rows, columns] float32
         """
         found: list[Certificate] = []
-        if layer.transform is not None:
-            rewritten = layer.transform.rewrite(weight)
+        transform = layer.stored.transform
+        if transform is not None:
+            rewritten = transform.rewrite(weight)
             if fingerprint(rewritten) != layer.record.rewritten:
                 why = "the rewritten weight is not W transformed, bit for bit, nor stored"
                 self._leave(name, set(), why)
                 return
             handlers = sum(p.kind == "outlier handler" for p in self._manifest.plugins)
-            found.append(function_preserved(weight, rewritten, layer.transform, handlers=handlers))
+            kept = layer.stored.kept
+            found.append(function_preserved(weight, rewritten, transform, kept, handlers=handlers))
             weight = rewritten
         if self._method is None and layer.record.method not in (FALLBACK, OVERFIT):
             self._leave(name, _names(found), self._missing)
@@ -140,7 +142,7 @@ class _Bench:
                 self._report.add("certificate", name, f"recomputed: {certificate}")
 
     def _claimed(
-        self, name: str, layer: StoredLayer, weight: torch.Tensor, known: Names
+        self, name: str, layer: FoundLayer, weight: torch.Tensor, known: Names
     ) -> list[Certificate]:
         """Return what becomes of the claims of the layer's method."""
         rounder = None if self._method is None else self._method.rounder
@@ -172,7 +174,7 @@ class _Bench:
             if (c.claim, c.theorem) not in done
         ]
 
-    def _evidence(self, name: str, layer: StoredLayer, weight: torch.Tensor) -> Evidence:
+    def _evidence(self, name: str, layer: FoundLayer, weight: torch.Tensor) -> Evidence:
         """Return the layer as it was when it was rounded."""
         record = layer.record
         if record.input_group != self._group:
@@ -182,13 +184,13 @@ class _Bench:
             name=name,
             weight=weight,
             scheme=record.scheme,
-            grid=record.scheme_grid(),
+            grid=record.grid.grid(),
             statistics=self._statistics,
             tokens=record.tokens,
         )
         return Evidence(problem, self._quantized(name, layer), self._shared, self._threads)
 
-    def _quantized(self, name: str, layer: StoredLayer) -> QuantizedWeight:
+    def _quantized(self, name: str, layer: FoundLayer) -> QuantizedWeight:
         order = None
         if f"{name}.{ORDER}" in self._manifest.statistics:
             order = self._read(f"{name}.{ORDER}", (layer.record.columns,))
@@ -198,7 +200,7 @@ class _Bench:
             if event.layer == name and event.kind not in HOST_EVENTS
         )
         return dataclasses.replace(
-            layer.packed.unpack(), order=order, info=layer.record.info, events=events
+            layer.stored.packed.unpack(), order=order, info=layer.record.info, events=events
         )
 
     def _kept_statistics(self, group: str, columns: int) -> dict[str, Any]:

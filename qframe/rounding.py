@@ -31,6 +31,7 @@ __all__ = [
     "expand",
     "fit_scales",
     "group_index",
+    "nearest_value",
     "round_down",
     "round_up",
     "scale_of_range",
@@ -188,12 +189,23 @@ def encode(
     rows = weight.shape[0]
     quotient = weight / expand(scale, index, rows)
     if grid.values is not None:
-        return _nearest_value(quotient, grid).add_(grid.qmin).to(torch.int16)
+        return _nearest_place(quotient, grid).add_(grid.qmin).to(torch.int16)
     codes = torch.round(quotient) + expand(zero_point, index, rows)
     return codes.clamp(grid.qmin, grid.qmax).to(torch.int16)
 
 
-def _nearest_value(quotient: torch.Tensor, grid: Grid) -> torch.Tensor:
+def nearest_value(quotient: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """Return the value that the nearest code of a symmetric grid stands for, float32, elementwise.
+
+    NaN stays NaN.
+    """
+    if grid.values is None:
+        return torch.round(quotient).clamp(grid.qmin, grid.qmax)
+    found = _values(grid)[_nearest_place(quotient, grid)]
+    return torch.where(quotient.isnan(), quotient, found)
+
+
+def _nearest_place(quotient: torch.Tensor, grid: Grid) -> torch.Tensor:
     """Return which value is the nearest, counted from 0, int32."""
     return torch.bucketize(quotient, _thresholds(grid), right=True, out_int32=True)
 
@@ -269,7 +281,7 @@ def _squared_error(
     """Return the squared rounding error of each group, float64 [rows or 1, groups]."""
     scale, zero = scale[..., None], zero[..., None]
     if grid.values is not None:
-        steps = _values(grid)[_nearest_value(grouped / scale, grid)]
+        steps = _values(grid)[_nearest_place(grouped / scale, grid)]
     else:
         steps = (torch.round(grouped / scale) + zero).clamp(grid.qmin, grid.qmax) - zero
     error = (grouped - scale * steps).square()

@@ -2,7 +2,8 @@
 
 The words are those of compressed-tensors; the words of GPTQ, AWQ and their relatives are
 accepted as aliases. The microscaling formats are schemes: a number format, groups, and scales of
-eight bits (OCP, Microscaling Formats (MX) Specification 1.0, 2023; NVIDIA's NVFP4).
+eight bits (OCP, Microscaling Formats (MX) Specification 1.0, 2023; NVIDIA's NVFP4). Schemes that
+quantize activations as well are the field's W8A8 and its relatives.
 """
 
 from __future__ import annotations
@@ -32,8 +33,93 @@ _USUAL = {"float8": "fp8_e4m3", "float4": "fp4_e2m1"}  # what type and bits alon
 _WORD = 32  # packed rows are padded to whole 32-bit words
 
 
-class Scheme(Strict):
-    """How the weights of one layer are quantized.
+class _Codes(Strict):
+    """What codes are: the fields that weights and activations have in common."""
+
+    num_bits: int = 8
+    type: Literal["int", "float"] = "int"
+    format: str | None = None
+
+    aliases: ClassVar[Mapping[str, str]] = {
+        "bits": "num_bits",
+        "data_type": "type",
+        "sym": "symmetric",
+    }
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_format_brings_its_codes(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping) or data.get("format") not in _FIELD_FORMATS:
+            return data
+        out = cls.canonical(data)
+        type_, bits = _FIELD_FORMATS[out["format"]]
+        return {"num_bits": bits, "type": type_, **out}
+
+    @model_validator(mode="after")
+    def _codes_are_those_of_the_format(self) -> Self:
+        if not 1 <= self.num_bits <= 8:
+            raise ValueError(f"num_bits must lie in 1..8, got {self.num_bits}")
+        known = _FIELD_FORMATS.get(self.format or "", (self.type, self.num_bits))
+        if known != (self.type, self.num_bits):
+            raise ValueError(
+                f"format {self.format!r} has type {known[0]!r} and num_bits {known[1]}, got "
+                f"{self.type!r} and {self.num_bits}; leave both away"
+            )
+        return self
+
+    @property
+    def format_name(self) -> str:
+        """The number format that the codes are of, e.g. "int4"."""
+        plain = f"{self.type}{self.num_bits}"
+        return self.format or _USUAL.get(plain, plain)
+
+
+class ActivationScheme(_Codes):
+    """How the inputs of a layer are quantized, each time before they are multiplied.
+
+    num_bits, type, format   of a code, as in `Scheme`. Integers are -(2^(b-1)-1)..2^(b-1)-1
+    symmetric   always: zero points of inputs are not supported
+    strategy    one scale per token, or per tensor: all tokens of a call
+    dynamic     a scale is that of the inputs at hand: absmax over the largest value. If false, it
+                is found in calibration and stored, one per tensor; what lies beyond is clipped
+    observer    of a scale that is not dynamic: which observer says how far it has to reach
+
+    >>> ActivationScheme(num_bits=8).describe()
+    'int8 per token'
+    """
+
+    symmetric: Literal[True] = True
+    strategy: Literal["token", "tensor"] = "token"
+    dynamic: bool = True
+    observer: str | None = None
+
+    @model_validator(mode="after")
+    def _found_once_or_each_time(self) -> Self:
+        if not self.dynamic and self.strategy != "tensor":
+            raise ValueError(
+                f"dynamic: false stores one scale for all tokens, so it needs strategy 'tensor', "
+                f"got {self.strategy!r}"
+            )
+        if self.dynamic and self.observer is not None:
+            raise ValueError(
+                f"observer={self.observer!r} is for dynamic: false; a dynamic scale is that of "
+                f"the inputs at hand"
+            )
+        return self
+
+    @property
+    def static_observer(self) -> str | None:
+        """The observer that a stored scale comes from; None for a dynamic one."""
+        return None if self.dynamic else self.observer or "minmax"
+
+    def describe(self) -> str:
+        """Return a short description, e.g. "int8 per token"."""
+        found = "" if self.dynamic else f", static {self.static_observer}"
+        return f"{self.format_name} per {self.strategy}{found}"
+
+
+class Scheme(_Codes):
+    """How the weights of one layer are quantized, and whether its inputs are.
 
     num_bits      bits of a code
     type          int, codes are integers; float, they stand for values that a format lists
@@ -50,27 +136,25 @@ class Scheme(Strict):
                   e8m0: 2^(floor(log2 absmax) - floor(log2 largest)), which may clip
     scale_dtype   how scales are stored; they are rounded up, so that nothing is clipped by it.
                   e8m0: powers of two; e4m3: numbers of fp8_e4m3, times one float32 of the tensor
+    input_activations   how the inputs are quantized; None for as they come
 
     >>> Scheme.preset("W4A16", group_size=64).bits_per_weight(576, 576)
     4.25
     """
 
     num_bits: int = 4
-    type: Literal["int", "float"] = "int"
-    format: str | None = None
     symmetric: bool = True
     strategy: Literal["tensor", "channel", "group"] = "group"
     group_size: int | None = None
     observer: Literal["minmax", "mse"] = "minmax"
     scale_rule: Literal["full", "restricted", "ocp"] = "full"
     scale_dtype: WeightScaleDtype = "float16"
+    input_activations: ActivationScheme | None = None
 
     aliases: ClassVar[Mapping[str, str]] = {
-        "bits": "num_bits",
+        **_Codes.aliases,
         "w_bit": "num_bits",
         "wbits": "num_bits",
-        "data_type": "type",
-        "sym": "symmetric",
         "q_group_size": "group_size",
         "groupsize": "group_size",
     }
@@ -88,12 +172,6 @@ class Scheme(Strict):
                 if not isinstance(out[inverse], bool):  # bool("false") is True
                     raise ValueError(f"{inverse!r} must be true or false, got {out[inverse]!r}")
                 out["symmetric"] = not out.pop(inverse)
-        if out.get("format") in _FIELD_FORMATS:
-            type_, bits = _FIELD_FORMATS[out["format"]]
-            if not {"num_bits", "bits", "w_bit", "wbits"} & out.keys():
-                out["num_bits"] = bits
-            if not {"type", "data_type"} & out.keys():
-                out["type"] = type_
         sizes = [key for key in ("group_size", "q_group_size", "groupsize") if key in out]
         if len(sizes) > 1:
             raise ValueError("'group_size' is given twice (also under an alias)")
@@ -112,8 +190,6 @@ class Scheme(Strict):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if not 1 <= self.num_bits <= 8:
-            raise ValueError(f"num_bits must lie in 1..8, got {self.num_bits}")
         if self.strategy == "group" and (self.group_size is None or self.group_size < 1):
             raise ValueError(
                 f"strategy 'group' needs group_size >= 1 (or -1 for one scale per channel), "
@@ -122,12 +198,6 @@ class Scheme(Strict):
         if self.strategy != "group" and self.group_size is not None:
             raise ValueError(
                 f"group_size={self.group_size} needs strategy 'group', got {self.strategy!r}"
-            )
-        known = _FIELD_FORMATS.get(self.format or "", (self.type, self.num_bits))
-        if known != (self.type, self.num_bits):
-            raise ValueError(
-                f"format {self.format!r} has type {known[0]!r} and num_bits {known[1]}, got "
-                f"{self.type!r} and {self.num_bits}; leave both away"
             )
         if self.type == "float" and not self.symmetric:
             raise ValueError("zero points are for type 'int'; floats need symmetric: true")
@@ -166,12 +236,6 @@ class Scheme(Strict):
         if {"asym", "zero_point"} & canonical.keys():
             kept.pop("symmetric")
         return self.parse({**kept, **canonical}, "scheme")
-
-    @property
-    def format_name(self) -> str:
-        """The number format that the scheme uses, e.g. "int4"."""
-        plain = f"{self.type}{self.num_bits}"
-        return self.format or _USUAL.get(plain, plain)
 
     @property
     def two_level(self) -> bool:
@@ -219,19 +283,28 @@ class Scheme(Strict):
         rule = ", scales ocp" if self.scale_rule == "ocp" else ""
         if not rule and _SCALE_BITS[self.scale_dtype] == 8:
             rule = f", scales {self.scale_dtype}"
-        return f"{self.format_name} {kind}, {self.strategy}{size}, {self.observer}{rule}"
+        inputs = self.input_activations
+        rest = "" if inputs is None else f", inputs {inputs.describe()}"
+        return f"{self.format_name} {kind}, {self.strategy}{size}, {self.observer}{rule}{rest}"
 
 
 def _padded(bits: int) -> int:
     return -(-bits // _WORD) * _WORD
 
 
+_INT8 = {"num_bits": 8, "scale_rule": "restricted"}  # what kernels of eight bits multiply
+_FP8, _STATIC = {"format": "fp8_e4m3"}, {"strategy": "tensor", "dynamic": False}
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "W8A16": {"num_bits": 8, "strategy": "channel"},
     "W4A16": {"num_bits": 4, "group_size": 128},
     "W4A16_ASYM": {"num_bits": 4, "group_size": 128, "symmetric": False},
     "W3A16": {"num_bits": 3, "group_size": 128},
     "W2A16": {"num_bits": 2, "group_size": 128},
+    "W8A8": {**_INT8, "strategy": "channel", "input_activations": {}},
+    "W8A8_STATIC": {**_INT8, "strategy": "channel", "input_activations": _STATIC},
+    "W4A8": {"num_bits": 4, "group_size": 128, "input_activations": {}},
+    "FP8_DYNAMIC": {"format": "fp8_e4m3", "strategy": "channel", "input_activations": _FP8},
+    "FP8": {"format": "fp8_e4m3", "strategy": "tensor", "input_activations": {**_FP8, **_STATIC}},
     "W8A16_FP8": {"format": "fp8_e4m3", "strategy": "channel"},
     "MXFP8": {"format": "fp8_e4m3", "group_size": 32, "scale_dtype": "e8m0"},
     "MXFP4": {"format": "fp4_e2m1", "group_size": 32, "scale_dtype": "e8m0"},

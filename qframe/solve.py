@@ -11,7 +11,7 @@ import logging
 import time
 import zlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Self
 
@@ -19,11 +19,13 @@ import numpy as np
 import torch
 
 from qframe import parallel, rounding
+from qframe.activations import InputQuantizer
 from qframe.certificates import Certificate, Evidence, check_certificates, function_preserved
 from qframe.contracts import (
     Event,
     Grid,
     InputGroup,
+    Observer,
     QuantizedWeight,
     RewriteProblem,
     RoundingProblem,
@@ -36,14 +38,15 @@ from qframe.errors import (
 )
 from qframe.fallbacks import FALLBACK, OVERFIT, Fallbacks, claims_about, massive_token
 from qframe.hessian import SECOND_MOMENTS
-from qframe.host import Host
+from qframe.host import Host, option_names
 from qframe.judging import Court
 from qframe.manifest import ORDER, fingerprint
 from qframe.packing import PackedWeight
 from qframe.recipe import Method, Recipe
 from qframe.report.layers import LayerReport
-from qframe.report.measure import OutputErrors, clipped_share, sqnr_db
-from qframe.scheme import Scheme
+from qframe.report.measure import OutputErrors, clipped_share, input_errors, sqnr_db
+from qframe.scheme import ActivationScheme, Scheme
+from qframe.stored import StoredLayer, kept_weight
 from qframe.transforms import InputTransform
 from qframe.weights import check_finite
 
@@ -91,11 +94,15 @@ class GroupInputs:
 
 @dataclass(frozen=True, slots=True)
 class Solved:
-    """A layer after quantization: what is stored, what it computes with, what is reported."""
+    """A layer after quantization: what is stored, what it computes with, what is reported.
 
-    packed: PackedWeight
-    transform: InputTransform | None
-    effective: torch.Tensor  # Q(W') undone, [rows, columns]: its effect on plain inputs
+    multiplied   what the layer multiplies with, [rows, columns] float32
+    effective    the same for plain inputs, were they not rounded
+    """
+
+    stored: StoredLayer
+    multiplied: torch.Tensor
+    effective: torch.Tensor
     report: LayerReport
 
 
@@ -106,9 +113,17 @@ class _Judged:
     evidence: Evidence
     original: torch.Tensor
     effective: torch.Tensor
-    transform: InputTransform | None
+    stored: StoredLayer
     errors: OutputErrors
     report: LayerReport
+
+
+@dataclass(frozen=True, slots=True)
+class _Rewrites:
+    """What outlier handlers put aside: weights in 16 bits, by layer; and what they tell."""
+
+    kept: dict[str, torch.Tensor] = field(default_factory=dict)
+    info: dict[str, float | int | str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +163,8 @@ class Solver:
         """
         clock = time.perf_counter()
         moments = self._second_moments(group, inputs)
-        rewritten, transform = self._rewrite(group, weights, schemes, inputs, moments)
+        plain = inputs
+        rewritten, transform, rewrites = self._rewrite(group, weights, schemes, inputs, moments)
         if transform is not None:
             inputs = inputs.transformed(transform)
         needs = self._method.rounder.needs
@@ -158,6 +174,7 @@ class Solver:
             self._statistics(needs, group, inputs.held_out, known[1:]) if inputs.held_out else {}
         )
         errors = OutputErrors([m.value().to(torch.float32) for m in moments])
+        quantizers = self._input_quantizers(group, schemes, inputs)
         self.events.extend(massive_token(group.name, inputs.fitted))
         shared_seconds = (time.perf_counter() - clock) / len(group.layers)
 
@@ -190,15 +207,20 @@ class Solver:
 
             clock = time.perf_counter()
             packed = PackedWeight.pack(quantized, scheme, problem.grid, name=layer.name)
-            stored = dataclasses.replace(
+            rounded = dataclasses.replace(
                 packed.unpack(),
                 order=quantized.order,
                 info=quantized.info,
                 events=quantized.events,
             )
-            effective = rounding.dequantize(stored)
-            if transform is not None:
-                effective = transform.undo(effective)
+            stored = StoredLayer(
+                packed,
+                transform,
+                rewrites.kept.get(layer.name),
+                quantizers[scheme.input_activations] if scheme.input_activations else None,
+            )
+            multiplied = stored.with_kept(rounding.dequantize(rounded))
+            effective = stored.plain(multiplied)
             check_finite(effective, f"layer {layer.name!r}: the quantized weight")
             report = LayerReport(
                 name=layer.name,
@@ -206,10 +228,14 @@ class Solver:
                 scheme=scheme.describe(),
                 rows=layer.rows,
                 columns=layer.columns,
-                bits_per_weight=packed.bits / max(layer.size, 1),
+                bits_per_weight=stored.bits / max(layer.size, 1),
                 tokens=problem.tokens,
                 tokens_held_out=_count(inputs.held_out),
                 info=dict(quantized.info),
+                inputs={
+                    **rewrites.info,
+                    **input_errors(stored, original, multiplied, plain.fitted),
+                },
                 input_group=group.name,
                 seconds={
                     "calibrate": shared_seconds,
@@ -217,13 +243,13 @@ class Solver:
                     "pack": time.perf_counter() - clock,
                 },
             )
-            evidence = Evidence(problem, stored, shared)
-            judged = _Judged(evidence, original, effective, transform, errors, report)
+            evidence = Evidence(problem, rounded, shared)
+            judged = _Judged(evidence, original, effective, stored, errors, report)
             self._court.hear(partial(self._judge, judged))
             if kept and quantized.order is not None:
                 kept[f"{layer.name}.{ORDER}"] = quantized.order.to(torch.int32)
             self.events.extend(quantized.events)
-            solved[layer.name] = Solved(packed, transform, effective, report)
+            solved[layer.name] = Solved(stored, multiplied, effective, report)
         return SolvedGroup(solved, kept)
 
     def settle(self, still_waiting: int = 0) -> None:
@@ -242,9 +268,9 @@ class Solver:
         report, problem = judged.report, judged.evidence.problem
         original, effective = judged.original, judged.effective
         report.source = fingerprint(original)
-        if judged.transform is not None:
+        if judged.stored.transform is not None:
             report.rewritten = fingerprint(problem.weight)
-        if judged.transform is None:
+        if judged.stored.transform is None:
             change = torch.from_numpy(judged.evidence.change())
         else:
             change = effective - original
@@ -263,7 +289,7 @@ class Solver:
 
         clock = time.perf_counter()
         report.certificates, events = self._certify(
-            judged.evidence, report.method, original, judged.transform
+            judged.evidence, report.method, original, judged.stored
         )
         report.seconds["certify"] = time.perf_counter() - clock
         return events
@@ -273,15 +299,19 @@ class Solver:
         evidence: Evidence,
         method: str,
         original: torch.Tensor,
-        transform: InputTransform | None,
+        stored: StoredLayer,
     ) -> tuple[tuple[Certificate, ...], list[Event]]:
         """Hold a layer, as it is stored, against what its method claims."""
         problem = evidence.problem
         certificates: tuple[Certificate, ...] = ()
-        if transform is not None:
+        if stored.transform is not None:
             certificates = (
                 function_preserved(
-                    original, problem.weight, transform, handlers=len(self._method.handlers)
+                    original,
+                    problem.weight,
+                    stored.transform,
+                    stored.kept,
+                    handlers=len(self._method.handlers),
                 ),
             )
         certificates += evidence.certificates(claims_about(self._method.rounder, method))
@@ -324,10 +354,7 @@ class Solver:
         }
 
     def _observe(self, name: str, group: InputGroup, chunks: tuple[torch.Tensor, ...]) -> Statistic:
-        statistic: Statistic = self._host.get("observer", name).start(group)
-        for x in chunks:
-            statistic.update(x)
-        return statistic
+        return _observe(self._host.get("observer", name), group, chunks)
 
     def _rewrite(
         self,
@@ -336,12 +363,13 @@ class Solver:
         schemes: Mapping[str, Scheme],
         inputs: GroupInputs,
         moments: list[Statistic],
-    ) -> tuple[Mapping[str, torch.Tensor], InputTransform | None]:
+    ) -> tuple[Mapping[str, torch.Tensor], InputTransform | None, _Rewrites]:
         """Let the outlier handlers rewrite the group, one after another.
 
         A handler that needs statistics is not asked where no token reached the group.
         """
         total: InputTransform | None = None
+        aside = _Rewrites()
         for handler in self._method.handlers:
             if handler.needs and not _count(inputs.fitted):
                 for name in weights:
@@ -373,9 +401,40 @@ class Solver:
             )
             rewrite = handler.rewrite(problem, self._rng(group.name))
             check_finite(rewrite.input_scale, f"{handler.name}: input_scale of {group.name!r}")
-            weights = rewrite.weights
             total = (total or InputTransform()).then(rewrite, handler.name)
-        return weights, total
+            if rewrite.kept is not None:
+                kept = {n: kept_weight(w, rewrite.kept, n) for n, w in weights.items()}
+                aside.kept.update(kept)
+            aside.info.update(rewrite.info)
+            weights = rewrite.weights
+        return weights, total, aside
+
+    def _input_quantizers(
+        self, group: InputGroup, schemes: Mapping[str, Scheme], inputs: GroupInputs
+    ) -> dict[ActivationScheme, InputQuantizer]:
+        """Return a quantizer for each way in which layers of the group quantize their inputs.
+
+        Raises UncalibratedLayerError where a stored scale has no inputs to come from.
+        """
+        found: dict[ActivationScheme, InputQuantizer] = {}
+        for layer in group.layers:
+            scheme = schemes[layer.name].input_activations
+            if scheme is None or scheme in found:
+                continue
+            reach: torch.Tensor | None = None
+            grid = input_grid_of(self._host, scheme)
+            if scheme.static_observer is not None:
+                if not _count(inputs.fitted):
+                    raise UncalibratedLayerError(
+                        f"layer {layer.name!r}: no calibration token reached it, and its "
+                        f"activations have a scale that is stored (dynamic: false); quantize them "
+                        f"with dynamic: true, or ignore the layer"
+                    )
+                observer = reach_observer(self._host, scheme, grid)
+                reach = _observe(observer, group, inputs.fitted).value()
+                check_finite(reach, f"observer {observer.name!r}: the inputs of {group.name!r}")
+            found[scheme] = InputQuantizer.calibrated(scheme, grid, reach)
+        return found
 
     def _round(self, problem: RoundingProblem) -> tuple[QuantizedWeight, str]:
         """Round one layer; where that is impossible, round to nearest and record the fallback."""
@@ -408,6 +467,32 @@ def grid_of(host: Host, scheme: Scheme) -> Grid:
     number_format = host.get("number format", scheme.format_name)
     grid: Grid = number_format.grid(symmetric=scheme.symmetric, scale_rule=scheme.scale_rule)
     return grid
+
+
+def input_grid_of(host: Host, scheme: ActivationScheme) -> Grid:
+    """Return the codes of activations: the number format's grid that is its own mirror image."""
+    number_format = host.get("number format", scheme.format_name)
+    grid: Grid = number_format.grid(symmetric=True, scale_rule="restricted")
+    return grid
+
+
+def reach_observer(host: Host, scheme: ActivationScheme, grid: Grid) -> Observer:
+    """Return the observer that a stored scale comes from; one with a field `grid` gets the codes.
+
+    grid   of the scheme
+    """
+    observer: Any = host.get("observer", str(scheme.static_observer))
+    if "grid" in option_names(observer):
+        observer = dataclasses.replace(observer, grid=grid)
+    found: Observer = observer
+    return found
+
+
+def _observe(observer: Observer, group: InputGroup, chunks: tuple[torch.Tensor, ...]) -> Statistic:
+    statistic = observer.start(group)
+    for x in chunks:
+        statistic.update(x)
+    return statistic
 
 
 def _tokens(x: torch.Tensor, group: InputGroup, dtype: torch.dtype) -> torch.Tensor:

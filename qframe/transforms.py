@@ -1,8 +1,10 @@
-"""What a rewritten layer does with its input before it multiplies: divide it, and rotate it.
+"""What a rewritten layer does with its input before it multiplies: divide it, rotate it, split it.
 
 With Q = diag(signs) H / sqrt(n), W x = W' ((x / s) Q)^T where W' = W diag(s) Q: the inverse of an
 orthogonal map is its transpose, so weights and inputs, both of them rows, are rotated alike.
-Source of the rotation: Ashkboos et al., QuaRot, NeurIPS 2024, arXiv:2404.00456, section 3.
+Columns that are kept are taken out of both, and multiplied apart in 16 bits.
+Sources: Ashkboos et al., QuaRot, NeurIPS 2024, arXiv:2404.00456, section 3 (the rotation); Dettmers
+et al., LLM.int8(), NeurIPS 2022, arXiv:2208.07339, section 3.2 (what is kept).
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ if TYPE_CHECKING:
 
     from qframe.contracts import Rewrite
 
-SCALE, SIGNS = "input_scale", "input_signs"  # what a rewritten layer is stored with
+# What a rewritten layer is stored with.
+SCALE, SIGNS, KEPT, THRESHOLD = "input_scale", "input_signs", "input_kept", "input_threshold"
+TRANSFORM_PARTS = (SCALE, SIGNS, KEPT, THRESHOLD)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -90,66 +94,110 @@ def butterflies(x: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class InputTransform:
-    """All that the handlers of a group do to its input: x -> rotate(x / scale).
+    """All that the handlers of a group do to its input: x -> rotate(x / scale), and what they keep.
 
-    scale      [columns] float32, positive; None for 1
-    rotation   None for none
+    scale       [columns] float32, positive; None for 1
+    rotation    None for none
+    kept        [k] int64, ascending: columns of the result that the codes do not multiply, as they
+                are multiplied in 16 bits; None for none
+    threshold   columns of the result in which any number of a call is at least as large are not
+                rounded where activations are; None for no such columns
     """
 
     scale: torch.Tensor | None = None
     rotation: Rotation | None = None
+    kept: torch.Tensor | None = None
+    threshold: float | None = None
 
     @classmethod
     def stored(cls, tensors: Mapping[str, torch.Tensor]) -> InputTransform | None:
         """Return what `tensors` made these tensors of; None where there are none."""
-        scale, signs = tensors.get(SCALE), tensors.get(SIGNS)
-        if scale is None and signs is None:
+        found = {name: tensors[name] for name in TRANSFORM_PARTS if name in tensors}
+        if not found:
             return None
-        return cls(scale, None if signs is None else Rotation(signs.float()))
+        signs, kept, threshold = (found.get(name) for name in (SIGNS, KEPT, THRESHOLD))
+        return cls(
+            scale=found.get(SCALE),
+            rotation=None if signs is None else Rotation(signs.float()),
+            kept=None if kept is None else kept.long(),
+            threshold=None if threshold is None else float(threshold),
+        )
+
+    @classmethod
+    def of(cls, rewrite: Rewrite) -> InputTransform:
+        """Return what one rewrite does to the input."""
+        return cls(rewrite.input_scale, rewrite.rotation, rewrite.kept, rewrite.threshold)
 
     def then(self, rewrite: Rewrite, handler: str) -> InputTransform:
         """Return this and what another handler does after it.
 
-        Raises UnsupportedError where a rotation would not come last.
+        Raises UnsupportedError where channels would change that a rotation has mixed, or that are
+        kept.
         """
         plain = bool((rewrite.input_scale == 1).all())
+        if self.kept is not None or self.threshold is not None:
+            raise UnsupportedError(
+                f"outlier handler {handler!r} comes after one that decides which columns are kept "
+                f"as they are; put the one that keeps columns last of all handlers"
+            )
         if self.rotation is not None and not (plain and rewrite.rotation is None):
             raise UnsupportedError(
                 f"outlier handler {handler!r} would change channels that a rotation has mixed "
                 f"already; put the one that rotates last of all handlers"
             )
         scale: torch.Tensor | None = rewrite.input_scale
-        if rewrite.rotation is not None and plain:
+        if plain and (rewrite.rotation or rewrite.kept is not None or rewrite.threshold):
             scale = self.scale
         elif self.scale is not None:
             scale = self.scale * rewrite.input_scale
-        return InputTransform(scale, rewrite.rotation or self.rotation)
+        rotation = rewrite.rotation or self.rotation
+        return InputTransform(scale, rotation, rewrite.kept, rewrite.threshold)
 
-    def apply(self, x: torch.Tensor) -> torch.Tensor:
-        """Return what the layer multiplies with, for inputs x [..., columns], in their dtype."""
+    def move(self, x: torch.Tensor) -> torch.Tensor:
+        """Return inputs x [..., columns] scaled and rotated, in their dtype, nothing taken out."""
         if self.scale is not None:
             x = x / self.scale
         return x if self.rotation is None else self.rotation.apply(x)
 
-    def rewrite(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return W' for W [rows, columns]."""
+    def rest(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x [..., columns] without the columns that are kept: zero there."""
+        return x if self.kept is None else x.index_fill(-1, self.kept, 0.0)
+
+    def apply(self, x: torch.Tensor) -> torch.Tensor:
+        """Return what the codes multiply, for inputs x [..., columns], in their dtype."""
+        return self.rest(self.move(x))
+
+    def whole(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return W [rows, columns] scaled and rotated, nothing taken out."""
         if self.scale is not None:
             weight = weight * self.scale
         return weight if self.rotation is None else self.rotation.apply(weight)
 
+    def rewrite(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return W' for W [rows, columns]."""
+        return self.rest(self.whole(weight))
+
     def undo(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return the weight that does to plain inputs what `weight` does to transformed ones."""
+        """Return the weight that does to plain inputs what `weight` does to moved ones."""
         if self.rotation is not None:
             weight = self.rotation.undo(weight)
         return weight if self.scale is None else weight / self.scale
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Return what is stored: `input_scale` float32, and `input_signs` int8 in its blocks."""
+        """Return what is stored.
+
+        `input_scale` float32, `input_signs` int8 in its blocks, `input_kept` int32 and
+        `input_threshold` [1] float32.
+        """
         import torch
 
         found = {} if self.scale is None else {SCALE: self.scale.clone()}  # each layer its own
         if self.rotation is not None:
             found[SIGNS] = self.rotation.signs.to(torch.int8)
+        if self.kept is not None:
+            found[KEPT] = self.kept.to(torch.int32)
+        if self.threshold is not None:
+            found[THRESHOLD] = torch.tensor([self.threshold])
         return found
 
     def fault(self, columns: int) -> str:
@@ -162,7 +210,21 @@ class InputTransform:
                 return f"{SCALE} should be float32 [{columns}], got {dtype} {list(shape)}"
             if not bool((torch.isfinite(self.scale) & (self.scale > 0)).all()):
                 return f"{SCALE} must be positive and finite"
-        return "" if self.rotation is None else _fault_of_signs(self.rotation.signs, columns)
+        if self.threshold is not None and not 0 < self.threshold < math.inf:
+            return f"{THRESHOLD} must be positive and finite, got {self.threshold}"
+        wrong = "" if self.rotation is None else _fault_of_signs(self.rotation.signs, columns)
+        return wrong or ("" if self.kept is None else _fault_of_kept(self.kept, columns))
+
+
+def _fault_of_kept(kept: torch.Tensor, columns: int) -> str:
+    import torch
+
+    if kept.dtype != torch.int64 or kept.ndim != 1:
+        return f"{KEPT} should be int64 [k], got {kept.dtype} {list(kept.shape)}"
+    places = kept.tolist()
+    if places != sorted(set(places)) or (places and not 0 <= places[0] <= places[-1] < columns):
+        return f"{KEPT} should be columns 0..{columns - 1}, ascending, each once, got {places[:8]}"
+    return ""
 
 
 def _fault_of_signs(signs: torch.Tensor, columns: int) -> str:

@@ -27,13 +27,12 @@ from qframe.manifest import (
     Manifest,
     TensorRecord,
     fingerprint,
-    packed_layer,
     parse_manifest,
     sha256,
+    stored_layer,
 )
-from qframe.packing import PackedWeight
 from qframe.report.layers import words_for_infinities
-from qframe.transforms import InputTransform
+from qframe.stored import StoredLayer
 from qframe.weights import ModelFolder, read_json
 
 Kind = Literal["file", "tensor", "layer", "config", "reference", "certificate"]
@@ -268,17 +267,16 @@ def _check_tensors(
 
 
 @dataclass(frozen=True, slots=True)
-class StoredLayer:
-    """A quantized layer as it lies in the folder."""
+class FoundLayer:
+    """A quantized layer of the folder, and what the manifest says of it."""
 
     record: LayerRecord
-    packed: PackedWeight
-    transform: InputTransform | None
+    stored: StoredLayer
 
 
 def _sound_layers(
     report: VerifyReport, source: ModelFolder, manifest: Manifest
-) -> Iterator[tuple[str, StoredLayer]]:
+) -> Iterator[tuple[str, FoundLayer]]:
     """Yield the layers that can be unpacked and are what the manifest says they are."""
     try:
         stored = source.tensors
@@ -293,11 +291,10 @@ def _sound_layers(
     for name, record in manifest.layers.items():
         report.layers += 1
         try:
-            packed, transform = packed_layer(source, name, record)
+            layer = FoundLayer(record, stored_layer(source, name, record))
         except QframeError as error:
             report.add("layer", name, str(error))
             continue
-        layer = StoredLayer(record, packed, transform)
         wrong = _layer_objection(layer)
         if f"{name}.weight" in stored and name not in untied:
             wrong = "is stored both as codes and as a plain weight"
@@ -307,18 +304,15 @@ def _sound_layers(
             yield name, layer
 
 
-def _layer_objection(layer: StoredLayer) -> str:
+def _layer_objection(layer: FoundLayer) -> str:
     """Return what is wrong with a layer that could be unpacked, "" for nothing."""
-    record, transform = layer.record, layer.transform
+    record = layer.record
     columns, scheme = record.columns, record.scheme
-    if record.scheme_grid().levels > 1 << scheme.num_bits:
+    if record.grid.grid().levels > 1 << scheme.num_bits:
         return f"its grid has more codes than {scheme.num_bits} bits can tell apart"
-    if (transform is None) != (record.rewritten is None):
+    if (layer.stored.transform is None) != (record.rewritten is None):
         return "its tensors and the manifest disagree on whether it was rewritten"
-    wrong = "" if transform is None else transform.fault(columns)
-    if wrong:
-        return wrong
-    index = layer.packed.group_index
+    index = layer.stored.packed.group_index
     if index is not None and scheme.strategy == "group" and columns:
         width = scheme.group_width(columns)
         counts = torch.bincount(index.long(), minlength=scheme.groups(columns))

@@ -20,11 +20,11 @@ from qframe.calibration import Arrival, CalibrationData, Lockstep, Stop, layer_i
 from qframe.checkpoint import CheckpointWriter
 from qframe.contracts import Event, InputGroup
 from qframe.errors import ModelError
-from qframe.model import Network, QuantizedLinear, replace_module, set_weight
+from qframe.model import Network, replace_module, set_weight
 from qframe.recipe import Plan
 from qframe.report.layers import LayerReport
 from qframe.solve import GroupInputs, Solved, Solver
-from qframe.transforms import SCALE, SIGNS
+from qframe.stored import PARTS, QuantizedLinear
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +100,7 @@ class Walk:
             elif stop.name in self.reports:
                 self._check_shared(stop.name, arrivals)
             else:
-                self._quantize_waiting(stop.name, arrivals, fitted=len(data.inputs))
+                self._quantize_waiting(stop.name, steps, arrivals, fitted=len(data.inputs))
             return len(self.reports) < len(self._plan.schemes)
 
         options = {"use_cache": False} if self._network.folder is not None else {}
@@ -124,7 +124,7 @@ class Walk:
         self._solve(InputGroup(layers=(self._network.layers[layer],)), GroupInputs())
 
     def _quantize_waiting(
-        self, layer: str, arrivals: Mapping[int, Arrival], *, fitted: int
+        self, layer: str, steps: Lockstep, arrivals: Mapping[int, Arrival], *, fitted: int
     ) -> None:
         """Quantize the group of a layer before which all chunks wait."""
         block = self._network.block_of(layer)
@@ -139,7 +139,12 @@ class Walk:
         )
         for member in group.layers:
             module = self._network.module.get_submodule(member.name)
-            set_weight(module, self._pending[member.name].effective)
+            solved = self._pending[member.name]
+            if solved.stored.inputs is None:
+                set_weight(module, solved.effective)
+            else:
+                set_weight(module, solved.multiplied)
+                steps.inputs[member.name] = solved.stored.inputs_of
 
     def _solve(self, group: InputGroup, inputs: GroupInputs) -> None:
         weights = {}
@@ -269,18 +274,14 @@ class Walk:
     def _write_layer(self, name: str, solved: Solved) -> None:
         prefix = f"{name}." if name else ""
         if self._writer is not None:
-            tensors = solved.packed.tensors()
-            if solved.transform is not None:
-                tensors |= solved.transform.tensors()
+            tensors = solved.stored.tensors()
             self._writer.add({f"{prefix}{key}": value for key, value in tensors.items()})
         if not self._network.is_tied(name):  # else the other user still needs it
             self._written.add(self._network.stored_name(f"{prefix}weight"))
         if self._network.folder is None:
             old = self._network.module.get_submodule(name)
             bias = old._parameters.get("bias")
-            new = QuantizedLinear(
-                solved.packed, None if bias is None else bias.data, solved.transform
-            )
+            new = QuantizedLinear(solved.stored, None if bias is None else bias.data)
             self._network.module = replace_module(self._network.module, name, new)
 
     def _finish(self) -> None:
@@ -298,7 +299,7 @@ class Walk:
             f"{name}.{key}".lstrip(".")
             for name, child in self._network.module.named_modules()
             if isinstance(child, QuantizedLinear)
-            for key in child.packed.tensors().keys() | {SCALE, SIGNS}
+            for key in PARTS
         }
         for name, tensor in self._network.module.state_dict().items():
             if name not in packed:

@@ -27,9 +27,9 @@ from qframe import (
 )
 from qframe.certificates import Evidence
 from qframe.errors import PluginError, UnsupportedError, WeightsError
-from qframe.model import QuantizedLinear
 from qframe.packing import PackedWeight
 from qframe.solve import grid_of
+from qframe.stored import QuantizedLinear
 from qframe.verification import verify
 from qframe_conformance.kinds import NASTY, nudged
 from qframe_plugins.rounders.rtn import RTN
@@ -290,11 +290,11 @@ def test_ternary_is_for_every_method_of_integers(tmp_path):
     generator = torch.Generator().manual_seed(1)
     data = CalibrationData.from_tensors([torch.randn(40, 36, generator=generator)])
     qframe.quantize(network(), recipe, out=tmp_path / "out", calibration=data)
-    codes = qframe.load(tmp_path / "out", network())[0].packed.unpack().codes
+    codes = qframe.load(tmp_path / "out", network())[0].stored.packed.unpack().codes
     assert set(codes.unique().tolist()) == {-1, 0, 1}
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq+rtn", "smoothquant+rtn"])
+@pytest.mark.parametrize("method", ["gptq", "awq+gptq", "smoothquant+gptq"])
 @pytest.mark.parametrize("preset", ["NF4", "NVFP4"])
 def test_methods_for_integers_refuse_floats_before_any_work(method, preset, tmp_path):
     recipe = {"method": method, "scheme": {"preset": preset}, "ignore": []}

@@ -33,7 +33,8 @@ from qframe.errors import (
     PluginError,
     UncalibratedLayerError,
 )
-from qframe.model import QuantizedLinear, find_layers
+from qframe.model import find_layers
+from qframe.stored import QuantizedLinear
 
 W4 = {"num_bits": 4, "group_size": 16}
 
@@ -271,7 +272,7 @@ def test_a_rewrite_keeps_the_function_and_reaches_the_rounder(tmp_path):
     assert torch.equal(seen["0"], torch.cat(batches(1, 3, (20, 32))).abs().amax(0))
     first = result.module[0]
     effective = first.weight / first.input_scale
-    half_step = first.packed.scale.float() / 2 / first.input_scale
+    half_step = first.stored.packed.scale.float() / 2 / first.input_scale
     slack = 1 + bounds.gamma(4)
     rounded_to_nearest = (effective - net[0].weight).abs() <= half_step * slack
     assert rounded_to_nearest.any()

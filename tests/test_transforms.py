@@ -11,8 +11,8 @@ from qframe import Recipe, Rewrite, Rotation, bounds, reference_ops
 from qframe.calibration import CalibrationData
 from qframe.errors import UnsupportedError
 from qframe.memory import bits_per_weight, stored_bits_per_weight
-from qframe.model import QuantizedLinear
 from qframe.pipeline import plan_job
+from qframe.stored import QuantizedLinear
 from qframe.transforms import InputTransform
 from qframe.weights import ModelFolder
 

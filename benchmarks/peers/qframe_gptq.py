@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 import qframe
 from qframe import CalibrationData
-from qframe.manifest import packed_layers, read_manifest
+from qframe.manifest import read_manifest, stored_layers
 from qframe.pipeline import plan_job
 from qframe.weights import ModelFolder
 
@@ -60,8 +60,8 @@ def main() -> None:
             "quantize_cpu_s": time.process_time() - cpu,
         }
         source = ModelFolder(out)
-        layers = packed_layers(source, read_manifest(source))
-        weights = {name: packed.dequantize() for name, packed, _ in layers}
+        layers = stored_layers(source, read_manifest(source))
+        weights = {name: layer.weight() for name, layer in layers}
     save_file(weights, str(arguments.output))
     record = {**seconds, "qframe": qframe.__version__, "recipe": recipe}
     arguments.output.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n")

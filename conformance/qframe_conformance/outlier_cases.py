@@ -140,7 +140,15 @@ class HandlerCase:
     @property
     def transform(self) -> InputTransform:
         """What becomes of the input."""
-        return InputTransform(self.rewrite.input_scale, self.rewrite.rotation)
+        return InputTransform.of(self.rewrite)
+
+    def whole(self, name: str) -> tuple[Float64, Float64]:
+        """Return (W, W' with the columns put in that are kept), float64, of one layer."""
+        weight, made = self.weights[name].double(), self.rewrite.weights[name].double()
+        kept = self.transform.kept
+        if kept is not None:
+            made = made.index_add(1, kept, self.transform.whole(weight)[:, kept])
+        return weight.numpy(), made.numpy()
 
     @cached_property
     def rewriting(self) -> Rewriting:
@@ -155,6 +163,7 @@ class HandlerCase:
             grid=self.grid,
             hessian=hessian,
             magnitude=np.maximum((2 / len(x)) * (np.abs(x).T @ np.abs(x)), np.abs(hessian)),
+            absmax=np.abs(x).max(0, initial=0.0),
             loud=self.loud,
             quiet=self.quiet,
         )
@@ -262,11 +271,17 @@ def fault(made: Any, weights: Mapping[str, torch.Tensor]) -> str:
         return f"input_scale {wrong}"
     if not bool((made.input_scale > 0).all()):
         return f"input_scale is {float(made.input_scale.min()):.9g} at its smallest, expected > 0"
-    if made.rotation is None:
-        return ""
-    if not isinstance(made.rotation, Rotation):
+    if made.rotation is not None and not isinstance(made.rotation, Rotation):
         return f"rotation is {type(made.rotation).__name__}, expected qframe.Rotation"
-    return InputTransform(rotation=made.rotation).fault(columns)
+    if made.kept is not None and not isinstance(made.kept, torch.Tensor):
+        return f"kept is {type(made.kept).__name__}, expected a tensor or None"
+    wrong = InputTransform.of(made).fault(columns)
+    if wrong or made.kept is None:
+        return wrong
+    for name, weight in made.weights.items():
+        if bool(weight[:, made.kept].any()):
+            return f"the weight of {name!r} is not 0 in the columns that are kept"
+    return ""
 
 
 def _tensor_fault(tensor: Any, shape: tuple[int, ...]) -> str:

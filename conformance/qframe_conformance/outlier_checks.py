@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -139,7 +139,8 @@ def powers_of_two(case: HandlerCase) -> Outcome:
     mantissa, _ = torch.frexp(scale)
     require(bool((mantissa == 0.5).all()), f"not all scales are powers of two: {scale.tolist()}")
     for name, weight in case.weights.items():
-        same_bits(weight * scale, case.rewrite.weights[name], f"the weight of {name!r}")
+        wanted = case.transform.rest(weight * scale)
+        same_bits(wanted, case.rewrite.weights[name], f"the weight of {name!r}")
     return None
 
 
@@ -180,6 +181,9 @@ def _same_rewrite(wanted: Rewrite, found: Rewrite, what: str) -> None:
     same_bits(wanted.input_scale, found.input_scale, f"{what}: input_scale")
     one, other = (r.rotation.signs if r.rotation else torch.zeros(0) for r in (wanted, found))
     same_bits(one, other, f"{what}: signs of the rotation")
+    one, other = (torch.zeros(0) if r.kept is None else r.kept for r in (wanted, found))
+    same_bits(one, other, f"{what}: columns that are kept")
+    require(wanted.threshold == found.threshold, f"{what}: threshold is {found.threshold}")
     for name, weight in wanted.weights.items():
         # + 0.0: the sign of a zero says nothing
         same_bits(weight + 0.0, found.weights[name] + 0.0, f"{what}: the weight of {name!r}")
@@ -192,7 +196,8 @@ def _same_rewrite(wanted: Rewrite, found: Rewrite, what: str) -> None:
 def function_preserved(case: HandlerCase) -> Outcome:
     """Rewritten weights, rotated back and over the input scale, are what they were: W = W' / s."""
     scale, rotation, ratios = case.input_scale, case.rewrite.rotation, []
-    for name, (weight, made) in _pairs(case).items():
+    for name in case.weights:
+        weight, made = case.whole(name)
         if rotation is None:
             allowed = bounds.rewrite_element(weight, scale)
             error, what, theorem = weight - made / scale, "|W - W' / s|", "B4.a"
@@ -212,8 +217,9 @@ def output_preserved(case: HandlerCase) -> Outcome:
     """The layers compute what they did from what becomes of x in float32: nothing overflows."""
     scale, rotation, ratios = case.input_scale, case.rewrite.rotation, []
     x = case.inputs.astype(np.float64)
-    changed = case.transform.apply(torch.from_numpy(case.inputs)).double().numpy()
-    for name, (weight, made) in _pairs(case).items():
+    changed = case.transform.move(torch.from_numpy(case.inputs)).double().numpy()
+    for name in case.weights:
+        weight, made = case.whole(name)
         with np.errstate(invalid="ignore"):
             error = x @ weight.T - changed @ made.T
         if rotation is None:
@@ -222,14 +228,6 @@ def output_preserved(case: HandlerCase) -> Outcome:
             allowed, theorem = bounds.rotated_output(x, weight, scale, rotation.block), "B4.f"
         ratios.append(within(error, allowed, f"the outputs of {name!r}", theorem))
     return max(ratios)
-
-
-def _pairs(case: HandlerCase) -> Mapping[str, tuple[Any, Any]]:
-    """Return layer name -> (W, W'), float64."""
-    return {
-        name: (weight.double().numpy(), case.rewrite.weights[name].double().numpy())
-        for name, weight in case.weights.items()
-    }
 
 
 # Objectives -----------------------------------------------------------------------------------

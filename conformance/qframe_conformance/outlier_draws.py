@@ -8,7 +8,7 @@ are all zero. Planted groups are those in which a search must find something.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 import numpy as np
@@ -52,7 +52,8 @@ def scenarios(handler: Any) -> list[Scenario]:
     found, planted, declared = [], [], []
     gains = [claim.gain for claim in claims_of(handler) if isinstance(claim, ProtectsSalient)]
     for name, symmetric in (("symmetric", True), ("asymmetric", False)):
-        schemes = [s for s in _schemes(symmetric) if handler.capabilities.objection(s) is None]
+        every = _schemes(symmetric, handler.capabilities.quantized_inputs)
+        schemes = [s for s in every if handler.capabilities.objection(s) is None]
         declared += schemes
         if schemes:
             found.append(Scenario(name, groups(handler, schemes), "ordinary"))
@@ -67,11 +68,16 @@ def scenarios(handler: Any) -> list[Scenario]:
     return found + planted
 
 
-def _schemes(symmetric: bool) -> list[Scheme]:
-    """Return schemes of all bits and strategies; what capabilities leave free is drawn later."""
+def _schemes(symmetric: bool, quantized_inputs: Container[bool]) -> list[Scheme]:
+    """Return schemes of all bits and strategies; what capabilities leave free is drawn later.
+
+    Inputs are quantized where they have to be.
+    """
+    inputs = None if False in quantized_inputs else {"num_bits": 8}
     return [
         Scheme.parse(
             {
+                "input_activations": inputs,
                 "num_bits": bits,
                 "symmetric": symmetric,
                 "strategy": strategy,

@@ -61,6 +61,7 @@ from qframe.bounds.methods import (
     radius,
 )
 from qframe.bounds.rewrites import (
+    kept_weight,
     rewrite_element,
     rewrite_output,
     rotated_block,
@@ -80,6 +81,7 @@ from qframe.bounds.rounding import (
     tensor_scale,
     zero_point_added,
 )
+from qframe.bounds.statistics import binned_search, magnitudes, quantile
 from qframe.bounds.sums import exact_sum, hessian_sum, second_moments, weight_only
 
 __all__ = [
@@ -89,6 +91,7 @@ __all__ = [
     "Array",
     "Numbers",
     "accumulate",
+    "binned_search",
     "coverage",
     "decode",
     "doubtful",
@@ -115,6 +118,7 @@ __all__ = [
     "int8_mixed",
     "int8_output",
     "int32_columns",
+    "kept_weight",
     "kv_attention",
     "kv_butterflies",
     "kv_decode",
@@ -123,6 +127,7 @@ __all__ = [
     "kv_offset",
     "kv_output",
     "kv_returned",
+    "magnitudes",
     "nearest",
     "nearest_code",
     "nearest_value",
@@ -130,6 +135,7 @@ __all__ = [
     "no_worse_power",
     "ocp_scale",
     "output_bound",
+    "quantile",
     "radius",
     "ratio",
     "representable",

@@ -69,6 +69,15 @@ def rotated_output(
     return as_array(total.sum(-1) + own)
 
 
+def kept_weight(stored: Numbers) -> Array:
+    """B4.g: the error |w - v| of a weight that is stored as v in float16, and does not overflow.
+
+    stored   v
+    """
+    unit, tiny = UNIT["float16"], ETA["float16"]
+    return as_array(gamma(1, unit) * (np.abs(as_array(stored)) + tiny) + tiny)
+
+
 def search_slack(weighed: Numbers, missed: Numbers, length: int, dtype: str = "float32") -> Array:
     """B4.c: how far the computed root of an output error may lie from the root itself.
 

@@ -28,7 +28,12 @@ from qframe.claims.flags import (
 )
 from qframe.claims.formats import Codebook, FloatingPoint, UniformGrid
 from qframe.claims.gptq import Babai
-from qframe.claims.handlers import Incoherent, NoWorseThanUnscaled, ProtectsSalient
+from qframe.claims.handlers import (
+    Incoherent,
+    KeepsOutliers,
+    NoWorseThanUnscaled,
+    ProtectsSalient,
+)
 from qframe.claims.kv import (
     ExactWindow,
     FusedAttention,
@@ -40,7 +45,7 @@ from qframe.claims.kv import (
 )
 from qframe.claims.nearest import HalfStep, Radius
 from qframe.claims.objective import NoWorsePower, NoWorseThan, OutputBound
-from qframe.claims.observers import ChannelAbsmax, SecondMoments
+from qframe.claims.observers import ChannelAbsmax, Counts, LeastError, Reach, SecondMoments
 from qframe.claims.scales import Covers, SchemeScale
 
 __all__ = [
@@ -48,6 +53,7 @@ __all__ = [
     "ChannelAbsmax",
     "Codebook",
     "CompensatedScale",
+    "Counts",
     "Covers",
     "ExactWindow",
     "FittedScale",
@@ -60,6 +66,8 @@ __all__ = [
     "KVHalfStep",
     "KVRotatedHalfStep",
     "KVScale",
+    "KeepsOutliers",
+    "LeastError",
     "Mergeable",
     "NoWorsePower",
     "NoWorseThan",
@@ -68,6 +76,7 @@ __all__ = [
     "PackedCodes",
     "ProtectsSalient",
     "Radius",
+    "Reach",
     "Reproducible",
     "RowOrderFree",
     "ScaleEquivariant",

@@ -35,6 +35,7 @@ class Rewriting:
     scheme, grid   to which the rewritten weights are rounded
     hessian     H, [columns, columns] float64: the statistic that the handler was given, if any
     magnitude   (2/n) |X|^T |X|, [columns, columns] float64; at least |H|
+    absmax      the largest |x| of each column, [columns] float64
     loud        columns planted with far larger inputs than the others
     quiet       columns planted with far smaller ones
     """
@@ -45,6 +46,7 @@ class Rewriting:
     grid: Grid
     hessian: Float64
     magnitude: Float64
+    absmax: Float64
     loud: tuple[int, ...] = ()
     quiet: tuple[int, ...] = ()
 
@@ -71,13 +73,16 @@ class Rewriting:
             problem = RoundingProblem(
                 name=name, weight=self.rewrite.weights[name], scheme=self.scheme, grid=self.grid
             )
-            values = rounding.dequantize(rounding.to_nearest(problem))
-            parts.append(transform.undo(values.to(torch.float64)).numpy())
+            values = rounding.dequantize(rounding.to_nearest(problem)).to(torch.float64)
+            if transform.kept is not None:
+                whole = transform.whole(self.weights[name].to(torch.float64))
+                values = values.index_copy(1, transform.kept, whole[:, transform.kept])
+            parts.append(transform.undo(values).numpy())
         return np.concatenate(parts)
 
     def transform(self) -> InputTransform:
         """Return what becomes of the input."""
-        return InputTransform(self.rewrite.input_scale, self.rewrite.rotation)
+        return InputTransform.of(self.rewrite)
 
     def steps(self) -> Float64:
         """Return the most that the scheme's scales of the original weights can be, per weight."""
@@ -175,6 +180,33 @@ class ProtectsSalient:
         sigma += _slack(rewriting, 2 * weight + reach, reach, self.sums)
         ratio = bounds.ratio(found, candidate + sigma)
         return Certificate(claim=self.name, theorem=self.theorem, ratio=ratio)
+
+
+@dataclass(frozen=True, slots=True)
+class KeepsOutliers:
+    """B4.g: those columns are kept in which any |x| reaches the threshold, and no others.
+
+    threshold   0: none is kept
+    """
+
+    threshold: float
+    name = "keeps outliers"
+    theorem = "B4.g"
+
+    def objection(self, rewriting: Rewriting) -> str | None:
+        """It says something about every group."""
+        return None
+
+    def certify(self, rewriting: Rewriting) -> Certificate:
+        """Compare the columns that are kept with those that hold outliers."""
+        loud = rewriting.absmax >= self.threshold if self.threshold > 0 else rewriting.absmax < 0
+        wanted, kept = np.flatnonzero(loud).tolist(), rewriting.rewrite.kept
+        found = [] if kept is None else kept.tolist()
+        if found == wanted:
+            return Certificate(claim=self.name, theorem=self.theorem, ratio=0.0)
+        missed, extra = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
+        note = f"columns {missed} hold outliers and are not kept, columns {extra} are and do not"
+        return Certificate(claim=self.name, theorem=self.theorem, ratio=np.inf, note=note)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from qframe import bounds
 from qframe.certificates import Certificate
+from qframe.contracts import Grid
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
@@ -116,3 +117,97 @@ class ChannelAbsmax:
         error = found - np.abs(seen.tokens()).max(0, initial=0)
         ratio, flat = bounds.worst(error, 0.0)
         return Certificate(claim=self.name, theorem=self.theorem, ratio=ratio, place=(flat,))
+
+
+@dataclass(frozen=True, slots=True)
+class Reach:
+    """B12.d: the value is a quantile of |x| over tokens and columns, [1] float32.
+
+    It is 0 or more, and 0 where nothing was seen.
+
+    share   of all inputs that are not above it; with 1 it is the largest of them, exactly
+    step    how far above the quantile it may lie, relative: histograms know no more
+    """
+
+    share: float = 1.0
+    step: float = 0.0
+    name = "reach"
+    theorem = "B12.d"
+
+    def certify(self, seen: Seen, value: Any) -> Certificate:
+        """Compare with the quantile, whose neighbours are known exactly."""
+        found = np.asarray(value)
+        if found.shape != (1,) or found.dtype != np.float32:
+            note = f"the value is {found.dtype} {list(found.shape)}, not float32 [1]"
+            return Certificate(claim=self.name, theorem=self.theorem, ratio=np.inf, note=note)
+        size = np.sort(np.abs(seen.tokens()), axis=None)
+        wanted, most = bounds.quantile(size, self.share, self.step)
+        if wanted == most:
+            ratio = bounds.ratio(found[0] - wanted, 0.0)
+        elif found[0] < wanted:
+            ratio = np.inf
+        else:
+            ratio = bounds.ratio(found[0] - wanted, most - wanted)
+        note = f"{float(found[0]):.9g}, expected {wanted:.9g} to {most:.9g}"
+        return Certificate(claim=self.name, theorem=self.theorem, ratio=ratio, note=note)
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """B12.e: the value counts |x| over tokens and columns by the upper bits, [32768] int64."""
+
+    name = "counts"
+    theorem = "B12.e"
+
+    def certify(self, seen: Seen, value: Any) -> Certificate:
+        """Compare without any allowance."""
+        found = np.asarray(value)
+        if found.shape != (1 << 15,) or found.dtype != np.int64:
+            note = f"the value is {found.dtype} {list(found.shape)}, not int64 [{1 << 15}]"
+            return Certificate(claim=self.name, theorem=self.theorem, ratio=np.inf, note=note)
+        error = found - bounds.magnitudes(seen.tokens(), 1 << 15, 16)
+        ratio, flat = bounds.worst(error, 0.0)
+        return Certificate(claim=self.name, theorem=self.theorem, ratio=ratio, place=(flat,))
+
+
+@dataclass(frozen=True, slots=True)
+class LeastError:
+    """B12.f: clipped at the value, the inputs' codes lose no more than when nothing is clipped.
+
+    grid   of the codes, symmetric
+    step   the width of the bins in which the inputs were counted, relative
+    """
+
+    grid: Grid
+    step: float
+    name = "least error"
+    theorem = "B12.f"
+
+    def certify(self, seen: Seen, value: Any) -> Certificate:
+        """Compare the roots of both squared errors, in float64."""
+        found = np.asarray(value)
+        if found.shape != (1,) or found.dtype != np.float32:
+            note = f"the value is {found.dtype} {list(found.shape)}, not float32 [1]"
+            return Certificate(claim=self.name, theorem=self.theorem, ratio=np.inf, note=note)
+        size = np.abs(seen.tokens()).ravel()
+        largest = np.float32(size.max(initial=0.0))
+        if not 0 <= found[0] <= largest:
+            note = f"{float(found[0]):.9g} does not lie between 0 and the largest input"
+            return Certificate(claim=self.name, theorem=self.theorem, ratio=np.inf, note=note)
+        lost, unclipped = (self._root(size, reach) for reach in (found[0], largest))
+        allowed = unclipped + 2 * bounds.binned_search(size, self.step)
+        ratio = bounds.ratio(lost, allowed)
+        return Certificate(claim=self.name, theorem=self.theorem, ratio=ratio)
+
+    def _root(self, size: Float64, reach: np.float32) -> float:
+        """Return the root of the squared error of magnitudes."""
+        import torch
+
+        from qframe.activations import InputQuantizer, scale_of
+        from qframe.scheme import ActivationScheme
+
+        static = ActivationScheme(strategy="tensor", dynamic=False)
+        scale = scale_of(torch.tensor([reach]), self.grid)
+        x = torch.from_numpy(size.astype(np.float32))
+        values = InputQuantizer(static, self.grid, scale).apply(x).double().numpy()
+        return float(np.sqrt(((size - values) ** 2).sum()))

@@ -32,6 +32,9 @@ class LayerReport:
     clipped        share of weights more than half a step outside the range of the codes
     tokens         calibration tokens that reached the layer
     certificates   what became of each claim of the method, on the layer as it is stored
+    inputs         what became of the layer's inputs: "error", how much of the output is lost by
+                   quantizing them alone, relative as above; "step", a stored scale, and "clipped",
+                   the share of inputs beyond its reach; and what outlier handlers told
     source         sha256 of the weight that it was made of, float32; `rewritten` of what the
                    outlier handlers made of that, None without any
     input_group    the first of the layers that read the same input
@@ -53,6 +56,7 @@ class LayerReport:
     tokens: int = 0
     tokens_held_out: int = 0
     info: Mapping[str, float | int | str] = field(default_factory=dict)
+    inputs: Mapping[str, float | int | str] = field(default_factory=dict)
     certificates: Sequence[Certificate] = ()
     source: str = ""
     rewritten: str | None = None
@@ -150,11 +154,14 @@ class RunReport:
         for layer in self.layers:
             record = words_for_infinities(layer.line(timings=timings))
             info, stages = record.pop("info"), record.pop("seconds", {})
+            inputs = record.pop("inputs")
             fallback = next((e.message for e in self.fallbacks() if e.layer == layer.name), "")
             rows.append(
                 {
                     **record,
                     "damp": info.get("damp", ""),
+                    "input_error": inputs.get("error", ""),
+                    "kept_columns": inputs.get("kept_columns", ""),
                     "certificates": len(layer.certificates),
                     "certificates_violated": sum(not c.holds for c in layer.certificates),
                     "fallback": fallback,

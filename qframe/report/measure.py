@@ -11,6 +11,9 @@ import torch
 from qframe import rounding
 from qframe.contracts import Grid, QuantizedWeight
 from qframe.hessian import ROWS_AT_ONCE, energy, total
+from qframe.stored import StoredLayer
+
+TOKENS = 512  # inputs that are quantized to see what that loses
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +42,47 @@ class OutputErrors:
             errors = [energy(original - q, moment) for q in quantized]
             found.append([math.sqrt(e / whole) if whole > 0 else 0.0 for e in errors])
         return found
+
+
+def input_errors(
+    stored: StoredLayer,
+    original: torch.Tensor,
+    multiplied: torch.Tensor,
+    inputs: Sequence[torch.Tensor],
+) -> dict[str, float | int | str]:
+    """Return what quantizing the inputs of a layer does, for its report; {} where they are not.
+
+    original     W, [rows, columns]
+    multiplied   what the layer multiplies with
+    inputs       [tokens, columns] each; of all of them, `TOKENS` at even distances are looked at
+
+    A dynamic scale that is one for all tokens, and a threshold, are those of this sample.
+    """
+    found: dict[str, float | int | str] = {}
+    if stored.inputs is None:
+        return found
+    if stored.inputs.scale is not None:
+        found["step"] = float(stored.inputs.scale)
+    if not inputs or not sum(map(len, inputs)):
+        return found
+    x = _sample(inputs)
+    z = x if stored.transform is None else stored.transform.move(x)
+    change = stored.quantized(z) - z
+    lost, whole = (total((a @ w.T).square()) for a, w in ((change, multiplied), (x, original)))
+    found["error"] = math.sqrt(lost / whole) if whole > 0 else 0.0
+    if stored.inputs.scale is not None:
+        rest = z if stored.transform is None else stored.transform.rest(z)
+        found["clipped"] = stored.inputs.clipped(rest)
+    return found
+
+
+def _sample(inputs: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return at most `TOKENS` of all tokens, at even distances."""
+    step, begun, chosen = -(-sum(map(len, inputs)) // TOKENS), 0, []
+    for x in inputs:
+        chosen.append(x[-begun % step :: step])
+        begun += len(x)
+    return torch.cat(chosen)
 
 
 def sqnr_db(weight: torch.Tensor, change: torch.Tensor) -> float:

@@ -43,7 +43,7 @@ class AWQ:
 
     name: str = field(init=False, default="awq")
     needs: frozenset[str] = field(init=False, default=frozenset({"hessian"}))
-    capabilities: Capabilities = field(init=False, default=Capabilities())
+    capabilities: Capabilities = field(init=False, default=Capabilities.any_format())
 
     @property
     def claims(self) -> tuple[object, ...]:

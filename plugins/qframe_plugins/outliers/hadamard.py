@@ -30,7 +30,7 @@ class Hadamard:
 
     name: str = field(init=False, default="hadamard")
     needs: frozenset[str] = field(init=False, default=frozenset())
-    capabilities: Capabilities = field(init=False, default=Capabilities())
+    capabilities: Capabilities = field(init=False, default=Capabilities.any_format())
     rotates: bool = field(init=False, default=True)
     claims = (
         claims.FunctionPreserving(),

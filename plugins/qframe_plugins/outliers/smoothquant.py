@@ -35,7 +35,7 @@ class SmoothQuant:
 
     name: str = field(init=False, default="smoothquant")
     needs: frozenset[str] = field(init=False, default=frozenset({"absmax"}))
-    capabilities: Capabilities = field(init=False, default=Capabilities())
+    capabilities: Capabilities = field(init=False, default=Capabilities.any_format())
     claims = (claims.FunctionPreserving(), claims.RowOrderFree(), claims.SignSymmetric())
 
     def rewrite(self, problem: RewriteProblem, rng: np.random.Generator) -> Rewrite:

@@ -24,13 +24,7 @@ class RTN:
 
     name: str = field(init=False, default="rtn")
     needs: frozenset[str] = field(init=False, default=frozenset())
-    capabilities: Capabilities = field(
-        init=False,
-        default=Capabilities(
-            types=frozenset({"int", "float"}),
-            scale_dtypes=frozenset({"float32", "float16", "bfloat16", "e8m0", "e4m3"}),
-        ),
-    )
+    capabilities: Capabilities = field(init=False, default=Capabilities.any_format())
     claims = (
         claims.HalfStep(),
         claims.SchemeScale(),

@@ -1,0 +1,236 @@
+"""A quantized layer as it is stored and as it computes: y = W_s z + b.
+
+z is the input, scaled and rotated (`qframe.transforms`), and quantized where activations are
+(`qframe.activations`); W_s is what the codes stand for, with the columns put in that are kept in
+16 bits. Those are multiplied with z as it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from qframe.activations import STEP, InputQuantizer
+from qframe.contracts import Grid
+from qframe.errors import NonFiniteError, WeightsError
+from qframe.packing import WEIGHT_PARTS, PackedWeight
+from qframe.scheme import Scheme
+from qframe.transforms import TRANSFORM_PARTS, InputTransform
+
+KEPT_WEIGHT = "weight_kept"
+PARTS = (*WEIGHT_PARTS, KEPT_WEIGHT, *TRANSFORM_PARTS, STEP)
+"""What a quantized layer may be stored as, after its name."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StoredLayer:
+    """Everything that is stored of a quantized layer, but its bias.
+
+    packed      the codes, scales and zero points
+    transform   of the input, from rewrites; None for none
+    kept        [rows, k] float16, the weights of the columns that the transform keeps
+    inputs      how activations are quantized; None for not at all
+    """
+
+    packed: PackedWeight
+    transform: InputTransform | None = None
+    kept: torch.Tensor | None = None
+    inputs: InputQuantizer | None = None
+
+    @property
+    def bits(self) -> int:
+        """The stored bits of the weight: codes, scales, zero points, and what is kept."""
+        kept = 0 if self.kept is None else 16 * self.kept.numel()
+        return self.packed.bits + kept
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Return the tensors by the names that they have in a file after the layer's name."""
+        found = self.packed.tensors()
+        if self.transform is not None:
+            found |= self.transform.tensors()
+        if self.kept is not None:
+            found[KEPT_WEIGHT] = self.kept
+        if self.inputs is not None and self.inputs.scale is not None:
+            found[STEP] = self.inputs.scale.clone()  # each layer its own
+        return found
+
+    @classmethod
+    def from_tensors(
+        cls,
+        tensors: Mapping[str, torch.Tensor],
+        scheme: Scheme,
+        grid: Grid,
+        input_grid: Grid | None,
+        *,
+        name: str,
+        rows: int,
+        columns: int,
+    ) -> StoredLayer:
+        """Return the layer that `tensors` held.
+
+        grid, input_grid   the codes of the weight, and of activations where they are quantized
+        name               of the layer, for messages
+
+        Raises WeightsError when a tensor is missing, or has a shape, dtype or value that `tensors`
+        cannot have returned.
+        """
+        packed = PackedWeight.from_tensors(
+            tensors, name=name, rows=rows, columns=columns, scheme=scheme, grid=grid
+        )
+        transform = InputTransform.stored(tensors)
+        wrong = "" if transform is None else transform.fault(columns)
+        wrong = wrong or _fault_of_kept(tensors.get(KEPT_WEIGHT), transform, rows)
+        wrong = wrong or _fault_of_inputs(tensors.get(STEP), scheme, input_grid)
+        if wrong:
+            raise WeightsError(f"layer {name!r}: {wrong}")
+        inputs = None
+        if scheme.input_activations is not None and input_grid is not None:
+            inputs = InputQuantizer(scheme.input_activations, input_grid, tensors.get(STEP))
+        return cls(packed, transform, tensors.get(KEPT_WEIGHT), inputs)
+
+    def weight(self) -> torch.Tensor:
+        """Return W_s, [rows, columns] float32."""
+        return self.with_kept(self.packed.dequantize())
+
+    def with_kept(self, values: torch.Tensor) -> torch.Tensor:
+        """Return W_s, given what the codes stand for."""
+        if self.kept is None or self.transform is None or self.transform.kept is None:
+            return values
+        return values.index_copy(1, self.transform.kept, self.kept.to(values.dtype))
+
+    def plain(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return the weight that does to plain inputs what W_s does to z, nothing being rounded."""
+        return weight if self.transform is None else self.transform.undo(weight)
+
+    def multiply(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return W_s z + b for x [..., columns], in the dtype of x.
+
+        weight   W_s
+        """
+        z = self.inputs_of(x)
+        bias = None if bias is None else bias.to(z.dtype)
+        return nn.functional.linear(z, weight.to(z.dtype), bias).to(x.dtype)
+
+    def inputs_of(self, x: torch.Tensor) -> torch.Tensor:
+        """Return what W_s is multiplied with, for x [..., columns]; float32 where it is rounded."""
+        return self.quantized(x if self.transform is None else self.transform.move(x))
+
+    def quantized(self, z: torch.Tensor) -> torch.Tensor:
+        """Return z [..., columns], scaled and rotated inputs, as they are multiplied, float32."""
+        if self.inputs is None:
+            return z
+        if self.transform is None:
+            return self.inputs.apply(z)
+        values = self.inputs.apply(self.transform.rest(z), self.transform.threshold)
+        kept = self.transform.kept
+        if kept is None:
+            return values
+        return values.index_copy(-1, kept, z.index_select(-1, kept).to(values.dtype))
+
+
+def kept_weight(weight: torch.Tensor, kept: torch.Tensor, name: str) -> torch.Tensor:
+    """Return the columns of W [rows, columns] that are kept, as they are stored, float16.
+
+    Raises NonFiniteError where a weight is too large for that.
+    """
+    found = weight.index_select(1, kept).to(torch.float16)
+    if not bool(torch.isfinite(found).all()):
+        raise NonFiniteError(
+            f"layer {name!r}: a weight of a column that is kept does not fit float16: the largest "
+            f"is {float(weight.index_select(1, kept).abs().max()):.4g}"
+        )
+    return found
+
+
+def _fault_of_kept(weight: torch.Tensor | None, transform: InputTransform | None, rows: int) -> str:
+    """Return what is wrong with kept weights, "" for nothing."""
+    kept = None if transform is None else transform.kept
+    if (weight is None) != (kept is None):
+        return "input_kept and weight_kept come together, or neither does"
+    if weight is None or kept is None:
+        return ""
+    if weight.dtype != torch.float16 or tuple(weight.shape) != (rows, len(kept)):
+        shape, dtype = list(weight.shape), weight.dtype
+        return f"{KEPT_WEIGHT} should be float16 [{rows}, {len(kept)}], got {dtype} {shape}"
+    return "" if bool(torch.isfinite(weight).all()) else f"{KEPT_WEIGHT} must be finite"
+
+
+def _fault_of_inputs(step: torch.Tensor | None, scheme: Scheme, grid: Grid | None) -> str:
+    """Return what is wrong with the stored scale of activations, "" for nothing."""
+    activations = scheme.input_activations
+    if (activations is None) != (grid is None):
+        return "input_grid and input_activations come together, or neither does"
+    static = activations is not None and not activations.dynamic
+    if (step is not None) != static:
+        return f"{STEP} is for activations with a stored scale, and they need it"
+    if step is None:
+        return ""
+    if step.dtype != torch.float32 or tuple(step.shape) != (1,):
+        return f"{STEP} should be float32 [1], got {step.dtype} {list(step.shape)}"
+    good = bool(torch.isfinite(step) & (step > 0))
+    return "" if good else f"{STEP} must be positive and finite, got {float(step)}"
+
+
+class QuantizedLinear(nn.Module):
+    """A linear layer whose weight is stored as codes.
+
+    stored   what is stored of it
+    bias     [rows] or None
+    dense    keep the dequantized weight as well: faster to run, and as large as the original
+    """
+
+    bias: torch.Tensor | None
+    dense: torch.Tensor | None
+
+    def __init__(
+        self, stored: StoredLayer, bias: torch.Tensor | None = None, *, dense: bool = False
+    ) -> None:
+        super().__init__()
+        self._layout = stored
+        packed = stored.packed
+        self.in_features, self.out_features = packed.columns, packed.rows
+        tensors = stored.tensors()
+        for part in PARTS:
+            self.register_buffer(part, tensors.get(part))
+        self.register_buffer("bias", bias)
+        self.register_buffer("dense", stored.weight() if dense else None, persistent=False)
+
+    @property
+    def stored(self) -> StoredLayer:
+        """The layer as it is stored, made of this module's buffers."""
+        found = {part: getattr(self, part) for part in PARTS}
+        tensors = {part: tensor for part, tensor in found.items() if tensor is not None}
+        packed, inputs = self._layout.packed, self._layout.inputs
+        return StoredLayer(
+            packed=dataclasses.replace(
+                packed,
+                words=tensors["weight_packed"],
+                scale=tensors["weight_scale"],
+                zero_point=tensors.get("weight_zero_point"),
+                group_index=tensors.get("weight_g_idx"),
+                global_scale=tensors.get("weight_global_scale"),
+            ),
+            transform=InputTransform.stored(tensors),
+            kept=tensors.get(KEPT_WEIGHT),
+            inputs=None if inputs is None else dataclasses.replace(inputs, scale=tensors.get(STEP)),
+        )
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """What the layer multiplies with, [rows, columns] float32."""
+        return self.stored.weight() if self.dense is None else self.dense
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the layer's output for x [..., columns], in the dtype of x."""
+        return self.stored.multiply(x, self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        """Show shape and scheme when the network is printed."""
+        scheme = self._layout.packed.scheme
+        return f"{self.in_features}, {self.out_features}, {scheme.describe()}"
