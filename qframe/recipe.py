@@ -230,6 +230,7 @@ OPTION_ALIASES: Mapping[str, str] = {
     "desc_act": "actorder",
     "act_order": "actorder",
     "blocksize": "block_size",
+    "llm_int8_threshold": "threshold",
 }
 """Names that options have in other tools -> the name they have here."""
 
