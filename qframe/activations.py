@@ -10,12 +10,13 @@ arXiv:2208.07339, section 3.2.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
 
 from qframe import rounding
-from qframe.contracts import Grid
+from qframe.contracts import Grid, RoundingProblem
 from qframe.scales import smallest_positive
 from qframe.scheme import ActivationScheme
 
@@ -87,3 +88,23 @@ def scale_of(absmax: torch.Tensor, grid: Grid) -> torch.Tensor:
 def outliers(x: torch.Tensor, threshold: float) -> torch.Tensor:
     """Return in which columns of x [..., columns] any |x| >= threshold, [columns] bool."""
     return (x.abs() >= threshold).reshape(-1, x.shape[-1]).any(0)
+
+
+def output_change(
+    problem: RoundingProblem, x: torch.Tensor, input_scale: torch.Tensor
+) -> torch.Tensor:
+    """Return x W^T - Q(x / s) Q(W s)^T, [tokens, rows] float64: all that rounding changes.
+
+    x             [tokens, columns] float32
+    input_scale   s, [columns] float32
+
+    Weights are rounded to nearest; a scale of activations that would be stored reaches the largest
+    |x / s|. Raises NonFiniteError where W s has no scale.
+    """
+    rewritten = dataclasses.replace(problem, weight=problem.weight * input_scale)
+    weight = rounding.dequantize(rounding.to_nearest(rewritten)).to(torch.float64)
+    z, scheme = x / input_scale, problem.scheme.input_activations
+    if scheme is not None and problem.input_grid is not None:
+        reach = z.abs().amax().reshape(1) if z.numel() else z.new_zeros(1)
+        z = InputQuantizer.calibrated(scheme, problem.input_grid, reach).apply(z)
+    return x.to(torch.float64) @ problem.weight.to(torch.float64).T - z.to(torch.float64) @ weight.T

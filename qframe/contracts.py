@@ -342,6 +342,7 @@ class RoundingProblem:
     weight       [rows, columns] float32, finite. Do not change it.
     scheme       num_bits, symmetric, strategy, group_size, ...
     grid         the codes that exist: scheme's qmin, qmax
+    input_grid   the codes of activations, where the scheme quantizes them
     statistics   observer name -> value, for the observers named in the rounder's `needs`
     tokens       calibration tokens behind the statistics (0 for a data-free run)
     held_out     the same of tokens that are kept aside: to choose between candidates, never to fit
@@ -352,6 +353,7 @@ class RoundingProblem:
     weight: torch.Tensor
     scheme: Scheme
     grid: Grid
+    input_grid: Grid | None = None
     statistics: Mapping[str, Any] = field(default_factory=dict)
     tokens: int = 0
     held_out: Mapping[str, Any] = field(default_factory=dict)

@@ -225,11 +225,7 @@ def _write_records(writer: CheckpointWriter, job: Job, report: RunReport) -> dic
     writer.write_text("qframe_report.json", report.to_json(timings=False))
     writer.write_text("quant_log.csv", report.to_csv(timings=False))
     grids = {name: grid_of(job.host, scheme) for name, scheme in job.plan.schemes.items()}
-    input_grids = {
-        name: input_grid_of(job.host, scheme.input_activations)
-        for name, scheme in job.plan.schemes.items()
-        if scheme.input_activations is not None
-    }
+    input_grids = {n: input_grid_of(job.host, scheme) for n, scheme in job.plan.schemes.items()}
     return writer.finish(
         {
             "manifest_version": MANIFEST_VERSION,
@@ -243,7 +239,7 @@ def _write_records(writer: CheckpointWriter, job: Job, report: RunReport) -> dic
                     layer,
                     job.plan.schemes[layer.name],
                     grids[layer.name],
-                    input_grids.get(layer.name),
+                    input_grids[layer.name],
                 )
                 for layer in report.layers
             },

@@ -194,6 +194,7 @@ class Solver:
                 weight=rewritten[layer.name],
                 scheme=scheme,
                 grid=grid_of(self._host, scheme),
+                input_grid=input_grid_of(self._host, scheme),
                 statistics=statistics,
                 tokens=_count(inputs.fitted),
                 held_out=held_out,
@@ -393,6 +394,7 @@ class Solver:
                         weight=weight,
                         scheme=schemes[name],
                         grid=grid_of(self._host, schemes[name]),
+                        input_grid=input_grid_of(self._host, schemes[name]),
                         statistics=statistics,
                         tokens=_count(seen.fitted),
                     )
@@ -419,10 +421,10 @@ class Solver:
         found: dict[ActivationScheme, InputQuantizer] = {}
         for layer in group.layers:
             scheme = schemes[layer.name].input_activations
-            if scheme is None or scheme in found:
+            grid = input_grid_of(self._host, schemes[layer.name])
+            if scheme is None or grid is None or scheme in found:
                 continue
             reach: torch.Tensor | None = None
-            grid = input_grid_of(self._host, scheme)
             if scheme.static_observer is not None:
                 if not _count(inputs.fitted):
                     raise UncalibratedLayerError(
@@ -469,9 +471,11 @@ def grid_of(host: Host, scheme: Scheme) -> Grid:
     return grid
 
 
-def input_grid_of(host: Host, scheme: ActivationScheme) -> Grid:
-    """Return the codes of activations: the number format's grid that is its own mirror image."""
-    number_format = host.get("number format", scheme.format_name)
+def input_grid_of(host: Host, scheme: Scheme) -> Grid | None:
+    """Return the codes of activations: their format's symmetric grid; None where there are none."""
+    if scheme.input_activations is None:
+        return None
+    number_format = host.get("number format", scheme.input_activations.format_name)
     grid: Grid = number_format.grid(symmetric=True, scale_rule="restricted")
     return grid
 

@@ -29,7 +29,11 @@ from qframe_conformance.engine import Refused
 from qframe_conformance.kinds import Float64
 from qframe_conformance.randomness import changed, random_states, seed_everything
 from qframe_conformance.report import Counterexample
-from qframe_conformance.strategies import installed_grid, installed_observer
+from qframe_conformance.strategies import (
+    installed_grid,
+    installed_input_grid,
+    installed_observer,
+)
 from qframe_conformance.values import leaves
 
 # Cases ----------------------------------------------------------------------------------------
@@ -92,6 +96,11 @@ class HandlerCase:
     def grid(self) -> Grid:
         """The grid of the scheme."""
         return installed_grid(self.scheme)
+
+    @cached_property
+    def input_grid(self) -> Grid | None:
+        """The codes of activations, where the scheme quantizes them."""
+        return installed_input_grid(self.scheme)
 
     @cached_property
     def statistics(self) -> dict[str, Any]:
@@ -164,6 +173,8 @@ class HandlerCase:
             hessian=hessian,
             magnitude=np.maximum((2 / len(x)) * (np.abs(x).T @ np.abs(x)), np.abs(hessian)),
             absmax=np.abs(x).max(0, initial=0.0),
+            inputs=self.inputs,
+            input_grid=self.input_grid,
             loud=self.loud,
             quiet=self.quiet,
         )
@@ -188,6 +199,7 @@ class HandlerCase:
                     weight=weight,
                     scheme=self.scheme,
                     grid=self.grid,
+                    input_grid=self.input_grid,
                     statistics=statistics,
                     tokens=len(self.inputs),
                 )

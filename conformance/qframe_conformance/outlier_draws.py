@@ -16,7 +16,7 @@ import torch
 from hypothesis import strategies as st
 
 from qframe import Scheme
-from qframe.claims import Incoherent, ProtectsSalient, claims_of, has_claim
+from qframe.claims import Incoherent, NoWorseOnSample, ProtectsSalient, claims_of, has_claim
 from qframe.reference_ops import hadamard_matrix
 from qframe_conformance.engine import Scenario
 from qframe_conformance.kinds import Float64, on_grid
@@ -25,7 +25,7 @@ from qframe_conformance.strategies import installed_grid
 
 BITS = (4, 3, 8, 2, 5, 6, 7)
 STRATEGIES = ("group", "channel", "tensor")
-COLUMNS = (2, 5, 9, 16, 24)
+COLUMNS = (2, 5, 12, 16, 24, 9)  # cut into blocks of 2, 1, 4, 16, 8 and 1
 ROWS = ((3,), (2, 3), (3, 1, 2))  # of the layers of a group
 RULES = tuple(itertools.product(("full", "restricted"), ("float16", "float32", "bfloat16")))
 
@@ -62,6 +62,9 @@ def scenarios(handler: Any) -> list[Scenario]:
             planted.append(Scenario(f"planted-{name}", planted_groups(handler, roomy), "planted"))
     if found and has_claim(handler, Incoherent):
         found.append(Scenario("wide", wide_groups(handler, declared[0]), "wide"))
+    both = True in handler.capabilities.quantized_inputs
+    if found and both and has_claim(handler, NoWorseOnSample):
+        found.append(Scenario("one-sided", one_sided_groups(handler, declared), "ordinary"))
     if found and handler.needs:
         poisoned = st.builds(_poisoned, found[0].cases, st.integers(0, 15), st.sampled_from(_BAD))
         found.append(Scenario("not-finite", poisoned, "not finite"))
@@ -96,7 +99,7 @@ def groups(draw: st.DrawFn, handler: Any, schemes: Sequence[Scheme]) -> HandlerC
     Layers may also lie on the grid as they are, so that a rewrite can only lose: all of them, or
     all but the first, which then must not decide for the others.
     """
-    scheme, exact = _drawn(draw, schemes), draw(st.sampled_from(("none", "all", "rest")))
+    scheme, exact = _drawn(draw, handler, schemes), draw(st.sampled_from(("none", "all", "rest")))
     columns, rows = draw(st.sampled_from(COLUMNS)), draw(st.sampled_from(ROWS))
     tokens, seed = draw(st.sampled_from((1, 7, 48))), draw(st.integers(0, 2**32))
     first, second = draw(st.integers(0, len(INPUTS) - 1)), draw(st.integers(0, len(WEIGHTS) - 1))
@@ -142,7 +145,7 @@ def planted_groups(draw: st.DrawFn, handler: Any, schemes: Sequence[Scheme]) -> 
     All other weights are on the grid, so that nothing else is lost. Twelve channels are quiet: to
     make a loud one larger costs them a lot of weight error, but next to no output error.
     """
-    scheme, seed = _drawn(draw, schemes, group_size=8), draw(st.integers(0, 2**32))
+    scheme, seed = _drawn(draw, handler, schemes, group_size=8), draw(st.integers(0, 2**32))
     rng, grid = np.random.default_rng(seed), installed_grid(scheme)
     columns, reach = 24, (grid.qmax - grid.qmin) / 2
     place = np.arange(columns) % 8
@@ -158,6 +161,36 @@ def planted_groups(draw: st.DrawFn, handler: Any, schemes: Sequence[Scheme]) -> 
         steps[:, list(loud)] = rng.choice([-0.5, 0.5], (rows, 1))
         weights[name] = torch.from_numpy(np.float32(STEP * steps))
     return HandlerCase(handler, weights, x, scheme, seed, loud, quiet)
+
+
+@st.composite
+def one_sided_groups(draw: st.DrawFn, handler: Any, schemes: Sequence[Scheme]) -> HandlerCase:
+    """Draw layers of which one side alone is hard to round; what makes it easier spoils the other.
+
+    Either weights of few bits lie on the grid, and inputs of 8 are uneven; or inputs of 4 bits are
+    even, and one column of weights of many bits is far larger than the others.
+    """
+    uneven_inputs, seed = draw(st.booleans()), draw(st.integers(0, 2**32))
+    rng, columns = np.random.default_rng(seed), 16
+    few, many = min(s.num_bits for s in schemes), max(s.num_bits for s in schemes)
+    bits = few if uneven_inputs else many
+    scheme = _drawn(draw, handler, [s for s in schemes if s.num_bits == bits], group_size=8)
+    inputs = {"num_bits": 8 if uneven_inputs else 4}
+    scheme = scheme.replace(scale_rule="restricted", input_activations=inputs)
+    loudness, sizes = np.ones(columns), np.ones(columns)
+    if uneven_inputs:
+        loudness[::2] = 2.0**3
+    else:
+        sizes[rng.integers(columns)] = 2.0**6
+    weights = {}
+    for name, rows in (("block.q", 6), ("block.k", 3)):
+        if uneven_inputs:
+            weight = _representable(rng, (rows, columns), scheme)
+        else:
+            weight = rng.normal(size=(rows, columns)) * sizes
+        weights[name] = torch.from_numpy(weight.astype(np.float32))
+    x = (rng.normal(size=(48, columns)) * loudness).astype(np.float32)
+    return HandlerCase(handler, weights, x, scheme, seed)
 
 
 @st.composite
@@ -180,11 +213,15 @@ def wide_groups(draw: st.DrawFn, handler: Any, scheme: Scheme) -> HandlerCase:
     return HandlerCase(handler, weights, x, scheme, seed)
 
 
-def _drawn(draw: st.DrawFn, schemes: Sequence[Scheme], group_size: int | None = None) -> Scheme:
-    """Draw one of some schemes with what its capabilities leave free."""
+def _drawn(
+    draw: st.DrawFn, handler: Any, schemes: Sequence[Scheme], group_size: int | None = None
+) -> Scheme:
+    """Draw one of some schemes with what the handler's capabilities leave free."""
     scheme: Scheme = draw(st.sampled_from(list(schemes)))
     rule, dtype = draw(st.sampled_from(RULES))
     changes: dict[str, Any] = {"scale_rule": rule, "scale_dtype": dtype}
+    if handler.capabilities.quantized_inputs == {True, False} and draw(st.booleans()):
+        changes["input_activations"] = {"num_bits": 8}
     if scheme.strategy == "group":
         changes["group_size"] = group_size or draw(st.sampled_from((8, 5)))
     return scheme.replace(**changes)

@@ -138,6 +138,16 @@ def installed_grid(scheme: Scheme) -> Grid:
     return grid
 
 
+def installed_input_grid(scheme: Scheme) -> Grid | None:
+    """Return the grid of activations, where `scheme` quantizes them."""
+    inputs = scheme.input_activations
+    if inputs is None:
+        return None
+    number_format = installed_host().get("number format", inputs.format_name)
+    grid: Grid = number_format.grid(symmetric=True, scale_rule="restricted")
+    return grid
+
+
 def installed_observer(name: str) -> Observer:
     """Return the observer that is installed under a name. Raises UnknownNameError for none."""
     observer: Observer = installed_host().get("observer", name)

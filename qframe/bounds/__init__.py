@@ -66,6 +66,7 @@ from qframe.bounds.rewrites import (
     rewrite_output,
     rotated_block,
     rotated_output,
+    sample_slack,
     search_slack,
 )
 from qframe.bounds.rotations import hadamard, incoherence, rotated_product
@@ -144,6 +145,7 @@ __all__ = [
     "rotated_block",
     "rotated_output",
     "rotated_product",
+    "sample_slack",
     "scale_rule",
     "search_slack",
     "second_moments",

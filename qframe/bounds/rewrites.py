@@ -78,6 +78,16 @@ def kept_weight(stored: Numbers) -> Array:
     return as_array(gamma(1, unit) * (np.abs(as_array(stored)) + tiny) + tiny)
 
 
+def sample_slack(size: float, columns: int, outputs: int) -> float:
+    """B4.h: how far the root of a sample's loss, in float64, may lie from the root itself.
+
+    size      the Frobenius norm of |X| |W|^T
+    outputs   of all tokens and layers together
+    """
+    unit = UNIT["float64"]
+    return 5 * (1 + 2.0**-16) * (gamma(columns + 3, unit) + gamma(outputs + 1, unit)) * size
+
+
 def search_slack(weighed: Numbers, missed: Numbers, length: int, dtype: str = "float32") -> Array:
     """B4.c: how far the computed root of an output error may lie from the root itself.
 

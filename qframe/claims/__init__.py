@@ -31,6 +31,7 @@ from qframe.claims.gptq import Babai
 from qframe.claims.handlers import (
     Incoherent,
     KeepsOutliers,
+    NoWorseOnSample,
     NoWorseThanUnscaled,
     ProtectsSalient,
 )
@@ -45,7 +46,14 @@ from qframe.claims.kv import (
 )
 from qframe.claims.nearest import HalfStep, Radius
 from qframe.claims.objective import NoWorsePower, NoWorseThan, OutputBound
-from qframe.claims.observers import ChannelAbsmax, Counts, LeastError, Reach, SecondMoments
+from qframe.claims.observers import (
+    ChannelAbsmax,
+    Counts,
+    LeastError,
+    Reach,
+    SecondMoments,
+    TokensSeen,
+)
 from qframe.claims.scales import Covers, SchemeScale
 
 __all__ = [
@@ -69,6 +77,7 @@ __all__ = [
     "KeepsOutliers",
     "LeastError",
     "Mergeable",
+    "NoWorseOnSample",
     "NoWorsePower",
     "NoWorseThan",
     "NoWorseThanUnscaled",
@@ -85,6 +94,7 @@ __all__ = [
     "SignBlind",
     "SignSymmetric",
     "Streaming",
+    "TokensSeen",
     "UniformGrid",
     "claims_of",
     "has_claim",

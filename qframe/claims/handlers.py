@@ -36,6 +36,8 @@ class Rewriting:
     hessian     H, [columns, columns] float64: the statistic that the handler was given, if any
     magnitude   (2/n) |X|^T |X|, [columns, columns] float64; at least |H|
     absmax      the largest |x| of each column, [columns] float64
+    inputs      x, [tokens, columns] float32
+    input_grid  the codes of activations, where the scheme quantizes them
     loud        columns planted with far larger inputs than the others
     quiet       columns planted with far smaller ones
     """
@@ -47,6 +49,8 @@ class Rewriting:
     hessian: Float64
     magnitude: Float64
     absmax: Float64
+    inputs: npt.NDArray[np.float32]
+    input_grid: Grid | None = None
     loud: tuple[int, ...] = ()
     quiet: tuple[int, ...] = ()
 
@@ -180,6 +184,49 @@ class ProtectsSalient:
         sigma += _slack(rewriting, 2 * weight + reach, reach, self.sums)
         ratio = bounds.ratio(found, candidate + sigma)
         return Certificate(claim=self.name, theorem=self.theorem, ratio=ratio)
+
+
+@dataclass(frozen=True, slots=True)
+class NoWorseOnSample:
+    """B4.h: with inputs and weights rounded, the rewritten group loses no more than as it was.
+
+    What it loses is the squared error of the outputs of the tokens that it was given, in float64.
+    """
+
+    name = "no worse on its sample"
+    theorem = "B4.h"
+
+    def objection(self, rewriting: Rewriting) -> str | None:
+        """It says something about every group."""
+        return None
+
+    def certify(self, rewriting: Rewriting) -> Certificate:
+        """Compare the roots of both losses."""
+        lost, slack = self._root(rewriting)
+        before, slack_before = self._root(rewriting.unscaled())
+        ratio = bounds.ratio(lost, before + slack + slack_before)
+        return Certificate(claim=self.name, theorem=self.theorem, ratio=ratio)
+
+    def _root(self, rewriting: Rewriting) -> tuple[float, float]:
+        """Return the root of the loss, and how far another order of summation may move it."""
+        import torch
+
+        from qframe.activations import output_change
+
+        scale, x = rewriting.rewrite.input_scale, torch.from_numpy(rewriting.inputs)
+        loss, size = 0.0, 0.0
+        for name, weight in rewriting.weights.items():
+            problem = RoundingProblem(
+                name=name,
+                weight=weight,
+                scheme=rewriting.scheme,
+                grid=rewriting.grid,
+                input_grid=rewriting.input_grid,
+            )
+            loss += float(output_change(problem, x, scale).square().sum())
+            size += float((x.abs().double() @ weight.abs().double().T).square().sum())
+        outputs = len(x) * sum(len(weight) for weight in rewriting.weights.values())
+        return np.sqrt(loss), bounds.sample_slack(np.sqrt(size), len(scale), outputs)
 
 
 @dataclass(frozen=True, slots=True)

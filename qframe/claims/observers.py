@@ -6,6 +6,7 @@ plugin may bring a statistic of its own.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -211,3 +212,31 @@ class LeastError:
         x = torch.from_numpy(size.astype(np.float32))
         values = InputQuantizer(static, self.grid, scale).apply(x).double().numpy()
         return float(np.sqrt(((size - values) ** 2).sum()))
+
+
+@dataclass(frozen=True, slots=True)
+class TokensSeen:
+    """B12.g: the value is a sample of the tokens, [k, columns] float32; all of them while k allows.
+
+    Each has been seen at least as often as it is there.
+
+    most   tokens of the sample
+    """
+
+    most: int
+    name = "tokens seen"
+    theorem = "B12.g"
+
+    def certify(self, seen: Seen, value: Any) -> Certificate:
+        """Compare token by token, without any allowance."""
+        found, tokens = np.asarray(value), seen.tokens().astype(np.float32)
+        shape = (min(len(tokens), self.most), seen.columns)
+        if found.shape != shape or found.dtype != np.float32:
+            note = f"the value is {found.dtype} {list(found.shape)}, not float32 {list(shape)}"
+            return Certificate(claim=self.name, theorem=self.theorem, ratio=np.inf, note=note)
+        counts = Counter((row + np.float32(0)).tobytes() for row in tokens)
+        counts.subtract((row + np.float32(0)).tobytes() for row in found)
+        extra = sum(-count for count in counts.values() if count < 0)
+        note = f"{extra} of its tokens have not been seen" if extra else ""
+        ratio = np.inf if extra else 0.0
+        return Certificate(claim=self.name, theorem=self.theorem, ratio=ratio, note=note)
