@@ -167,8 +167,8 @@ def planted_groups(draw: st.DrawFn, handler: Any, schemes: Sequence[Scheme]) -> 
 def one_sided_groups(draw: st.DrawFn, handler: Any, schemes: Sequence[Scheme]) -> HandlerCase:
     """Draw layers of which one side alone is hard to round; what makes it easier spoils the other.
 
-    Either weights of few bits lie on the grid, and inputs of 8 are uneven; or inputs of 4 bits are
-    even, and one column of weights of many bits is far larger than the others.
+    Either weights of few bits lie on the grid, and inputs of 8 are uneven; or inputs of 4 bits lie on
+    theirs, and one column of weights of many bits is far larger than the others.
     """
     uneven_inputs, seed = draw(st.booleans()), draw(st.integers(0, 2**32))
     rng, columns = np.random.default_rng(seed), 16
@@ -177,7 +177,7 @@ def one_sided_groups(draw: st.DrawFn, handler: Any, schemes: Sequence[Scheme]) -
     scheme = _drawn(draw, handler, [s for s in schemes if s.num_bits == bits], group_size=8)
     inputs = {"num_bits": 8 if uneven_inputs else 4}
     scheme = scheme.replace(scale_rule="restricted", input_activations=inputs)
-    loudness, sizes = np.ones(columns), np.ones(columns)
+    loudness, sizes, signs = np.ones(columns), np.ones(columns), rng.choice([-1, 1], (48, columns))
     if uneven_inputs:
         loudness[::2] = 2.0**3
     else:
@@ -189,8 +189,8 @@ def one_sided_groups(draw: st.DrawFn, handler: Any, schemes: Sequence[Scheme]) -
         else:
             weight = rng.normal(size=(rows, columns)) * sizes
         weights[name] = torch.from_numpy(weight.astype(np.float32))
-    x = (rng.normal(size=(48, columns)) * loudness).astype(np.float32)
-    return HandlerCase(handler, weights, x, scheme, seed)
+    x = rng.normal(size=(48, columns)) * loudness if uneven_inputs else signs
+    return HandlerCase(handler, weights, x.astype(np.float32), scheme, seed)
 
 
 @st.composite
