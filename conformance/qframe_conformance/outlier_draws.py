@@ -167,8 +167,8 @@ def planted_groups(draw: st.DrawFn, handler: Any, schemes: Sequence[Scheme]) -> 
 def one_sided_groups(draw: st.DrawFn, handler: Any, schemes: Sequence[Scheme]) -> HandlerCase:
     """Draw layers of which one side alone is hard to round; what makes it easier spoils the other.
 
-    Either weights of few bits lie on the grid, and inputs of 8 are uneven; or inputs of 4 bits lie on
-    theirs, and one column of weights of many bits is far larger than the others.
+    Either weights of few bits lie on the grid, and inputs of 8 are uneven; or inputs of 4 bits are
+    all 1 or -1, and one column of weights of many bits is far larger than the others.
     """
     uneven_inputs, seed = draw(st.booleans()), draw(st.integers(0, 2**32))
     rng, columns = np.random.default_rng(seed), 16

@@ -66,9 +66,12 @@ class Search:
     def rounded(self, layer, z):
         if layer.input_grid is None:
             return z
-        largest = z.abs().amax(1, keepdim=True)
-        step = torch.where(largest == 0, 1, (largest / 127).clamp(min=2.0**-149))
-        return (z / step).round().clamp(-127, 127) * step
+        largest, most = z.abs().amax(1, keepdim=True), self.codes(layer)
+        step = torch.where(largest == 0, 1, (largest / most).clamp(min=2.0**-149))
+        return (z / step).round().clamp(-most, most) * step
+
+    def codes(self, layer):
+        return layer.input_grid.qmax
 
 
 class WithoutNone(Search):
@@ -95,6 +98,11 @@ class IgnoresWeights(Search):
 class IgnoresInputs(Search):
     def rounded(self, layer, z):
         return z
+
+
+class EightBitInputs(Search):
+    def codes(self, layer):
+        return 127
 
 
 class WeightErrorAlone(Search):
@@ -130,6 +138,7 @@ MUTANTS = (
     _wrong("ignores_weights", IgnoresWeights, "Weights are not rounded while alphas are compared."),
     _wrong("ignores_inputs", IgnoresInputs, "Inputs are not rounded while alphas are compared."),
     _wrong("weight_error_alone", WeightErrorAlone, "Compares weights, and no outputs."),
+    _wrong("eight_bit_inputs", EightBitInputs, "Inputs count as 8 bits, whatever the scheme says."),
     _wrong("first_layer_counts", FirstLayerCounts, "Layers that share the input have no say."),
     _wrong("first_token_counts", FirstTokenCounts, "One token decides for all of the sample."),
 )
