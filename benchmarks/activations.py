@@ -43,7 +43,13 @@ CELLS: Mapping[str, Mapping[str, Any]] = {
     "weights alone, `W8A16`": {"method": "rtn", "scheme": "W8A16"},
     "`rtn`": {"method": "rtn", "scheme": "W8A8"},
     "`rtn`, one stored scale": {"method": "rtn", "scheme": "W8A8_STATIC"},
+    "`hadamard`, one stored scale": {"method": "hadamard", "scheme": "W8A8_STATIC"},
     "`smoothquant`": {"method": "smoothquant", "scheme": "W8A8"},
+    "`smoothquant`, `alpha` searched": {
+        "method": "smoothquant",
+        "scheme": "W8A8",
+        "options": {"alpha": "search"},
+    },
     "`hadamard`": {"method": "hadamard", "scheme": "W8A8"},
     "`llm_int8`": {"method": "llm_int8", "scheme": "W8A8"},
     "`llm_int8`, outliers of each call": {
