@@ -40,19 +40,18 @@ class LeastErrorStatistic(Histogram):
             return largest
         seen = torch.nonzero(self._counts)[:, 0]
         x, counts = middles()[seen].minimum(largest), self._counts[seen].double()
-        reaches = [largest * (1 - k / CANDIDATES) for k in range(CANDIDATES)]
-        losses = [float((counts * self._lost(x, reach).square()).sum()) for reach in reaches]
-        return reaches[min(range(CANDIDATES), key=losses.__getitem__)]  # the first of equals
+        reaches = largest * (1 - torch.arange(CANDIDATES) / CANDIDATES)
+        losses = (self._lost(x, reaches).square() * counts).sum(1)
+        return reaches[losses == losses.min()][:1]  # the first of equals
 
-    def _lost(self, x: torch.Tensor, reach: torch.Tensor) -> torch.Tensor:
-        """Return what rounding changes at each x, float64."""
+    def _lost(self, x: torch.Tensor, reaches: torch.Tensor) -> torch.Tensor:
+        """Return what rounding changes at each x, [reaches, x] float64."""
         from qframe.activations import InputQuantizer, scale_of
         from qframe.scheme import ActivationScheme
 
         static = ActivationScheme(strategy="tensor", dynamic=False)
-        return (
-            x - InputQuantizer(static, self._grid, scale_of(reach, self._grid)).apply(x)
-        ).double()
+        codes = InputQuantizer(static, self._grid, scale_of(reaches[:, None], self._grid))
+        return (x - codes.apply(x)).double()
 
 
 @dataclass(frozen=True)
