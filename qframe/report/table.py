@@ -222,6 +222,12 @@ def _columns(layers: Sequence[LayerReport]) -> dict[str, Callable[[LayerReport],
     columns["SQNR dB"] = lambda m: f"{m.sqnr_db:.1f}"
     if any("damp" in m.info for m in layers):
         columns["damp"] = lambda m: _plain(m.info.get("damp", ""))
+    if any("error" in m.inputs for m in layers):
+        columns["inputs %"] = lambda m: percent(_number(m.inputs.get("error")))
+    if any("kept_share" in m.inputs for m in layers):
+        columns["kept %"] = lambda m: percent(_number(m.inputs.get("kept_share", 0.0)))
+    if any("alpha" in m.inputs for m in layers):
+        columns["alpha"] = lambda m: _plain(m.inputs.get("alpha", ""))
     if len({m.tokens for m in layers}) > 1:  # else the legend says how many
         columns["tokens"] = lambda m: str(m.tokens)
     columns["s"] = lambda m: f"{_seconds(m):.2f}"
@@ -229,6 +235,15 @@ def _columns(layers: Sequence[LayerReport]) -> dict[str, Callable[[LayerReport],
 
 
 def _legend(layers: Sequence[LayerReport]) -> str:
+    more = ""
+    if any("error" in layer.inputs for layer in layers):
+        more += " Inputs %: what rounding the inputs alone loses, weights as they are stored."
+    if any("kept_share" in layer.inputs for layer in layers):
+        more += " Kept %: columns whose weights and inputs stay in 16 bits."
+    return _errors_legend(layers) + more
+
+
+def _errors_legend(layers: Sequence[LayerReport]) -> str:
     tokens = f"{max(m.tokens for m in layers):,}"
     text = f"Errors are ||X(W-Q)|| / ||XW|| of a layer's output, on the {tokens} calibration tokens"
     rtn = "beside round-to-nearest's (RTN) on the same"
@@ -250,6 +265,10 @@ def _held_out(layers: Iterable[LayerReport]) -> bool:
 
 def _gain(layer: LayerReport) -> float | None:
     return layer.gain if layer.held_out_gain is None else layer.held_out_gain
+
+
+def _number(value: float | int | str | None) -> float | None:
+    return None if value is None else float(value)
 
 
 def _plain(value: float | int | str) -> str:

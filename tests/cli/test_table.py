@@ -162,3 +162,17 @@ def test_small_numbers_are_scientific():
 def test_names_in_a_sentence():
     assert some(["a"]) == "a"
     assert some(["a", "b", "c"], shown=2) == "a, b and 1 more"
+
+
+def test_what_becomes_of_inputs_has_columns_of_its_own():
+    plain = shown(run_summary(run_of([layer("a"), layer("b")])))
+    assert "inputs %" not in plain
+    assert "kept %" not in plain
+    first = layer("a", inputs={"error": 0.0123, "kept_columns": 9, "kept_share": 0.25})
+    whole = shown(run_summary(run_of([first, layer("b", inputs={"error": 0.5})])))
+    lines = [line.split() for line in whole.splitlines()]
+    heads = next(line for line in lines if "inputs" in line)
+    assert "kept" in heads
+    assert {"1.23", "25.0"} <= set(next(line for line in lines if line[:1] == ["a"]))
+    assert {"50.0", "0"} <= set(next(line for line in lines if line[:1] == ["b"]))
+    assert "Kept %: columns whose weights and inputs stay in 16 bits." in " ".join(whole.split())
