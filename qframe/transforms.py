@@ -210,8 +210,10 @@ class InputTransform:
                 return f"{SCALE} should be float32 [{columns}], got {dtype} {list(shape)}"
             if not bool((torch.isfinite(self.scale) & (self.scale > 0)).all()):
                 return f"{SCALE} must be positive and finite"
-        if self.threshold is not None and not 0 < self.threshold < math.inf:
-            return f"{THRESHOLD} must be positive and finite, got {self.threshold}"
+        if self.threshold is not None:
+            stored = float(torch.tensor(self.threshold, dtype=torch.float32))
+            if not 0 < stored < math.inf:
+                return f"{THRESHOLD} must be positive and finite, got {stored} in float32"
         wrong = "" if self.rotation is None else _fault_of_signs(self.rotation.signs, columns)
         return wrong or ("" if self.kept is None else _fault_of_kept(self.kept, columns))
 

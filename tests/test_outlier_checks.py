@@ -13,14 +13,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qframe import Capabilities, Rewrite, bounds
-from qframe.claims import FunctionPreserving, NoWorseThanUnscaled, ProtectsSalient
+from qframe import Capabilities, Rewrite, Scheme, bounds
+from qframe.claims import (
+    FunctionPreserving,
+    KeepsOutliers,
+    NoWorseThanUnscaled,
+    ProtectsSalient,
+)
 from qframe_conformance import check_plugin
 from qframe_conformance.checks import Violation, checks_of
-from qframe_conformance.outlier_cases import Statistics, fault
+from qframe_conformance.outlier_cases import HandlerCase, Statistics, fault
 from qframe_conformance.outlier_draws import LOUD, STEP, scenarios
 from qframe_conformance.reproduce import script
 from tests.mutants.handlers import ANY_SCHEME, AWQ, Nothing, SmoothQuant, WeightsInHalf
+from tests.mutants.handlers_kept import THRESHOLD, Keeper
 
 KIND = "outlier handler"
 SALIENT = ProtectsSalient(gain=4)
@@ -55,6 +61,46 @@ def test_a_candidate_with_the_declared_gain_keeps_the_bound(case):
     rewrite = Rewrite(weights={n: w * scale for n, w in case.weights.items()}, input_scale=scale)
     certificate = SALIENT.certify(replace(case.rewriting, rewrite=rewrite))
     assert certificate.holds
+
+
+# Columns at the edge --------------------------------------------------------------------------
+
+EDGES = next(each.cases for each in scenarios(Keeper()) if each.id == "edges")
+
+
+@given(case=EDGES)
+def test_columns_just_reach_the_threshold_or_just_do_not(case):
+    largest, edge = np.abs(case.inputs).max(0), np.float32(THRESHOLD)
+    near = {edge, np.nextafter(edge, np.float32(0)), np.nextafter(edge, np.float32(np.inf))}
+    assert near & set(largest.tolist())
+    root = np.sqrt((case.inputs.astype(np.float64) ** 2).mean(0))
+    assert len(case.inputs) == 1 or (root[largest <= edge] < THRESHOLD / 2).all()
+    for weight in case.weights.values():  # the threshold would find other columns in them
+        assert not (np.abs(weight.numpy()) >= THRESHOLD)[:, largest >= edge].any()
+
+
+@given(case=EDGES, threshold=st.floats(5.5, 6.5))
+def test_a_threshold_is_compared_as_inputs_are(case, threshold):
+    """In float32: what torch makes of a comparison of a tensor with a number."""
+    case = replace(case, handler=Keeper(threshold=threshold))
+    x = case.inputs
+    x[0, 0] = threshold
+    assert KeepsOutliers(threshold).certify(case.rewriting).holds
+
+
+def test_what_is_kept_is_named_when_it_should_not_be():
+    weights = {"q": torch.ones(2, 3)}
+    case = HandlerCase(Keeper(), weights, np.array([[1, 7, -6]], np.float32), Scheme())
+    made = replace(case.rewriting, rewrite=Rewrite(weights=weights, input_scale=torch.ones(3)))
+    assert KeepsOutliers(6.0).certify(case.rewriting).holds
+    assert "[1, 2] hold outliers and are not kept" in KeepsOutliers(6.0).certify(made).note
+    assert "[1, 2] are and do not" in KeepsOutliers(0).certify(case.rewriting).note
+    later = replace(made, rewrite=replace(made.rewrite, threshold=6.7))
+    assert KeepsOutliers(0, 6.7).certify(later).holds
+    note = KeepsOutliers(0, 6.0).certify(later).note
+    assert note == "the threshold at run time is 6.7, expected 6.0"
+    assert "is None, expected 6.7" in KeepsOutliers(0, 6.7).certify(made).note
+    assert "is 6.7, expected None" in KeepsOutliers(0).certify(later).note
 
 
 # What applies ---------------------------------------------------------------------------------
@@ -102,6 +148,7 @@ def test_a_statistic_that_is_not_needed_is_not_there():
 
 
 WEIGHTS = {"q": torch.ones(2, 3), "k": torch.ones(1, 3)}
+HOLED = {name: torch.tensor([[1.0, 0.0, 1.0]] * len(w)) for name, w in WEIGHTS.items()}
 
 
 @pytest.mark.parametrize(
@@ -120,6 +167,32 @@ WEIGHTS = {"q": torch.ones(2, 3), "k": torch.ones(1, 3)}
 )
 def test_what_is_no_rewrite_is_named(weights, scale, message):
     found = fault(Rewrite(weights=weights, input_scale=scale), WEIGHTS)
+    assert message in found
+    assert bool(message) == bool(found)
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"kept": torch.tensor([1])}, "weight of 'q' is not 0 in the columns that are kept"),
+        ({"kept": torch.tensor([1]), "weights": HOLED}, ""),
+        ({"kept": torch.tensor([], dtype=torch.int64)}, ""),
+        ({"kept": torch.tensor([2, 1])}, "ascending"),
+        ({"kept": torch.tensor([1, 1])}, "each once"),
+        ({"kept": torch.tensor([3])}, "columns 0..2"),
+        ({"kept": torch.tensor([-1])}, "columns 0..2"),
+        ({"kept": torch.tensor([1], dtype=torch.int32)}, "should be int64 [k]"),
+        ({"kept": [1]}, "kept is list, expected a tensor or None"),
+        ({"threshold": 6.0}, ""),
+        ({"threshold": 0.0}, "must be positive and finite"),
+        ({"threshold": 1e-60}, "must be positive and finite, got 0.0 in float32"),
+        ({"threshold": 1e60}, "must be positive and finite, got inf in float32"),
+        ({"threshold": "6"}, "threshold is str, expected a number or None"),
+    ],
+)
+def test_what_can_be_kept_is_no_other_thing(parts, message):
+    made = Rewrite(**{"weights": WEIGHTS, "input_scale": torch.ones(3), **parts})
+    found = fault(made, WEIGHTS)
     assert message in found
     assert bool(message) == bool(found)
 

@@ -287,6 +287,8 @@ def fault(made: Any, weights: Mapping[str, torch.Tensor]) -> str:
         return f"rotation is {type(made.rotation).__name__}, expected qframe.Rotation"
     if made.kept is not None and not isinstance(made.kept, torch.Tensor):
         return f"kept is {type(made.kept).__name__}, expected a tensor or None"
+    if made.threshold is not None and not isinstance(made.threshold, (int, float)):
+        return f"threshold is {type(made.threshold).__name__}, expected a number or None"
     wrong = InputTransform.of(made).fault(columns)
     if wrong or made.kept is None:
         return wrong

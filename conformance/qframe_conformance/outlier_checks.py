@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -62,6 +63,18 @@ def rewrite_fits(case: HandlerCase) -> Outcome:
     """All layers come back, with their shapes and finite, and one input scale, finite and > 0."""
     wrong = fault(case.answer, case.weights)
     require(not wrong, wrong)
+    return None
+
+
+@check(KIND, "structure", unless=_FINITE)
+def information(case: HandlerCase) -> Outcome:
+    """`info` holds finite numbers and texts by name, as reports and manifests do."""
+    for name, value in case.rewrite.info.items():
+        require(isinstance(name, str), f"info has the key {name!r}, expected a text")
+        kind = type(value).__name__
+        require(isinstance(value, (int, float, str)), f"info[{name!r}] is a {kind}")
+        if isinstance(value, float):
+            require(math.isfinite(value), f"info[{name!r}] is {value}")
     return None
 
 

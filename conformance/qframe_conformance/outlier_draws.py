@@ -16,7 +16,14 @@ import torch
 from hypothesis import strategies as st
 
 from qframe import Scheme
-from qframe.claims import Incoherent, NoWorseOnSample, ProtectsSalient, claims_of, has_claim
+from qframe.claims import (
+    Incoherent,
+    KeepsOutliers,
+    NoWorseOnSample,
+    ProtectsSalient,
+    claims_of,
+    has_claim,
+)
 from qframe.reference_ops import hadamard_matrix
 from qframe_conformance.engine import Scenario
 from qframe_conformance.kinds import Float64, on_grid
@@ -60,6 +67,9 @@ def scenarios(handler: Any) -> list[Scenario]:
         roomy = [s for s in schemes if (1 << s.num_bits) >= 3 * max(gains, default=np.inf)]
         if roomy:
             planted.append(Scenario(f"planted-{name}", planted_groups(handler, roomy), "planted"))
+    edges = [c.threshold for c in claims_of(handler) if isinstance(c, KeepsOutliers)]
+    if found and any(edges):
+        found.append(Scenario("edges", edge_groups(handler, declared, max(edges)), "planted"))
     if found and has_claim(handler, Incoherent):
         found.append(Scenario("wide", wide_groups(handler, declared[0]), "wide"))
     both = True in handler.capabilities.quantized_inputs
@@ -191,6 +201,35 @@ def one_sided_groups(draw: st.DrawFn, handler: Any, schemes: Sequence[Scheme]) -
         weights[name] = torch.from_numpy(weight.astype(np.float32))
     x = rng.normal(size=(48, columns)) * loudness if uneven_inputs else signs
     return HandlerCase(handler, weights, x.astype(np.float32), scheme, seed)
+
+
+@st.composite
+def edge_groups(
+    draw: st.DrawFn, handler: Any, schemes: Sequence[Scheme], threshold: float
+) -> HandlerCase:
+    """Draw layers whose columns reach a threshold in one token, just do, or just do not.
+
+    The other tokens are far below it, whatever the column, so that a mean says nothing; and so are
+    the weights of loud columns. Now and then no column reaches it, or all of them do.
+    """
+    scheme, seed = _drawn(draw, handler, schemes), draw(st.integers(0, 2**32))
+    rng, edge = np.random.default_rng(seed), np.float32(threshold)
+    below, above = (np.nextafter(edge, np.float32(end)) for end in (0, np.inf))
+    reaching, quiet = [edge, -edge, above, 64 * edge], [below, -below, edge / 2, 0.0]
+    columns = draw(st.sampled_from(COLUMNS))
+    kinds = draw(st.sampled_from((reaching + quiet, reaching + quiet, reaching, quiet)))
+    peaks = rng.permutation(np.resize(np.array(kinds, np.float32), columns))
+    tokens = draw(st.sampled_from((1, 7, 48)))
+    x = (rng.uniform(-1 / 8, 1 / 8, (tokens, columns)) * np.abs(peaks)).astype(np.float32)
+    x[rng.integers(0, tokens, columns), np.arange(columns)] = peaks
+    sizes = np.where(np.abs(peaks) >= edge, threshold / 8, threshold)
+    weights = {}
+    for name, rows in zip(
+        ("block.q", "block.k", "block.v"), draw(st.sampled_from(ROWS)), strict=False
+    ):
+        weight = sizes * rng.uniform(-1, 1, (rows, columns))
+        weights[name] = torch.from_numpy(weight.astype(np.float32))
+    return HandlerCase(handler, weights, x, scheme, seed)
 
 
 @st.composite

@@ -233,10 +233,12 @@ class NoWorseOnSample:
 class KeepsOutliers:
     """B4.g: those columns are kept in which any |x| reaches the threshold, and no others.
 
-    threshold   0: none is kept
+    threshold     compared in float32; 0: none is kept
+    at_run_time   what `Rewrite.threshold` says, in float32; 0: it says nothing
     """
 
     threshold: float
+    at_run_time: float = 0.0
     name = "keeps outliers"
     theorem = "B4.g"
 
@@ -246,8 +248,13 @@ class KeepsOutliers:
 
     def certify(self, rewriting: Rewriting) -> Certificate:
         """Compare the columns that are kept with those that hold outliers."""
-        loud = rewriting.absmax >= self.threshold if self.threshold > 0 else rewriting.absmax < 0
-        wanted, kept = np.flatnonzero(loud).tolist(), rewriting.rewrite.kept
+        kept, later = rewriting.rewrite.kept, rewriting.rewrite.threshold
+        if np.float32(later or 0.0) != np.float32(self.at_run_time):
+            note = f"the threshold at run time is {later}, expected {self.at_run_time or None}"
+            return Certificate(claim=self.name, theorem=self.theorem, ratio=np.inf, note=note)
+        edge = np.float32(self.threshold)
+        loud = rewriting.absmax >= edge if edge > 0 else np.zeros(len(rewriting.absmax), bool)
+        wanted = np.flatnonzero(loud).tolist()
         found = [] if kept is None else kept.tolist()
         if found == wanted:
             return Certificate(claim=self.name, theorem=self.theorem, ratio=0.0)

@@ -66,6 +66,7 @@ def rewriting(given, rewrite):
         grid=layer.grid,
         hessian=hessian,
         magnitude=np.outer(root, root),  # Cauchy and Schwarz
+        absmax=given.statistics["absmax"].double().numpy(),
     )
 
 

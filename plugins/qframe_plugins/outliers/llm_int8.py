@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator
 
 from qframe import Capabilities, Rewrite, RewriteProblem, claims, hookimpl
 from qframe.errors import NonFiniteError
@@ -27,15 +27,25 @@ if TYPE_CHECKING:
     import numpy as np
 
 
+SMALLEST, LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # what float32 holds, to full precision
+
+
+def _threshold(number: float) -> float:
+    """Return what inputs can be compared with. Raises ValueError for what they cannot."""
+    if number == 0 or SMALLEST <= number <= LARGEST:
+        return number
+    raise ValueError(f"must be 0, or from {SMALLEST:.4g} to {LARGEST:.4g}")
+
+
 @dataclass(frozen=True)
 class LLMInt8:
     """Keep columns with outliers in 16 bits.
 
-    threshold   magnitude from which on a column holds an outlier; 0: none does
+    threshold   magnitude from which on a column holds an outlier, rounded to float32; 0: none does
     outliers    calibrated: those of the calibration tokens; dynamic: of each call
     """
 
-    threshold: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 6.0
+    threshold: Annotated[float, AfterValidator(_threshold)] = 6.0
     outliers: Literal["calibrated", "dynamic"] = "calibrated"
 
     name: str = field(init=False, default="llm_int8")
@@ -55,10 +65,10 @@ class LLMInt8:
     @property
     def claims(self) -> tuple[object, ...]:
         """Which columns are kept does not depend on weights."""
-        kept = self.threshold if self.outliers == "calibrated" else 0.0
+        kept = (self.threshold, 0.0) if self.outliers == "calibrated" else (0.0, self.threshold)
         return (
             claims.FunctionPreserving(powers_of_two=True),
-            claims.KeepsOutliers(kept),
+            claims.KeepsOutliers(*kept),
             claims.RowOrderFree(),
             claims.ScaleEquivariant(),
             claims.SignSymmetric(),
