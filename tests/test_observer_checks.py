@@ -9,13 +9,15 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
 
-from qframe import Host, bounds
-from qframe.claims import ChannelAbsmax, Mergeable, SecondMoments
+from qframe import Grid, Host, bounds
+from qframe.claims import ChannelAbsmax, Counts, LeastError, Mergeable, Reach, SecondMoments
 from qframe.claims.observers import Seen
 from qframe_conformance import check_plugin
 from qframe_conformance.checks import Violation, checks_of
-from qframe_conformance.observer_cases import KINDS, LONG, ObserverCase
+from qframe_conformance.observer_cases import ObserverCase
+from qframe_conformance.observer_draws import KINDS, LONG, scenarios
 from qframe_conformance.reproduce import script
 from qframe_conformance.values import copied, leaves, same_value
 from qframe_plugins.kernels.numba_cpu import hessian as kernel
@@ -28,6 +30,8 @@ from tests.mutants.observers import (
     Tiles,
     Watcher,
 )
+from tests.mutants.observers_percentile import Binned, Sorted
+from tests.mutants.observers_search import IgnoresTheGrid, Searcher
 
 KIND = "observer"
 
@@ -48,14 +52,22 @@ def statuses(report):
 # The observers that come with qframe ----------------------------------------------------------
 
 
+DEFAULT = ("absmax", "hessian", "histogram", "minmax", "mse", "percentile")
+NOT_ASKED = {
+    "absmax": ["many_tokens", "reach_fits"],
+    "hessian": ["many_tokens", "reach_fits"],
+    "histogram": ["reach_fits"],
+}
+
+
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("name", ["absmax", "hessian"])
+@pytest.mark.parametrize("name", DEFAULT)
 def test_the_default_observers_keep_every_promise(name, seed):
-    report = check_plugin(Host.discover().get(KIND, name), seed=seed)
+    observer = Host.discover().get(KIND, name)
+    report = check_plugin(observer, seed=seed)
     assert [f"{record.id}: {record.message}" for record in report.failures] == []
-    assert {record.check for record in report.records if record.status == "held"} == {
-        each.name for each in checks_of(KIND)
-    }
+    held = {record.check for record in report.records if record.status == "held"}
+    assert {each.name for each in checks_of(KIND)} - held == set(NOT_ASKED.get(name, ()))
 
 
 def test_the_declared_run_is_that_of_the_kernel():
@@ -177,6 +189,94 @@ def test_a_maximum_is_compared_without_any_allowance():
     certificate = claim.certify(seen(x), np.nextafter(np.array([2, 3], np.float32), np.float32(0)))
     assert not certificate.holds
     assert not claim.certify(seen(x), np.array([2.0, 3.0])).holds
+
+
+def test_a_quantile_is_no_other_number():
+    x = np.arange(1, 11, dtype=np.float32).reshape(5, 2)
+    for share, wanted in ((0.5, 5), (0.51, 6), (1.0, 10), (0.01, 1)):
+        claim = Reach(share)
+        assert claim.certify(seen(x), np.array([wanted], np.float32)).holds
+        for wrong in (wanted - 1, wanted + 1, np.nan):
+            assert not claim.certify(seen(x), np.array([wrong], np.float32)).holds
+        wide = Reach(share, step=2.0**-3)
+        end = np.float32(min(wanted * (1 + 2.0**-3), 10))
+        assert wide.certify(seen(x), np.array([end])).holds
+        assert not wide.certify(seen(x), np.nextafter(np.array([end]), np.float32(99))).holds
+        assert not wide.certify(seen(x), np.nextafter(np.array([wanted], np.float32), 0)).holds
+
+
+@pytest.mark.parametrize("value", [np.ones(2, np.float32), np.float32(1), np.ones(1), 1.0])
+def test_a_reach_of_another_form_is_refused(value):
+    x = np.ones((3, 2), np.float32)
+    for claim in (Reach(), LeastError(Grid(-7, 7), 0.0)):
+        assert "not float32 [1]" in claim.certify(seen(x), value).note
+
+
+def test_counts_are_those_of_all_copies():
+    x = np.array([[0.0, -1.5], [1.0, 2.0**-149]], np.float32)
+    counts = np.bincount([0, 0x3FC0, 0x3F80, 0], minlength=1 << 15)
+    assert Counts().certify(seen(x), counts).holds
+    many = Seen(columns=2, batches=(x,), copies=3)
+    assert Counts().certify(many, 3 * counts).holds
+    assert not Counts().certify(many, counts).holds
+    assert "not int64" in Counts().certify(seen(x), counts.astype(np.int32)).note
+
+
+def test_of_the_reaches_that_are_claimed_none_is_better():
+    x = np.ones((100, 1), np.float32)
+    x[7] = -14  # at 7 the others are on the grid, and 7 is lost once; else 1 is, 99 times
+    clipped, largest = np.float32([7]), np.float32([14])
+    for shares, found in (((1.0,), largest), ((1.0,), clipped), ((1.0, 0.5), clipped)):
+        assert LeastError(Grid(-7, 7), 0.0, shares).certify(seen(x), found).holds
+    certificate = LeastError(Grid(-7, 7), 0.0, (1.0, 0.5)).certify(seen(x), largest)
+    assert 1 < certificate.ratio < bounds.ratio(99**0.5, 7.0)
+    for wrong in (0.0, -7.0, 15.0, np.nan):
+        note = LeastError(Grid(-7, 7), 1.0).certify(seen(x), np.float32([wrong])).note
+        assert "does not lie between 0 and the largest input" in note
+    assert LeastError(Grid(-7, 7), 0.0).certify(seen(x[:0]), np.float32([0])).holds
+
+
+# What is planted ------------------------------------------------------------------------------
+
+SEARCH = Searcher()
+[PLANTED] = [each.cases for each in scenarios(SEARCH) if each.subject == "planted"]
+
+
+@given(case=PLANTED)
+def test_a_search_that_finds_nothing_loses_more_than_is_allowed(case):
+    """And the share that the inputs were planted for is allowed."""
+    [claim] = [claim for claim in case.value_claims if isinstance(claim, LeastError)]
+    every, size = seen(*case.batches), np.abs(case.tokens)
+    assert claim.certify(every, size.max().reshape(1)).ratio > 1
+    ratios = [claim.certify(every, (size.max() * s).reshape(1)).ratio for s in claim.shares]
+    assert min(ratios) <= 1
+
+
+def test_nothing_is_planted_for_a_search_that_does_not_say_what_it_tries():
+    assert "planted" not in {each.id for each in scenarios(Searcher(shares=(1.0,)))}
+    assert "planted" not in {each.id for each in scenarios(Searcher(step=0.25))}
+    assert "other-codes" not in {each.id for each in scenarios(Watcher(Largest, ABSMAX))}
+
+
+def test_a_counterexample_with_other_codes_says_which():
+    report = check_plugin(Searcher(IgnoresTheGrid), only=["statistic_value"])
+    [record] = [each for each in report.failures if each.scenario == "planted"]
+    code = "from tests.mutants.observers_search import IgnoresTheGrid, Searcher\n\n"
+    text = script(record, code + "plugin = Searcher(IgnoresTheGrid)\n")
+    assert "grid=Grid(" in text
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown):
+        exec(text, {})
+    assert shown.getvalue().startswith("statistic_value is violated: the value: least error")
+
+
+# Many tokens ----------------------------------------------------------------------------------
+
+
+def test_a_statistic_that_keeps_all_tokens_is_not_asked_for_more_than_there_is_room():
+    report = check_plugin(Watcher(Sorted, (Reach(Binned.share),)), only=["many_tokens"])
+    assert not report.failures
+    assert {record.status for record in report.records} == {"not drawn", "not applicable"}
 
 
 # Values of any form ---------------------------------------------------------------------------

@@ -9,17 +9,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from qframe.claims import Mergeable, Reproducible, SignBlind, has_claim
+from qframe.claims import Counts, LeastError, Mergeable, Reach, Reproducible, SignBlind, has_claim
 from qframe.claims.observers import StatisticClaim
 from qframe.errors import QframeError
 from qframe_conformance.checks import SKIPPED, Outcome, check, require, same_bits
-from qframe_conformance.observer_cases import ObserverCase, certify, scenarios, show, tensors
+from qframe_conformance.observer_cases import ObserverCase, certify, show, tensors
+from qframe_conformance.observer_draws import scenarios
 from qframe_conformance.randomness import changed, random_states, seed_everything
 from qframe_conformance.values import copied, finite, leaves, same_value
 
 __all__ = ["scenarios"]
 
 KIND = "observer"
+COPIES = (0b1011 << 30) + 1  # beyond 32 bits, and what is left of it there has its upper bit set
+KEPT_BYTES = 1 << 16  # by how much a statistic may grow that does not keep all tokens
 
 
 def _only(*subjects: str, claim: type | None = None) -> Callable[[Any, Any], str | None]:
@@ -43,6 +46,20 @@ def _comparable(observer: Any, subject: str) -> str | None:
 
 
 _FINITE = _only("finite")
+
+
+def _finds_reach(observer: Any, subject: str) -> str | None:
+    """Object to observers whose value need not be a reach."""
+    if not getattr(observer, "finds_reach", False):
+        return "it does not say that it finds a reach"
+    return _only("finite", "nothing", "planted")(observer, subject)
+
+
+def _counting(observer: Any, subject: str) -> str | None:
+    """Object where values may depend on how often the same tokens were seen."""
+    if not any(has_claim(observer, claim) for claim in (Counts, Reach, LeastError)):
+        return "neither Counts, Reach nor LeastError is claimed"
+    return _FINITE(observer, subject)
 
 
 # Structure ------------------------------------------------------------------------------------
@@ -69,6 +86,28 @@ def value_of_nothing(case: ObserverCase) -> Outcome:
     except QframeError:
         return None
     require(finite(value), "the value of no tokens is not finite")
+    return None
+
+
+@check(KIND, "structure", unless=_finds_reach)
+def reach_fits(case: ObserverCase) -> Outcome:
+    """The value of an observer that `finds_reach` is a tensor [1] float32, finite and not below 0.
+
+    It is 0 where nothing was seen, unless that raises a typed error.
+    """
+    try:
+        value = case.observed(*case.batches).value()
+    except QframeError:
+        if len(case.tokens):
+            raise
+        return None
+    kind = type(value).__name__
+    require(isinstance(value, torch.Tensor), f"the value is a {kind}, expected a tensor")
+    form = value.dtype, tuple(value.shape)
+    require(form == (torch.float32, (1,)), f"the value is {form[0]} {list(form[1])}")
+    reach = float(value)
+    require(0 <= reach < np.inf, f"the value is {reach}")
+    require(len(case.tokens) or reach == 0, f"the value of nothing is {reach}")
     return None
 
 
@@ -270,6 +309,25 @@ def order_of_tokens(case: ObserverCase) -> Outcome:
     return case.agrees(case.observed(*single).value(), single, "tokens one at a time")
 
 
+@check(KIND, "algebra", "B12.e", unless=_counting)
+def many_tokens(case: ObserverCase) -> Outcome:
+    """What was seen 11 * 2^30 + 1 times counts as often: no counter overflows or stands still.
+
+    The statistic is merged with itself again and again. One that keeps all tokens cannot be asked.
+    """
+    statistic, more = case.observed(*case.batches), f"{COPIES:b}"[1:]
+    most = len(pickle.dumps(statistic)) + KEPT_BYTES
+    for bit in more:
+        stored = pickle.dumps(statistic)
+        if len(stored) > most:
+            return SKIPPED
+        statistic.merge(pickle.loads(stored))
+        if bit == "1":
+            show(statistic, *case.batches)
+    value, what = statistic.value(), f"the value of all tokens {COPIES} times"
+    return certify(case, value, case.batches, what, merges=len(more), copies=COPIES)
+
+
 @check(KIND, "algebra", "B12.c", unless=_only("finite", claim=SignBlind))
 def token_signs(case: ObserverCase) -> Outcome:
     """A token and its negative count the same, bit for bit."""
@@ -284,7 +342,7 @@ def token_signs(case: ObserverCase) -> Outcome:
 # Bounds ---------------------------------------------------------------------------------------
 
 
-@check(KIND, "bound", "B12.a", unless=_only("finite", "nothing", claim=StatisticClaim))
+@check(KIND, "bound", "B12.a", unless=_only("finite", "nothing", "planted", claim=StatisticClaim))
 def statistic_value(case: ObserverCase) -> Outcome:
     """The value is what the observer claims that it is, of all tokens and of nothing."""
     if not sum(map(len, case.batches)) and not _answers_nothing(case):

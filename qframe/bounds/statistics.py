@@ -35,7 +35,7 @@ def binned_search(size: Numbers, step: float) -> float:
     step   the width of a bin, relative to its smallest number
     """
     numbers = as_array(size)
-    width = step * np.maximum(np.abs(numbers), _SMALLEST_NORMAL)
+    width = step / 2 * np.maximum(np.abs(numbers), _SMALLEST_NORMAL)
     own = gamma(4, UNIT["float32"]) * np.abs(numbers)
     return float(np.sqrt((as_array(width + own) ** 2).sum()))
 

@@ -28,11 +28,13 @@ class Seen:
     columns   of the inputs
     batches   [tokens, columns] float32 each, one for every update
     merges    how many statistics were merged into this one
+    copies    how often it has seen all of them
     """
 
     columns: int
     batches: tuple[Float32, ...]
     merges: int = 0
+    copies: int = 1
 
     @property
     def parts(self) -> int:
@@ -40,7 +42,7 @@ class Seen:
         return len(self.batches) + self.merges
 
     def tokens(self) -> Float64:
-        """Return all tokens, [tokens, columns] float64."""
+        """Return all tokens once, [tokens, columns] float64."""
         return np.concatenate([np.zeros((0, self.columns)), *self.batches])
 
 
@@ -166,38 +168,42 @@ class Counts:
         if found.shape != (1 << 15,) or found.dtype != np.int64:
             note = f"the value is {found.dtype} {list(found.shape)}, not int64 [{1 << 15}]"
             return Certificate(claim=self.name, theorem=self.theorem, ratio=np.inf, note=note)
-        error = found - bounds.magnitudes(seen.tokens(), 1 << 15, 16)
+        error = found - seen.copies * bounds.magnitudes(seen.tokens(), 1 << 15, 16)
         ratio, flat = bounds.worst(error, 0.0)
         return Certificate(claim=self.name, theorem=self.theorem, ratio=ratio, place=(flat,))
 
 
 @dataclass(frozen=True, slots=True)
 class LeastError:
-    """B12.f: clipped at the value, the inputs' codes lose no more than when nothing is clipped.
+    """B12.f: clipped at the value, the inputs' codes lose no more than at other reaches.
 
-    grid   of the codes, symmetric
-    step   the width of the bins in which the inputs were counted, relative
+    The value is above 0 where any input is, and never above the largest.
+
+    grid     of the codes, symmetric
+    step     the width of the bins in which the inputs were counted, relative
+    shares   which parts of the largest input are among the reaches that are compared
     """
 
     grid: Grid
     step: float
+    shares: tuple[float, ...] = (1.0,)
     name = "least error"
     theorem = "B12.f"
 
     def certify(self, seen: Seen, value: Any) -> Certificate:
-        """Compare the roots of both squared errors, in float64."""
+        """Compare the roots of the squared errors, in float64."""
         found = np.asarray(value)
         if found.shape != (1,) or found.dtype != np.float32:
             note = f"the value is {found.dtype} {list(found.shape)}, not float32 [1]"
             return Certificate(claim=self.name, theorem=self.theorem, ratio=np.inf, note=note)
         size = np.abs(seen.tokens()).ravel()
         largest = np.float32(size.max(initial=0.0))
-        if not 0 <= found[0] <= largest:
+        if not (0 < found[0] <= largest or found[0] == largest):
             note = f"{float(found[0]):.9g} does not lie between 0 and the largest input"
             return Certificate(claim=self.name, theorem=self.theorem, ratio=np.inf, note=note)
-        lost, unclipped = (self._root(size, reach) for reach in (found[0], largest))
-        allowed = unclipped + 2 * bounds.binned_search(size, self.step)
-        ratio = bounds.ratio(lost, allowed)
+        least = min(self._root(size, largest * np.float32(share)) for share in self.shares)
+        allowed = least + 2 * bounds.binned_search(size, self.step)
+        ratio = bounds.ratio(self._root(size, found[0]), allowed)
         return Certificate(claim=self.name, theorem=self.theorem, ratio=ratio)
 
     def _root(self, size: Float64, reach: np.float32) -> float:

@@ -2,7 +2,8 @@
 
 Source: the clipping search of Banner et al., Post training 4-bit quantization, NeurIPS 2019,
 arXiv:1810.05723, section 3, with the inputs' own histogram in place of a distribution.
-Error:  no more than with the largest input as reach (docs/bounds.md, B12.f).
+Error:  no more than with the largest input as reach, or with a half or a quarter of it
+(docs/bounds.md, B12.f).
 """
 
 from __future__ import annotations
@@ -40,12 +41,12 @@ class LeastErrorStatistic(Histogram):
             return largest
         seen = torch.nonzero(self._counts)[:, 0]
         x, counts = middles()[seen].minimum(largest), self._counts[seen].double()
-        reaches = largest * (1 - torch.arange(CANDIDATES) / CANDIDATES)
-        losses = (self._lost(x, reaches).square() * counts).sum(1)
+        reaches = largest * torch.tensor([1 - k / CANDIDATES for k in range(CANDIDATES)])
+        losses = (counts * self._lost(x, reaches[:, None]).square()).sum(1)
         return reaches[losses == losses.min()][:1]  # the first of equals
 
-    def _lost(self, x: torch.Tensor, reaches: torch.Tensor) -> torch.Tensor:
-        """Return what rounding changes at each x, [reaches, x] float64."""
+    def _lost(self, x: torch.Tensor, reach: torch.Tensor) -> torch.Tensor:
+        """Return what rounding changes at each x for each reach, [reaches, x] float64."""
         from qframe.activations import InputQuantizer, scale_of
         from qframe.scheme import ActivationScheme
 
@@ -68,9 +69,9 @@ class LeastError:
 
     @property
     def claims(self) -> tuple[object, ...]:
-        """A search that has the largest input among its candidates."""
+        """A search that has these parts of the largest input among its candidates."""
         return (
-            claims.LeastError(grid=self.grid, step=STEP),
+            claims.LeastError(grid=self.grid, step=STEP, shares=(1.0, 0.5, 0.25)),
             claims.Mergeable(exact=True),
             claims.SignBlind(),
             claims.Reproducible(),
