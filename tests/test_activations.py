@@ -11,8 +11,20 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import qframe
-from qframe import CalibrationData, Grid, Scheme, bounds, reference_ops
-from qframe.activations import InputQuantizer
+from qframe import (
+    CalibrationData,
+    Capabilities,
+    Grid,
+    Host,
+    InputGroup,
+    LayerInfo,
+    Rewrite,
+    Scheme,
+    bounds,
+    hookimpl,
+    reference_ops,
+)
+from qframe.activations import InputQuantizer, scale_of
 from qframe.errors import (
     CalibrationError,
     NonFiniteError,
@@ -22,10 +34,11 @@ from qframe.errors import (
     UnsupportedError,
 )
 from qframe.scheme import ActivationScheme
+from qframe.solve import reach_observer
 from qframe.stored import QuantizedLinear
 from qframe.verification import verify
 from qframe_conformance import check_plugin
-from qframe_plugins.outliers.llm_int8 import LLMInt8
+from qframe_plugins.outliers.llm_int8 import LARGEST, SMALLEST, LLMInt8
 
 INT8 = Grid(-127, 127)
 TOKENS = InputQuantizer(ActivationScheme(), INT8)
@@ -214,6 +227,21 @@ def test_the_next_layer_is_calibrated_on_what_it_will_get():
     assert not torch.equal(scale, (plain.abs().max() / 127).reshape(1))
 
 
+@pytest.mark.parametrize("observer", ["minmax", "percentile", "mse"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_stored_scale_is_what_its_observer_finds(observer, bits):
+    fields = {"num_bits": bits, "strategy": "tensor", "dynamic": False, "observer": observer}
+    made = quantized(scheme={"preset": "W8A8", "input_activations": fields}).module[0]
+    grid, host = made.stored.inputs.grid, Host.discover()
+    assert grid == Grid(-(2 ** (bits - 1)) + 1, 2 ** (bits - 1) - 1)
+    finder = reach_observer(host, ActivationScheme(**fields), grid)
+    group = InputGroup(layers=(LayerInfo(name="0", rows=48, columns=64),))
+    statistic = finder.start(group)
+    for (x,) in reversed(DATA.inputs):
+        statistic.update(x)
+    assert torch.equal(made.stored.inputs.scale, scale_of(statistic.value(), grid))
+
+
 def test_a_scale_that_is_stored_needs_inputs():
     with pytest.raises(CalibrationError, match="needs calibration inputs"):
         qframe.quantize(network(), {"scheme": "W8A8_STATIC", "ignore": []})
@@ -279,10 +307,29 @@ def test_outliers_at_run_time_need_activations_that_are_rounded():
 
 
 def test_the_handler_holds_in_every_form():
-    for handler in (LLMInt8(threshold=0.0), LLMInt8(2.5), LLMInt8(outliers="dynamic")):
+    rough = LLMInt8(6.7), LLMInt8(0.7, "dynamic")  # thresholds that are no float32 numbers
+    for handler in (LLMInt8(threshold=0.0), LLMInt8(2.5), LLMInt8(outliers="dynamic"), *rough):
         report = check_plugin(handler)
         assert report.ran
         assert not report.failures
+
+
+@pytest.mark.parametrize("threshold", [-1, 1e-50, 1e39, float("nan"), float("inf")])
+def test_a_threshold_that_float32_does_not_hold_is_refused(threshold):
+    with pytest.raises(
+        RecipeError, match=r"option 'threshold': .*must be 0, or from 1\.175e-38 to"
+    ):
+        quantized("llm_int8", options={"threshold": threshold})
+
+
+@pytest.mark.parametrize("outliers", ["calibrated", "dynamic"])
+def test_the_least_and_the_largest_threshold_are_stored_and_loaded(outliers, tmp_path):
+    for threshold in (SMALLEST, LARGEST):
+        options = {"outliers": outliers, "threshold": threshold}
+        made = quantized("llm_int8", out=tmp_path / "out", options=options)
+        x = tokens(2, 9, seed=3)
+        assert torch.equal(qframe.load(tmp_path / "out", network())(x), made.module(x))
+        assert not verify(tmp_path / "out", network()).problems
 
 
 def test_what_keeps_columns_comes_last():
@@ -291,6 +338,33 @@ def test_what_keeps_columns_comes_last():
     for method in ("llm_int8+awq", "llm_int8+hadamard"):
         with pytest.raises(UnsupportedError, match="last of all handlers"):
             quantized(method)
+
+
+def test_an_empty_list_of_columns_is_none(tmp_path):
+    class Empty:
+        name, needs, capabilities = "empty", frozenset(), Capabilities()
+
+        def rewrite(self, problem, rng):
+            kept = torch.zeros(0, dtype=torch.int64)
+            return Rewrite(
+                weights=problem.weights, input_scale=torch.ones(problem.columns), kept=kept
+            )
+
+    class Plugin:
+        @hookimpl
+        def qframe_outlier_handlers(self):
+            return [Empty()]
+
+    host = Host.discover()
+    host.add(Plugin(), "empty")
+    recipe = {"method": "empty", "scheme": "W8A8", "ignore": []}
+    recipe["calibration"] = {"compute_dtype": "float32"}
+    made = qframe.quantize(
+        network(), recipe, calibration=DATA, out=tmp_path / "out", overwrite=True, host=host
+    )
+    x = tokens(2, 9, seed=3)
+    assert torch.equal(made.module(x), quantized().module(x))
+    assert torch.equal(qframe.load(tmp_path / "out", network())(x), made.module(x))
 
 
 def test_a_weight_that_sixteen_bits_cannot_hold_is_named():
