@@ -19,7 +19,7 @@ from qframe.activations import InputQuantizer, scale_of
 from qframe.claims import LeastError, claims_of
 from qframe.claims.observers import Seen
 from qframe.errors import NonFiniteError
-from qframe.scheme import ActivationScheme
+from qframe.scheme import ActivationScheme, Scheme
 from qframe.solve import input_grid_of, reach_observer
 from qframe_plugins.observers.histogram import BINS, STEP, HistogramObserver
 from qframe_plugins.observers.minmax import MinMax
@@ -216,7 +216,7 @@ def test_the_host_gives_the_codes():
     host = Host.discover()
     for fields in ({"num_bits": 4}, {"num_bits": 8}, {"format": "fp8_e4m3"}):
         scheme = ActivationScheme(strategy="tensor", dynamic=False, observer="mse", **fields)
-        grid = input_grid_of(host, scheme)
+        grid = input_grid_of(host, Scheme(input_activations=scheme))
         found = reach_observer(host, scheme, grid)
         assert found == Mse(grid)
         assert [c.grid for c in claims_of(found) if isinstance(c, LeastError)] == [grid]

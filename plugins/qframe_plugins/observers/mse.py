@@ -51,7 +51,7 @@ class LeastErrorStatistic(Histogram):
         from qframe.scheme import ActivationScheme
 
         static = ActivationScheme(strategy="tensor", dynamic=False)
-        codes = InputQuantizer(static, self._grid, scale_of(reaches[:, None], self._grid))
+        codes = InputQuantizer(static, self._grid, scale_of(reach, self._grid))
         return (x - codes.apply(x)).double()
 
 
