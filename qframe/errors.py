@@ -56,6 +56,10 @@ class UncalibratedLayerError(CalibrationError):
     """A layer that needs statistics saw no tokens."""
 
 
+class MemoryLimitError(QframeError):
+    """A step needs more memory than the machine has free. Raised before the step begins."""
+
+
 class OutputError(QframeError):
     """The output folder exists, cannot be written, or is incomplete."""
 

@@ -24,7 +24,15 @@ FALLBACK = "round to nearest (fallback)"  # the method of a layer that could not
 OVERFIT = "round to nearest (overfit)"  # of one that did worse than that on held-out tokens
 NEAREST_CLAIMS = (claims.HalfStep(), claims.SchemeScale(), claims.Covers())  # of both
 HOST_EVENTS = frozenset(
-    {"fallback", "overfit", "massive token", "untied", "runs again", "certificate violated"}
+    {
+        "fallback",
+        "overfit",
+        "massive token",
+        "untied",
+        "runs again",
+        "certificate violated",
+        "sensitivity",
+    }
 )
 """Kinds of events that are not a rounder's own."""
 

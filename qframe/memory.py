@@ -20,6 +20,7 @@ from qframe.transforms import SCALE, SIGNS
 
 if TYPE_CHECKING:
     from qframe.certificates import Certificate
+    from qframe.model import Network
     from qframe.pipeline import Job
     from qframe.weights import ModelFolder
 
@@ -162,7 +163,8 @@ def folder_size(job: Job) -> FolderSize:
     """Return the size of the folder that a run would write, from headers alone.
 
     Codes, scales and zero points are counted by `Scheme.storage_bits`, as they will be stored;
-    the files that describe the run are written in advance, with numbers of the usual length.
+    the files that describe the run are written in advance, with numbers of the usual length. With
+    target_bits layers are counted as taking all that they may.
     """
     folder = job.network.folder
     if folder is None:
@@ -170,7 +172,7 @@ def folder_size(job: Job) -> FolderSize:
     quantized = [t for layer in job.plan.schemes for t in _quantized_tensors(job, layer)]
     carried = list(_carried_tensors(job, folder))
     return FolderSize(
-        quantized=sum(t.bytes for t in quantized),
+        quantized=round(_stored_bits(job) / 8),
         carried=sum(t.bytes for t in carried),
         headers=_header_bytes([*quantized, *carried]),
         others=sum(f.stat().st_size for f in folder.side_files())
@@ -179,20 +181,33 @@ def folder_size(job: Job) -> FolderSize:
 
 
 def bits_per_weight(job: Job) -> float:
-    """Return the stored bits per quantized weight, everything included."""
-    stored = sum(t.bytes for layer in job.plan.schemes for t in _quantized_tensors(job, layer))
-    return 8 * stored / sum(job.network.layers[layer].size for layer in job.plan.schemes)
+    """Return the stored bits per quantized weight, everything included; at most, with a target."""
+    return _stored_bits(job) / sum(job.network.layers[layer].size for layer in job.plan.schemes)
+
+
+def _stored_bits(job: Job) -> int:
+    """Return the bits that quantized layers take; with a target of bits, those that they may."""
+    if job.candidates is not None:
+        return job.candidates.budget
+    return sum(stored_bits(job, layer, scheme) for layer, scheme in job.plan.schemes.items())
 
 
 def layer_bits_per_weight(job: Job, layer: str) -> float:
     """Return the stored bits per weight of one layer of the plan."""
-    stored = sum(t.bytes for t in _quantized_tensors(job, layer))
-    return 8 * stored / job.network.layers[layer].size
+    return stored_bits(job, layer, job.plan.schemes[layer]) / job.network.layers[layer].size
 
 
-def _quantized_tensors(job: Job, layer: str) -> Iterator[_Tensor]:
-    """Yield what a quantized layer is stored as."""
-    info, scheme = job.network.layers[layer], job.plan.schemes[layer]
+def stored_bits(job: Job, layer: str, scheme: Scheme) -> int:
+    """Return the bits that a layer takes with a scheme, everything that is stored included."""
+    return 8 * sum(t.bytes for t in _quantized_tensors(job, layer, scheme))
+
+
+def _quantized_tensors(job: Job, layer: str, scheme: Scheme | None = None) -> Iterator[_Tensor]:
+    """Yield what a quantized layer is stored as.
+
+    scheme   None for that of the plan
+    """
+    info, scheme = job.network.layers[layer], scheme or job.plan.schemes[layer]
     bits = scheme.storage_bits(info.rows, info.columns)
     scales = scheme.scale_shape(info.rows, info.columns)
     words = -(-info.columns * scheme.num_bits // 32)
@@ -375,6 +390,10 @@ BLOCK_COPIES = 6  # of a block's weights: original, quantized, to nearest, codes
 WRITING_COPIES = 2  # of what is written: safetensors makes its own
 KEPT_SHARE = 0.25  # of all that: freed memory that the allocator keeps; measured with glibc
 STATISTICS_BYTES = 64  # for a pair of columns: sums and factors in float64, calibration, held out
+MEASURED_TOKENS = 512  # of a window on which sensitivities are measured, at most
+MEASURING_LANES = 2  # windows that are measured at the same time
+PASS_COPIES = 2  # of inputs and outputs of layers, between a pass forward and one backward
+LOGIT_COPIES = 4  # of logits: they, their gradient, and what a softmax makes in between
 ACTIVATION_COPIES = 3  # of a layer's input at the peak: in the network, flattened, and in products
 
 
@@ -383,7 +402,8 @@ def peak_memory(job: Job) -> dict[str, int]:
 
     Everything that is there at the same time is added: the largest block in float32 with its
     quantized copies, the statistics of its widest input, the activations of all calibration
-    tokens, and what waits to be written.
+    tokens, and what waits to be written. Measuring sensitivities comes before all that, where it
+    is asked for: what takes more is the peak.
     """
     from qframe.checkpoint import MAX_SHARD_BYTES
 
@@ -397,7 +417,7 @@ def peak_memory(job: Job) -> dict[str, int]:
         blocks[block] = blocks.get(block, 0) + 4 * info.size
         widest = max(widest, info.columns)
     largest = max(blocks.values())
-    size = sum(t.bytes for layer in job.plan.schemes for t in _quantized_tensors(job, layer))
+    size = _stored_bits(job) // 8
     carried = sum(t.bytes for t in folder_tensors.values()) - sum(
         folder_tensors[name].bytes
         for name in (network.stored_name(f"{layer}.weight") for layer in job.plan.schemes)
@@ -416,7 +436,31 @@ def peak_memory(job: Job) -> dict[str, int]:
         peak["embeddings"] = carried
         peak["activations"] = 4 * tokens * (inputs + (ACTIVATION_COPIES - 1) * widest)
         peak["statistics"] = STATISTICS_BYTES * widest * widest
-    return peak | {"kept by the allocator": round(KEPT_SHARE * sum(peak.values()))}
+    peak |= {"kept by the allocator": round(KEPT_SHARE * sum(peak.values()))}
+    if job.candidates is not None:
+        measuring = measuring_memory(network, job.plan.schemes)
+        peak = max(peak, measuring, key=lambda parts: sum(parts.values()))
+    return peak
+
+
+def measuring_memory(network: Network, layers: Iterable[str]) -> dict[str, int]:
+    """Return about how many bytes measuring sensitivities takes (`qframe.sensitivity`).
+
+    layers   whose sensitivities are measured
+    """
+    parameters = sum(p.numel() for p in network.module.parameters())
+    measured = [network.layers[name] for name in layers]
+    width = sum(layer.rows + layer.columns for layer in measured)
+    outside = [i.rows for name, i in network.layers.items() if not network.block_of(name)]
+    tokens = MEASURING_LANES * MEASURED_TOKENS
+    return {
+        "program": PROGRAM_BYTES,
+        "network": 4 * parameters,
+        "squared gradients": 4 * MEASURING_LANES * sum(layer.size for layer in measured),
+        "activations": 4 * PASS_COPIES * tokens * width,
+        "logits": 4 * LOGIT_COPIES * tokens * max(outside, default=0),
+        "rounding": 4 * BLOCK_COPIES * max(layer.size for layer in measured),
+    }
 
 
 def _window(job: Job) -> int:

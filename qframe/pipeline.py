@@ -20,12 +20,16 @@ from torch import nn
 
 import qframe
 from qframe import parallel
+from qframe.allocation import Allocation
 from qframe.calibration import CalibrationData, prepare
+from qframe.candidates import Candidates, candidates_of
 from qframe.checkpoint import CheckpointWriter, check_output, quantized_config
 from qframe.contracts import Event
 from qframe.errors import CalibrationError, FallbackError, RecipeError
 from qframe.host import Host
 from qframe.manifest import MANIFEST_VERSION, layer_record
+from qframe.memory import calibrates
+from qframe.mixed import decide
 from qframe.model import Network, left_weights
 from qframe.recipe import Method, Plan, Recipe, check_supported, kv_quantizer, parse_method, resolve
 from qframe.report.layers import Coverage, RunReport
@@ -52,7 +56,11 @@ class Result:
 
 @dataclass(frozen=True)
 class Job:
-    """A request that passed every check that needs no work."""
+    """A request that passed every check that needs no work.
+
+    candidates   the schemes that layers may get, where the recipe has a target of bits: what the
+                 plan says of them holds until they are chosen
+    """
 
     network: Network
     recipe: Recipe
@@ -60,6 +68,7 @@ class Job:
     plan: Plan
     coverage: Coverage
     host: Host
+    candidates: Candidates | None = None
 
 
 def plan_job(
@@ -90,7 +99,8 @@ def plan_job(
             f"only {100 * coverage.matrix_fraction:.1f} % of the weights in linear layers would "
             f"be quantized, below min_coverage={recipe.min_coverage:g}; {coverage.line()}"
         )
-    return Job(network, recipe, method, plan, coverage, host)
+    job = Job(network, recipe, method, plan, coverage, host)
+    return dataclasses.replace(job, candidates=candidates_of(job))
 
 
 def quantize(
@@ -111,13 +121,14 @@ def quantize(
     out           the folder to write; may be None for a module
     calibration   inputs for a module, or in place of recipe.calibration for a folder. A method
                   that needs none is still measured on them when they, or recipe.calibration,
-                  are given
+                  are given. With target_bits some of them measure how sensitive layers are
     threads       how many; the result does not depend on it. Default: all cores
     progress      called after each block
 
     Raises RecipeError, UnsupportedError, PluginError, WeightsError, ModelError, CalibrationError
-    or OutputError before any work is done; NonFiniteError, FallbackError or CertificateError when
-    numbers go wrong. No output is left behind then.
+    or OutputError before any work is done, MemoryLimitError before sensitivities are measured;
+    NonFiniteError, FallbackError or CertificateError when numbers go wrong. No output is left
+    behind then.
     """
     started = time.perf_counter()
     job = plan_job(model, recipe, host)
@@ -126,14 +137,21 @@ def quantize(
         raise RecipeError("quantizing a folder needs a folder for the result: out=...")
     if out is not None:
         check_output(Path(out), overwrite=overwrite)
-    needed = job.method.needs | job.plan.observers
-    wanted = needed or "calibration" in job.recipe.model_fields_set
-    if calibration is None and wanted:
-        calibration = _default_calibration(job)
-
     threads = threads or parallel.default_threads()
+    shown = calibration is not None or calibrates(job)
+    if calibration is None and (shown or job.candidates is not None):
+        calibration = _default_calibration(job)
+    events = shortfall(calibration)
+    allocation: Allocation | None = None
+    if job.candidates is not None and calibration is not None:
+        plan, allocation, said = decide(job, job.candidates, calibration, threads)
+        job = dataclasses.replace(job, plan=plan)
+        events.extend(said)
+    if not shown:
+        calibration = None
+
     solver = Solver(job.recipe, job.method, job.host, threads)
-    solver.events.extend(shortfall(calibration))
+    solver.events.extend(events)
 
     def walk(writer: CheckpointWriter | None) -> RunReport:
         way = Walk(job.network, job.plan, solver, writer, progress)
@@ -148,6 +166,7 @@ def quantize(
             events=solver.events,
             coverage=job.coverage,
             calibration=None if calibration is None else dict(calibration.source),
+            allocation=allocation,
             seconds={"total": time.perf_counter() - started},
         )
         check_fallbacks(report, job.recipe)
@@ -279,7 +298,8 @@ def plugins_used(job: Job) -> list[dict[str, str]]:
 def _default_calibration(job: Job) -> CalibrationData:
     if job.network.folder is None:
         raise CalibrationError(
-            f"method {job.recipe.method!r} needs calibration inputs: "
+            f"{'target_bits' if job.candidates else f'method {job.recipe.method!r}'} needs "
+            f"calibration inputs: "
             f"calibration=CalibrationData.from_tensors(batches)"
         )
     return prepare(job.network.folder.path, job.recipe.calibration)

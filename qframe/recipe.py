@@ -85,6 +85,11 @@ class Recipe(Strict):
     kv_cache_scheme    how keys and values are to be stored when the network generates: a preset's
                        name, or the fields of a KVCacheScheme; None for as they come. It changes no
                        weight, and is kept for those who run the network
+    target_bits        stored bits per weight of the quantized layers, on average and at most; which
+                       layer gets how many is decided by measured sensitivity
+                       (`qframe.sensitivity`). None for num_bits of the scheme everywhere
+    candidate_bits     num_bits that layers may get then; None for those of 2, 3, 4, 5, 6 and 8 that
+                       the method can do. Layers whose num_bits an override gives keep theirs
     """
 
     version: Literal[1] = 1
@@ -103,6 +108,10 @@ class Recipe(Strict):
     on_violated_certificate: Literal["warn", "error"] = "error"
     keep_statistics: bool = False
     kv_cache_scheme: KVCacheScheme | None = None
+    target_bits: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    candidate_bits: (
+        Annotated[tuple[Annotated[int, Field(ge=1, le=8)], ...], Field(min_length=1)] | None
+    ) = None
 
     aliases: ClassVar[Mapping[str, str]] = {"modules_to_not_convert": "ignore"}
 
@@ -121,6 +130,12 @@ class Recipe(Strict):
             except RecipeError as error:
                 raise ValueError(str(error)) from None
         return value
+
+    @model_validator(mode="after")
+    def _candidates_are_for_a_target(self) -> Self:
+        if self.candidate_bits is not None and self.target_bits is None:
+            raise ValueError("candidate_bits: say with target_bits how many bits are to be reached")
+        return self
 
     @model_validator(mode="after")
     def _patterns_compile(self) -> Self:
@@ -320,12 +335,7 @@ def check_supported(method: Method, plan: Plan, host: Host) -> None:
     """Raise UnsupportedError listing every layer whose scheme the method or formats refuse."""
     objections: dict[str, list[str]] = {}
     for name, scheme in plan.schemes.items():
-        parts: tuple[OutlierHandler | Rounder, ...] = (*method.handlers, method.rounder)
-        for part in parts:
-            reason = part.capabilities.objection(scheme)
-            if reason:
-                objections.setdefault(f"{part.name}: {reason}", []).append(name)
-        for reason in _format_objections(scheme, host):
+        for reason in scheme_objections(method, scheme, host):
             objections.setdefault(reason, []).append(name)
     if objections:
         raise UnsupportedError(
@@ -335,6 +345,16 @@ def check_supported(method: Method, plan: Plan, host: Host) -> None:
                 for reason, names in objections.items()
             )
         )
+
+
+def scheme_objections(method: Method, scheme: Scheme, host: Host) -> Iterator[str]:
+    """Yield why parts of a method, or the number formats, cannot do a scheme."""
+    parts: tuple[OutlierHandler | Rounder, ...] = (*method.handlers, method.rounder)
+    for part in parts:
+        reason = part.capabilities.objection(scheme)
+        if reason:
+            yield f"{part.name}: {reason}"
+    yield from _format_objections(scheme, host)
 
 
 def kv_quantizer(scheme: KVCacheScheme, host: Host) -> KVCacheQuantizer:

@@ -87,6 +87,25 @@ class RecipeFlags:
             rich_help_panel=_SCHEME,
         ),
     ] = None
+    target_bits: Annotated[
+        float | None,
+        typer.Option(
+            "--target-bits",
+            help="Stored bits per weight, on average and at most, scales included: layers get more "
+            "or fewer by how sensitive they are, which is measured. Default: the scheme's.",
+            rich_help_panel=_SCHEME,
+        ),
+    ] = None
+    candidate_bits: Annotated[
+        str | None,
+        typer.Option(
+            "--candidate-bits",
+            metavar="BITS,BITS,...",
+            help="What --target-bits chooses from. Default: those of 2,3,4,5,6,8 that the method "
+            "can do.",
+            rich_help_panel=_SCHEME,
+        ),
+    ] = None
     options: Annotated[
         list[str] | None,
         typer.Option(
@@ -252,6 +271,8 @@ class RecipeFlags:
             on_violated_certificate=self.on_violated_certificate,
             keep_statistics=self.keep_statistics,
             kv_cache_scheme=self.kv_scheme,
+            target_bits=self.target_bits,
+            candidate_bits=parse_bits(self.candidate_bits),
         )
         scheme = self._scheme(base)
         if scheme is not None:
@@ -353,6 +374,20 @@ def parse_settings(texts: Sequence[str], flag: str) -> dict[str, Any]:
         except yaml.YAMLError:
             raise RecipeError(f"{flag} {text}: {value!r} is no YAML value") from None
     return found
+
+
+def parse_bits(text: str | None) -> tuple[int, ...] | None:
+    """Return numbers of bits with commas between them; None for None.
+
+    >>> parse_bits("3,4,8")
+    (3, 4, 8)
+    """
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise RecipeError(f"--candidate-bits {text}: expected numbers, e.g. 3,4,8") from None
 
 
 def parse_overrides(texts: Sequence[str]) -> dict[str, Mapping[str, Any]]:

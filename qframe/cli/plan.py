@@ -27,9 +27,7 @@ def plan_rows(job: Job) -> list[PlanRow]:
     for name, layer in job.network.layers.items():
         shape = (layer.rows, layer.columns)
         if name in job.plan.schemes:
-            scheme = job.plan.schemes[name].describe()
-            bits = layer_bits_per_weight(job, name)
-            rows.append(PlanRow(name=name, shape=shape, what=scheme, bits_per_weight=bits))
+            rows.append(_quantized_row(job, name, shape))
         else:
             rows.append(PlanRow(name=name, shape=shape, what=job.plan.left[name]))
     for name, why in job.coverage.left.items():
@@ -39,9 +37,26 @@ def plan_rows(job: Job) -> list[PlanRow]:
     return rows
 
 
+def _quantized_row(job: Job, name: str, shape: tuple[int, ...]) -> PlanRow:
+    scheme = job.plan.schemes[name].describe()
+    found = job.candidates
+    if found is None or name in found.fixed:
+        bits = layer_bits_per_weight(job, name)
+        return PlanRow(name=name, shape=shape, what=scheme, bits_per_weight=bits)
+    choices = [each.num_bits for each in found.schemes[name]]
+    what = f"{scheme}, but with {', '.join(map(str, choices))} bits: to be chosen"
+    least, most = found.range_of(name)
+    return PlanRow(name=name, shape=shape, what=what, bits_per_weight=least, most=most)
+
+
 def plan_screen(job: Job, *, all_layers: bool) -> RenderableType:
     """Return the plan as a table, and what it covers and takes."""
     lines = {"coverage": coverage_text(job.coverage)}
+    if job.candidates is not None:
+        lines["bits"] = (
+            f"at most {job.candidates.target:g} bits per weight; which layer gets how many is "
+            f"known only once its sensitivity has been measured, in the run"
+        )
     if job.network.folder is not None:
         lines |= _predictions(job)
     return stacked(plan_table(plan_rows(job), collapse=not all_layers), facts(lines))
@@ -54,11 +69,19 @@ def _predictions(job: Job) -> dict[str, str]:
     kept = most_statistics_bytes(job)
     return {
         "output": f"{readable_bytes(size.total)}: {readable_bytes(size.quantized)} quantized "
-        f"({bits_per_weight(job):.3f} bits per weight), {readable_bytes(size.carried)} as "
+        f"({'at most ' if job.candidates else ''}{bits_per_weight(job):.3f} bits per weight), "
+        f"{readable_bytes(size.carried)} as "
         f"stored, {readable_bytes(size.headers + size.others)} for the rest"
         + (f"; statistics take up to {readable_bytes(kept)} more" if kept else ""),
         "memory": f"about {readable_bytes(sum(peak.values()))} at the peak: {parts}",
     }
+
+
+def _choices(job: Job, name: str) -> dict[str, Any]:
+    """Return the candidates for a layer's num_bits, which is not known yet; {} where it is."""
+    if job.candidates is None or name in job.candidates.fixed:
+        return {}
+    return {"candidate_bits": [scheme.num_bits for scheme in job.candidates.schemes[name]]}
 
 
 def plan_record(job: Job) -> dict[str, Any]:
@@ -79,6 +102,7 @@ def plan_record(job: Job) -> dict[str, Any]:
                 "columns": job.network.layers[name].columns,
                 "scheme": scheme.model_dump(mode="json"),
                 "bits_per_weight": layer_bits_per_weight(job, name),
+                **_choices(job, name),
             }
             for name, scheme in job.plan.schemes.items()
         ],

@@ -71,7 +71,8 @@ def quantize(
         progress.step("loading libraries")
         from qframe.pipeline import quantize as run
 
-        progress.step("reading the model and the text")
+        measuring = ", measuring sensitivities" if recipe.target_bits is not None else ""
+        progress.step(f"reading the model and the text{measuring}")
         result = run(
             model,
             recipe,
@@ -108,7 +109,7 @@ def _dry_run(
     job = plan_job(model, recipe, host)
     if out is not None:
         check_output(out, overwrite=overwrite)
-    if calibrates(job):
+    if calibrates(job) or job.candidates is not None:
         for dataset in recipe.calibration.datasets:
             _check_dataset(dataset)
     if as_json:
@@ -155,6 +156,7 @@ def _show(
     result: Result, out: Path, report: Path | None, seconds: float, *, all_layers: bool
 ) -> None:
     from qframe.memory import readable_bytes, weight_bytes
+    from qframe.report.allocation import allocation_table
     from qframe.report.certificates import certificate_table, certificate_text
     from qframe.report.table import coverage_text, facts, run_summary, stacked
 
@@ -168,9 +170,10 @@ def _show(
     }
     if report is not None:
         lines["report"] = f"{report / 'report.json'}, {report / 'report.csv'}"
-    layers = result.report.layers
+    layers, allocation = result.report.layers, result.report.allocation
     print_result(
         stacked(
+            None if allocation is None else allocation_table(allocation, all_layers=all_layers),
             run_summary(result.report, all_layers=all_layers),
             certificate_table({layer.name: layer.certificates for layer in layers}),
             facts(lines),

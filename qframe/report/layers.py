@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from qframe.allocation import Allocation
 from qframe.certificates import Certificate
 from qframe.contracts import Event
 
@@ -119,12 +120,16 @@ class Coverage:
 
 @dataclass(kw_only=True)
 class RunReport:
-    """All layers of a run, what happened, and what it was run with."""
+    """All layers of a run, what happened, and what it was run with.
+
+    allocation   how bits were given to layers, where the recipe had a target of them
+    """
 
     layers: Sequence[LayerReport]
     events: Sequence[Event]
     coverage: Coverage
     calibration: Mapping[str, Any] | None
+    allocation: Allocation | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
 
     def fallbacks(self) -> list[Event]:
@@ -140,6 +145,8 @@ class RunReport:
             "events": [dataclasses.asdict(event) for event in self.events],
             "layers": [layer.record(timings=timings) for layer in self.layers],
         }
+        if self.allocation is not None:
+            content["allocation"] = words_for_infinities(self.allocation.record())
         if timings:
             content["seconds"] = dict(self.seconds)
         return content

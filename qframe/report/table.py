@@ -302,12 +302,14 @@ class PlanRow:
     """One matrix of a network: what is done with it, or why nothing is.
 
     bits_per_weight   None for one that is left as it is
+    most              of bits per weight, where they have not been chosen yet
     """
 
     name: str
     shape: tuple[int, ...]
     what: str
     bits_per_weight: float | None = None
+    most: float | None = None
 
 
 def plan_table(rows: Sequence[PlanRow], *, collapse: bool = True) -> Table:
@@ -321,7 +323,8 @@ def plan_table(rows: Sequence[PlanRow], *, collapse: bool = True) -> Table:
         if row.bits_per_weight is None:
             made.add_row(row.name, extents, Text(f"left: {row.what}", style=FAINT), "")
         else:
-            made.add_row(row.name, extents, row.what, f"{row.bits_per_weight:.3f}")
+            most = "" if row.most is None else f"-{row.most:.3f}"
+            made.add_row(row.name, extents, row.what, f"{row.bits_per_weight:.3f}{most}")
     return made
 
 
