@@ -10,16 +10,16 @@ the probability that the network gives to a token drawn *from its own distributi
 place. The expectation of G G^T is then the Fisher information, the second derivative of KL; with
 the tokens of the text it would not be (Kunstner, Hennig, Balles, arXiv:1905.12558).
 
-That expectation is one over numbers, each from a pass backward: too few are affordable for a good
-mean. So D is split, row by row, into a W + R with R orthogonal to W. Rounding makes weights
+Each number under that expectation takes a pass backward, and few are affordable: their mean is a
+rough one, while a sum over many weights is not. So D is split, row by row, into a W + R with R orthogonal to W. Rounding makes weights
 smaller, above all with few bits, and the first part is counted as it is; errors in R are taken as
 independent of one another, so that only their squares count:
 
     KL = 1/2 mean of (sum over rows i of a_i r_i)^2 + 1/2 sum of R o R o (mean of G o G),
 
-r_i the sum of row i of G o W. On a real model that is within a fifth of KL as it is measured, layer
-by layer (docs/recipes.md). It is what SqueezeLLM (arXiv:2306.07629) weights its errors with, but
-for the first part and the draws.
+r_i the sum of row i of G o W. How near that comes to KL as it is measured, layer by layer, is in
+docs/mixed_precision.md. The second part is what SqueezeLLM (arXiv:2306.07629) weights its errors
+with, there with the tokens of the text.
 
 A few windows are needed, each forward and backward. G is made in a hook of the layer, added up, and
 forgotten; schemes are looked at once, at the end. A network without logits has no p: there the loss
@@ -32,7 +32,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -40,15 +40,15 @@ import psutil
 import torch
 from torch import nn
 
-from qframe import parallel, rounding
+from qframe import parallel
 from qframe.calibration import CalibrationData, layer_input
-from qframe.contracts import Event, RoundingProblem
+from qframe.contracts import Event
 from qframe.errors import MemoryLimitError, ModelError, NonFiniteError
+from qframe.fisher import Lane, Rounded, Schemes
 from qframe.host import Host
-from qframe.memory import MEASURED_TOKENS, MEASURING_LANES, measuring_memory, readable_bytes
+from qframe.memory import readable_bytes
 from qframe.model import Network, get_weight
-from qframe.scheme import Scheme
-from qframe.solve import grid_of
+from qframe.peak import MEASURED_TOKENS, MEASURING_LANES, measuring_memory
 from qframe.walk import accepted
 from qframe.weights import check_finite
 
@@ -57,7 +57,6 @@ DRAWN_AT_ONCE = 64  # tokens whose distributions are in memory a second time
 
 DIVERGENCE, OUTPUT_ERROR = "KL divergence", "output error"
 
-Schemes = Mapping[str, Sequence[Scheme]]
 Inputs = tuple[Any, ...]
 
 
@@ -104,12 +103,12 @@ def measure(
         name: get_weight(module.get_submodule(name)).to(torch.float32).contiguous()
         for name in schemes
     }
-    rounded = _Rounded(weights, schemes, host)
+    rounded = Rounded(weights, schemes, host)
     probe = _Probe(module, rounded)
     windows = list(enumerate(windows_of(data.inputs)))
 
-    def lane(number: int) -> _Lane:
-        made = _Lane()
+    def lane(number: int) -> Lane:
+        made = Lane()
         for place, inputs in windows[number::MEASURING_LANES]:
             with torch.enable_grad():
                 probe.watch(made, inputs, kwargs, _seed(seed, place))
@@ -117,7 +116,7 @@ def measure(
 
     with parallel.one_torch_thread(), probe:
         lanes = parallel.spread(lane, range(MEASURING_LANES), threads)
-        total = _Lane.added(lanes)
+        total = Lane.added(lanes)
         names = list(schemes)
         found = parallel.spread(lambda name: total.losses(name, rounded), names, threads)
     losses = dict(zip(names, found, strict=True))
@@ -154,11 +153,12 @@ def windows_of(chunks: Sequence[Inputs]) -> list[Inputs]:
     Windows of tokens, [windows, length] integers, are taken apart and cut to `MEASURED_TOKENS`; any
     other inputs are taken as they come.
     """
-    apart = [
-        (window[:, :MEASURED_TOKENS],) if _is_tokens(chunk) else chunk
-        for chunk in chunks
-        for window in (chunk[0].split(1) if _is_tokens(chunk) else chunk[:1])
-    ]
+    apart: list[Inputs] = []
+    for chunk in chunks:
+        if _is_tokens(chunk):
+            apart += [(window[:, :MEASURED_TOKENS],) for window in chunk[0].split(1)]
+        else:
+            apart.append(chunk)
     wanted = min(len(apart), WINDOWS)
     places = np.linspace(0, len(apart) - 1, wanted).round().astype(int)
     return [apart[int(place)] for place in places]
@@ -185,97 +185,10 @@ def own_gradient(logits: torch.Tensor, generator: torch.Generator) -> torch.Tens
     return gradient.to(logits.dtype).reshape(logits.shape)
 
 
-class _Rounded:
-    """The weights of the layers, and what rounding them to nearest changes."""
-
-    def __init__(self, weights: Mapping[str, torch.Tensor], schemes: Schemes, host: Host) -> None:
-        self.weights, self._schemes, self._host = weights, schemes, host
-
-    def changes(self, name: str) -> Iterator[torch.Tensor]:
-        """Yield Q - W, [rows, columns], for each scheme of a layer."""
-        weight = self.weights[name]
-        for scheme in self._schemes[name]:
-            grid = grid_of(self._host, scheme)
-            problem = RoundingProblem(name=name, weight=weight, scheme=scheme, grid=grid)
-            yield rounding.dequantize(rounding.to_nearest(problem)) - weight
-
-    def count(self, name: str) -> int:
-        """Return how many schemes a layer has."""
-        return len(self._schemes[name])
-
-
-@dataclass(slots=True)
-class _Lane:
-    """Sums over some windows.
-
-    squares   layer -> sum of G o G, [rows, columns]
-    along     layer -> for each draw, the sums of the rows of G o W, [rows]
-    errors    layer -> energy of the output, and of its error with each scheme: without logits
-    why       why there are no logits, "" where there are
-    """
-
-    squares: dict[str, torch.Tensor] = field(default_factory=dict)
-    along: dict[str, list[torch.Tensor]] = field(default_factory=dict)
-    errors: dict[str, list[float]] = field(default_factory=dict)
-    reached: set[str] = field(default_factory=set)
-    tokens: int = 0
-    why: str = ""
-
-    @classmethod
-    def added(cls, lanes: Sequence[_Lane]) -> _Lane:
-        """Return the sum of lanes, in their order; they are used up."""
-        total = cls()
-        for each in lanes:
-            for name, squares in each.squares.items():
-                total._add_squares(name, squares)
-            for name, rows in each.along.items():
-                total.along.setdefault(name, []).extend(rows)
-            for name, errors in each.errors.items():
-                total.add_errors(name, errors)
-            each.squares.clear()
-            total.reached |= each.reached
-            total.tokens += each.tokens
-            total.why = total.why or each.why
-        return total
-
-    def add_gradient(self, name: str, gradient: torch.Tensor, weight: torch.Tensor) -> None:
-        """Add a draw, whose gradient [rows, columns] is used up."""
-        self.along.setdefault(name, []).append((gradient * weight).sum(1, dtype=torch.float64))
-        self._add_squares(name, gradient.square_())
-
-    def add_errors(self, name: str, errors: Sequence[float]) -> None:
-        """Add energies of outputs and errors."""
-        before = self.errors.get(name, [0.0] * len(errors))
-        self.errors[name] = [a + b for a, b in zip(before, errors, strict=True)]
-
-    def _add_squares(self, name: str, squares: torch.Tensor) -> None:
-        before = self.squares.get(name)
-        self.squares[name] = squares if before is None else before.add_(squares)
-
-    def losses(self, name: str, rounded: _Rounded) -> tuple[float, ...]:
-        """Return the losses of a layer with each of its schemes; 0 where nothing came of it."""
-        if self.why:
-            energy, *errors = self.errors.get(name, [0.0])
-            return tuple(e / energy for e in errors) if energy else (0.0,) * rounded.count(name)
-        if name not in self.squares:
-            return (0.0,) * rounded.count(name)
-        weight, squares, along = rounded.weights[name], self.squares[name], self.along[name]
-        own = weight.square().sum(1, dtype=torch.float64)
-        found = []
-        for change in rounded.changes(name):
-            inner = (change * weight).sum(1, dtype=torch.float64)
-            share = torch.where(own > 0, inner / own, 0.0)
-            rest = change.sub_(share.to(torch.float32)[:, None] * weight).square_()
-            apart = float((rest * squares).sum(1, dtype=torch.float64).sum())
-            together = sum(float((share * rows).sum()) ** 2 for rows in along)
-            found.append((together + apart) / (2 * self.tokens))
-        return tuple(found)
-
-
 class _Probe:
     """Watches the layers during a pass, and adds what they tell to a lane; a context manager."""
 
-    def __init__(self, module: nn.Module, rounded: _Rounded) -> None:
+    def __init__(self, module: nn.Module, rounded: Rounded) -> None:
         self._module, self._rounded = module, rounded
         self._here = threading.local()  # a lane has a thread of its own
         self._stack = ExitStack()
@@ -289,7 +202,7 @@ class _Probe:
     def __exit__(self, *error: Any) -> None:
         self._stack.close()
 
-    def watch(self, lane: _Lane, inputs: Inputs, kwargs: Mapping[str, Any], seed: int) -> None:
+    def watch(self, lane: Lane, inputs: Inputs, kwargs: Mapping[str, Any], seed: int) -> None:
         """Run a window through the network, forward and backward."""
         self._here.uses = {}
         self._here.inputs = []
@@ -331,7 +244,7 @@ class _Probe:
         return hook
 
     def _add_gradient(
-        self, name: str, lane: _Lane, use: _Use, x: torch.Tensor, gradient: torch.Tensor
+        self, name: str, lane: Lane, use: _Use, x: torch.Tensor, gradient: torch.Tensor
     ) -> None:
         """Add the gradient by the weight, once all runs of the layer in the window gave theirs."""
         g = gradient.detach().reshape(-1, gradient.shape[-1]).to(torch.float32)
@@ -344,7 +257,7 @@ class _Probe:
             use.gradient = None
 
     @torch.no_grad()
-    def _add_errors(self, lane: _Lane) -> int:
+    def _add_errors(self, lane: Lane) -> int:
         """Add the energies of outputs and of their errors; return the most tokens of a layer."""
         most = 0
         for name, x, version in self._here.inputs:

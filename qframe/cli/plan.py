@@ -11,9 +11,9 @@ from qframe.memory import (
     folder_size,
     layer_bits_per_weight,
     most_statistics_bytes,
-    peak_memory,
     readable_bytes,
 )
+from qframe.peak import peak_memory
 from qframe.report.table import PlanRow, coverage_text, facts, plan_table, stacked
 
 if TYPE_CHECKING:

@@ -1,0 +1,106 @@
+"""Sums over gradients by the weights, and what they say of weights that are rounded.
+
+The mathematics stands in `qframe.sensitivity`, which makes the gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from qframe import rounding
+from qframe.contracts import RoundingProblem
+from qframe.host import Host
+from qframe.scheme import Scheme
+from qframe.solve import grid_of
+
+Schemes = Mapping[str, Sequence[Scheme]]  # layer -> the schemes that are tried
+
+
+class Rounded:
+    """The weights of the layers, and what rounding them to nearest changes."""
+
+    def __init__(self, weights: Mapping[str, torch.Tensor], schemes: Schemes, host: Host) -> None:
+        self.weights, self._schemes, self._host = weights, schemes, host
+
+    def changes(self, name: str) -> Iterator[torch.Tensor]:
+        """Yield Q - W, [rows, columns], for each scheme of a layer."""
+        weight = self.weights[name]
+        for scheme in self._schemes[name]:
+            grid = grid_of(self._host, scheme)
+            problem = RoundingProblem(name=name, weight=weight, scheme=scheme, grid=grid)
+            yield rounding.dequantize(rounding.to_nearest(problem)) - weight
+
+    def count(self, name: str) -> int:
+        """Return how many schemes a layer has."""
+        return len(self._schemes[name])
+
+
+@dataclass(slots=True)
+class Lane:
+    """Sums over some windows.
+
+    squares   layer -> sum of G o G, [rows, columns]
+    along     layer -> for each draw, the sums of the rows of G o W, [rows]
+    errors    layer -> energy of the output, and of its error with each scheme: without logits
+    why       why there are no logits, "" where there are
+    """
+
+    squares: dict[str, torch.Tensor] = field(default_factory=dict)
+    along: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+    errors: dict[str, list[float]] = field(default_factory=dict)
+    reached: set[str] = field(default_factory=set)
+    tokens: int = 0
+    why: str = ""
+
+    @classmethod
+    def added(cls, lanes: Sequence[Lane]) -> Lane:
+        """Return the sum of lanes, in their order; they are used up."""
+        total = cls()
+        for each in lanes:
+            for name, squares in each.squares.items():
+                total._add_squares(name, squares)
+            for name, rows in each.along.items():
+                total.along.setdefault(name, []).extend(rows)
+            for name, errors in each.errors.items():
+                total.add_errors(name, errors)
+            each.squares.clear()
+            total.reached |= each.reached
+            total.tokens += each.tokens
+            total.why = total.why or each.why
+        return total
+
+    def add_gradient(self, name: str, gradient: torch.Tensor, weight: torch.Tensor) -> None:
+        """Add a draw, whose gradient [rows, columns] is used up."""
+        self.along.setdefault(name, []).append((gradient * weight).sum(1, dtype=torch.float64))
+        self._add_squares(name, gradient.square_())
+
+    def add_errors(self, name: str, errors: Sequence[float]) -> None:
+        """Add energies of outputs and errors."""
+        before = self.errors.get(name, [0.0] * len(errors))
+        self.errors[name] = [a + b for a, b in zip(before, errors, strict=True)]
+
+    def _add_squares(self, name: str, squares: torch.Tensor) -> None:
+        before = self.squares.get(name)
+        self.squares[name] = squares if before is None else before.add_(squares)
+
+    def losses(self, name: str, rounded: Rounded) -> tuple[float, ...]:
+        """Return the losses of a layer with each of its schemes; 0 where nothing came of it."""
+        if self.why:
+            energy, *errors = self.errors.get(name, [0.0])
+            return tuple(e / energy for e in errors) if energy else (0.0,) * rounded.count(name)
+        if name not in self.squares:
+            return (0.0,) * rounded.count(name)
+        weight, squares, along = rounded.weights[name], self.squares[name], self.along[name]
+        own = weight.square().sum(1, dtype=torch.float64)
+        found = []
+        for change in rounded.changes(name):
+            inner = (change * weight).sum(1, dtype=torch.float64)
+            share = torch.where(own > 0, inner / own, 0.0)
+            rest = change.sub_(share.to(torch.float32)[:, None] * weight).square_()
+            apart = float((rest * squares).sum(1, dtype=torch.float64).sum())
+            together = sum(float((share * rows).sum()) ** 2 for rows in along)
+            found.append((together + apart) / (2 * self.tokens))
+        return tuple(found)
