@@ -11,9 +11,10 @@ place. The expectation of G G^T is then the Fisher information, the second deriv
 the tokens of the text it would not be (Kunstner, Hennig, Balles, arXiv:1905.12558).
 
 Each number under that expectation takes a pass backward, and few are affordable: their mean is a
-rough one, while a sum over many weights is not. So D is split, row by row, into a W + R with R orthogonal to W. Rounding makes weights
-smaller, above all with few bits, and the first part is counted as it is; errors in R are taken as
-independent of one another, so that only their squares count:
+rough one, while a sum over many weights is not. So D is split, row by row, into a W + R with R
+orthogonal to W. Rounding makes weights smaller, above all with few bits, and the first part is
+counted as it is; errors in R are taken as independent of one another, so that only their squares
+count:
 
     KL = 1/2 mean of (sum over rows i of a_i r_i)^2 + 1/2 sum of R o R o (mean of G o G),
 
