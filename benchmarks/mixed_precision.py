@@ -5,15 +5,19 @@
 
 Every recipe quantizes the demonstration's model by its protocol (`qframe.demo`), uniformly and to a
 target of as many stored bits; what is compared is the mean KL divergence from full precision, on
-text that calibration never sees, and beside it what was predicted.
+text that calibration never sees, and beside it what was predicted. Before that, predictions for
+single layers are held against KL with that layer rounded and all others as they were.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import math
+import statistics
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,12 +27,23 @@ from transformers import AutoModelForCausalLM
 
 from qframe import Recipe, load
 from qframe.allocation import Allocation
+from qframe.calibration import prepare
 from qframe.demo import CALIBRATION_SAMPLES, GROUP_SIZE, WINDOW, recipe_of
 from qframe.embedded import model_folder
 from qframe.evaluation import Score, evaluate, windows_of
+from qframe.fisher import Rounded
+from qframe.host import Host
+from qframe.model import Network, set_weight
+from qframe.parallel import default_threads
 from qframe.pipeline import quantize
+from qframe.recipe import CalibrationSettings
+from qframe.scheme import Scheme
+from qframe.sensitivity import measure
+from qframe.sensitivity import windows_of as windows_to_measure
+from qframe.weights import ModelFolder
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "mixed_precision.md"
+ALONE = (2, 3, 4)  # bits at which single layers are looked at
 SCALES = 16 / GROUP_SIZE  # bits of a weight
 
 
@@ -41,6 +56,58 @@ class Row:
     score: Score
     allocation: Allocation | None
     seconds: float
+
+
+@torch.no_grad()
+def alone(folder: Path, every: int, windows: int) -> dict[int, list[float]]:
+    """Return bits -> predicted over measured KL of single layers, on text of the calibration."""
+    host = Host.discover()
+    network = Network.from_folder(ModelFolder(folder))
+    network.load(network.module, recurse=True)
+    settings = CalibrationSettings(
+        num_calibration_samples=CALIBRATION_SAMPLES, max_seq_length=WINDOW
+    )
+    data = prepare(folder, settings)
+    names = [name for name in network.layers if name != "lm_head"][::every]
+    schemes = {
+        name: [Scheme(num_bits=bits, group_size=GROUP_SIZE) for bits in ALONE] for name in names
+    }
+    found = measure(network, schemes, data, host, seed=42, threads=default_threads())
+    text = [window for (window,) in windows_to_measure(data.inputs)[:windows]]
+    rounded = Rounded({name: network.weight(name) for name in names}, schemes, host)
+    reference = evaluated(network.module, text)
+    ratios: dict[int, list[float]] = {bits: [] for bits in ALONE}
+    for name in names:
+        module, weight = network.module.get_submodule(name), network.weight(name)
+        changes = zip(ALONE, found.losses[name], rounded.changes(name), strict=True)
+        for bits, predicted, change in changes:
+            set_weight(module, weight + change)
+            measured = [
+                float((p.exp() * (p - q)).sum(-1).mean())
+                for p, q in zip(reference, evaluated(network.module, text), strict=True)
+            ]
+            ratios[bits].append(predicted / statistics.fmean(measured))
+            print(f"{name} at {bits} bits: {ratios[bits][-1]:.2f}", flush=True)
+        set_weight(module, weight)
+    return ratios
+
+
+def evaluated(network: nn.Module, windows: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Return log-probabilities, [length, vocabulary] for each window."""
+    return [torch.log_softmax(network(w, use_cache=False).logits[0], -1) for w in windows]
+
+
+def alone_table(ratios: Mapping[int, list[float]]) -> list[str]:
+    """Return what `alone` found as lines of Markdown."""
+    lines = ["| bits | layers | median | off by a factor of, typically | least | most |"]
+    lines.append("|--:|--:|--:|--:|--:|--:|")
+    for bits, found in ratios.items():
+        off = math.exp(math.sqrt(statistics.fmean(math.log(ratio) ** 2 for ratio in found)))
+        lines.append(
+            f"| {bits} | {len(found)} | {statistics.median(found):.2f} | {off:.2f} | "
+            f"{min(found):.2f} | {max(found):.2f} |"
+        )
+    return lines
 
 
 def recipes(methods: list[str], targets: list[float]) -> dict[str, Recipe]:
@@ -71,7 +138,7 @@ def made(folder: Path, recipe: Recipe) -> tuple[nn.Module, float, Allocation | N
         return load(out, dequantize=True), bits / size, report.allocation, seconds
 
 
-def document(rows: list[Row], protocol: str) -> str:
+def document(rows: list[Row], ratios: Mapping[int, list[float]], protocol: str) -> str:
     """Return docs/mixed_precision.md."""
     lines = [
         "# What mixed precision gains",
@@ -101,6 +168,15 @@ def document(rows: list[Row], protocol: str) -> str:
     lines += [
         "",
         f"SmolLM2-135M-Instruct, symmetric, groups of {GROUP_SIZE}; {protocol}.",
+        "",
+        "## Predictions for single layers",
+        "",
+        "Predicted KL over KL as it is measured with that layer rounded and all others as they "
+        "were, on",
+        "two windows of the calibration text; the factor is from the root mean square of the "
+        "logarithm.",
+        "",
+        *alone_table(ratios),
     ]
     return "\n".join(lines) + "\n"
 
@@ -111,10 +187,12 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=["rtn", "gptq"])
     parser.add_argument("--targets", nargs="+", type=float, default=[4.25, 3.25])
     parser.add_argument("--out", type=Path, default=DOCUMENT)
+    parser.add_argument("--every", type=int, default=8, help="of the layers that are looked at")
     given = parser.parse_args()
     folder = model_folder()
     windows, protocol = windows_of(folder, length=WINDOW, limit=given.windows)
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ratios = alone(folder, given.every, windows=2)
     rows = []
     for name, recipe in recipes(given.methods, given.targets).items():
         network, bits, allocation, seconds = made(folder, recipe)
@@ -123,7 +201,7 @@ def main() -> None:
         print(f"{name}: {bits:.3f} bits, mean KL {score.kl_mean:.4f}, {seconds:.0f} s", flush=True)
         del network
         gc.collect()
-        given.out.write_text(document(rows, protocol.line()), encoding="utf-8")
+        given.out.write_text(document(rows, ratios, protocol.line()), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -265,10 +265,13 @@ class Allocation:
     measure        what losses are: "KL divergence", nats for a token, or "output error", the
                    energy of a layer's output error over that of its output
     predicted      the sum of the losses
-    gap            no other choice would have had a sum that is less by more than this
+    gap            of what was minimized: no other choice has less by more than this
     uniform        num_bits -> the same sum, where every layer with a choice gets so many bits and
                    the target is kept
     tokens         that it was measured on
+    chosen         which of the ways that were tried it is
+    tried          way -> KL divergence, nats for a token, of the network with all layers rounded to
+                   nearest by it; empty where there was one way only, or no logits
     """
 
     target_bits: float
@@ -277,6 +280,8 @@ class Allocation:
     predicted: float
     gap: float
     tokens: int
+    chosen: str = ""
+    tried: Mapping[str, float] = field(default_factory=dict)
     uniform: Mapping[int, float] = field(default_factory=dict)
     layers: Mapping[str, LayerBits] = field(default_factory=dict)
 
@@ -295,6 +300,8 @@ class Allocation:
             "gap": self.gap,
             "uniform": {str(bits): loss for bits, loss in self.uniform.items()},
             "tokens": self.tokens,
+            "chosen": self.chosen,
+            "tried": dict(self.tried),
             "counts": {str(bits): count for bits, count in self.counts().items()},
             "layers": {
                 name: {

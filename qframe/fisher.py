@@ -33,9 +33,17 @@ class Rounded:
             problem = RoundingProblem(name=name, weight=weight, scheme=scheme, grid=grid)
             yield rounding.dequantize(rounding.to_nearest(problem)) - weight
 
-    def count(self, name: str) -> int:
-        """Return how many schemes a layer has."""
-        return len(self._schemes[name])
+
+@dataclass(frozen=True, slots=True)
+class LayerLoss:
+    """What is known of a layer, with each of its schemes.
+
+    predicted   of the network's loss
+    relative    energy of the weight's error over that of the weight
+    """
+
+    predicted: tuple[float, ...]
+    relative: tuple[float, ...]
 
 
 @dataclass(slots=True)
@@ -86,21 +94,26 @@ class Lane:
         before = self.squares.get(name)
         self.squares[name] = squares if before is None else before.add_(squares)
 
-    def losses(self, name: str, rounded: Rounded) -> tuple[float, ...]:
+    def losses(self, name: str, rounded: Rounded) -> LayerLoss:
         """Return the losses of a layer with each of its schemes; 0 where nothing came of it."""
-        if self.why:
-            energy, *errors = self.errors.get(name, [0.0])
-            return tuple(e / energy for e in errors) if energy else (0.0,) * rounded.count(name)
-        if name not in self.squares:
-            return (0.0,) * rounded.count(name)
-        weight, squares, along = rounded.weights[name], self.squares[name], self.along[name]
+        weight = rounded.weights[name]
+        squares, along = self.squares.get(name), self.along.get(name, [])
         own = weight.square().sum(1, dtype=torch.float64)
-        found = []
+        whole = float(own.sum())
+        predicted, relative = [], []
         for change in rounded.changes(name):
+            energy = float(change.square().sum(1, dtype=torch.float64).sum())
+            relative.append(energy / whole if whole else 0.0)
+            if squares is None:
+                predicted.append(0.0)
+                continue
             inner = (change * weight).sum(1, dtype=torch.float64)
             share = torch.where(own > 0, inner / own, 0.0)
             rest = change.sub_(share.to(torch.float32)[:, None] * weight).square_()
             apart = float((rest * squares).sum(1, dtype=torch.float64).sum())
             together = sum(float((share * rows).sum()) ** 2 for rows in along)
-            found.append((together + apart) / (2 * self.tokens))
-        return tuple(found)
+            predicted.append((together + apart) / (2 * self.tokens))
+        if self.why:
+            output, *errors = self.errors.get(name, [0.0])
+            predicted = [e / output for e in errors] if output else [0.0] * len(relative)
+        return LayerLoss(tuple(predicted), tuple(relative))

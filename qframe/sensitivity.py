@@ -67,6 +67,7 @@ class Sensitivities:
 
     measure     what losses are: `DIVERGENCE`, nats for a token, or `OUTPUT_ERROR`
     losses      layer -> predicted loss with each of its schemes
+    relative    layer -> energy of the weight's error over that of the weight, with each
     unreached   layers that no token reached; their losses are 0
     tokens      that the network was run on
     events      what a user should know
@@ -74,6 +75,7 @@ class Sensitivities:
 
     measure: str
     losses: Mapping[str, tuple[float, ...]]
+    relative: Mapping[str, tuple[float, ...]]
     unreached: tuple[str, ...]
     tokens: int
     events: tuple[Event, ...] = ()
@@ -120,7 +122,7 @@ def measure(
         total = Lane.added(lanes)
         names = list(schemes)
         found = parallel.spread(lambda name: total.losses(name, rounded), names, threads)
-    losses = dict(zip(names, found, strict=True))
+    losses = {name: layer.predicted for name, layer in zip(names, found, strict=True)}
     for name, values in losses.items():
         if not all(map(math.isfinite, values)):
             raise NonFiniteError(f"layer {name!r}: its predicted losses are {list(values)}")
@@ -128,6 +130,7 @@ def measure(
     return Sensitivities(
         measure=OUTPUT_ERROR if total.why else DIVERGENCE,
         losses=losses,
+        relative={name: layer.relative for name, layer in zip(names, found, strict=True)},
         unreached=unreached,
         tokens=total.tokens,
         events=(*_events(total.why), *_unreached_events(unreached)),
@@ -148,8 +151,8 @@ def check_memory(network: Network, schemes: Schemes) -> None:
     )
 
 
-def windows_of(chunks: Sequence[Inputs]) -> list[Inputs]:
-    """Return inputs from all over the text, `WINDOWS` of them where there are so many.
+def windows_of(chunks: Sequence[Inputs], count: int = WINDOWS) -> list[Inputs]:
+    """Return inputs from all over the text, so many of them where there are.
 
     Windows of tokens, [windows, length] integers, are taken apart and cut to `MEASURED_TOKENS`; any
     other inputs are taken as they come.
@@ -160,7 +163,7 @@ def windows_of(chunks: Sequence[Inputs]) -> list[Inputs]:
             apart += [(window[:, :MEASURED_TOKENS],) for window in chunk[0].split(1)]
         else:
             apart.append(chunk)
-    wanted = min(len(apart), WINDOWS)
+    wanted = min(len(apart), count)
     places = np.linspace(0, len(apart) - 1, wanted).round().astype(int)
     return [apart[int(place)] for place in places]
 

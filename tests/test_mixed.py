@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import qframe
-from qframe import CalibrationData, bounds, rounding, sensitivity
+from qframe import CalibrationData, bounds, mixed, parallel, rounding, sensitivity
 from qframe.contracts import RoundingProblem
 from qframe.errors import (
     CalibrationError,
@@ -27,6 +27,7 @@ from qframe.pipeline import plan_job
 from qframe.scheme import Scheme
 from qframe.sensitivity import measure, own_gradient
 from qframe.solve import grid_of
+from qframe.trials import divergences
 from qframe.weights import ModelFolder
 
 G32 = {"preset": "W4A16", "group_size": 32}
@@ -286,7 +287,8 @@ def test_the_report_says_what_was_measured_and_chosen(quantized):
         layer["losses"][str(layer["num_bits"])] for layer in record["layers"].values()
     )
     assert set(record["uniform"]) == {"2", "3"}  # 4 bits everywhere take 4.5
-    assert record["predicted"] <= min(record["uniform"].values())
+    assert record["tried"][record["chosen"]] == min(record["tried"].values())
+    assert {"least predicted", "3 bits everywhere"} <= set(record["tried"])
     assert sum(record["counts"].values()) == len(record["layers"])
 
 
@@ -341,12 +343,79 @@ def test_layers_whose_outputs_weigh_more_get_no_fewer_bits(tiny, tmp_path, block
     )
 
 
-def test_a_larger_target_has_no_larger_prediction(tiny_llama, tmp_path):
-    predicted = [
-        run(tiny_llama, tmp_path / f"{target}", target_bits=target).report.allocation.predicted
+def only_by_prediction(monkeypatch):
+    monkeypatch.setattr(mixed, "CAUTIONS", (0,))
+    monkeypatch.setattr(mixed, "divergences", lambda network, choices, *rest: {})
+
+
+def test_a_larger_target_has_no_larger_prediction(tiny_llama, tmp_path, monkeypatch):
+    """As far as predictions decide; what is tried decides by what it measures."""
+    only_by_prediction(monkeypatch)
+    found = [
+        run(tiny_llama, tmp_path / f"{target}", target_bits=target).report.allocation
         for target in (3, 3.5, 4.5, 8.5)
     ]
+    predicted = [each.predicted for each in found]
     assert predicted == sorted(predicted, reverse=True)
+    assert all(each.predicted <= min(each.uniform.values()) for each in found)
+
+
+def test_what_does_best_when_it_is_tried_is_taken(tiny_llama, tmp_path, monkeypatch):
+    for best in ("4 bits everywhere", "least predicted"):
+
+        def told(network, choices, *rest, best=best):
+            return {way: float(way != best) for way in choices}
+
+        monkeypatch.setattr(mixed, "divergences", told)
+        result = run(tiny_llama, tmp_path / best, target_bits=4.75)
+        assert result.report.allocation.chosen == best
+        assert (set(bits_of(result).values()) == {4}) == (best == "4 bits everywhere")
+        assert result.report.allocation.tried[best] == 0
+
+
+def test_trying_measures_the_network_as_it_would_be_and_leaves_it_as_it_was(tiny_llama):
+    """The same as scoring a folder that was rounded to nearest, on the same tokens."""
+    network = Network.from_folder(ModelFolder(tiny_llama))
+    network.load(network.module, recurse=True)
+    before = {name: value.clone() for name, value in network.module.state_dict().items()}
+    scheme = Scheme(num_bits=3, group_size=32)
+    layers = [name for name in network.layers if name != "lm_head"]
+    windows = torch.randint(0, 256, (3, 24), generator=torch.Generator().manual_seed(0))
+    host = Host.discover()
+    found = [
+        divergences(
+            network,
+            {"rounded": dict.fromkeys(layers, scheme), "itself": {}},
+            [(windows,)],
+            host,
+            threads,
+        )
+        for threads in (1, 2)
+    ]
+    assert found[0] == found[1]
+    assert found[0]["itself"] == 0
+    after = network.module.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+    def distributions():
+        return [
+            torch.log_softmax(network.module(w[None], use_cache=False).logits[0], -1)
+            for w in windows
+        ]
+
+    with torch.no_grad(), parallel.one_torch_thread():
+        own = distributions()
+        for name in layers:
+            weight = network.module.get_submodule(name).weight
+            [change] = changes(weight, bits=[3], group_size=32)
+            weight.copy_(weight + change)
+        other = distributions()
+    expected = sum(
+        float((p.exp() * (p - q)).double().sum()) for p, q in zip(own, other, strict=True)
+    )
+    terms = [(p.exp() * (p - q).abs()).double().sum() for p, q in zip(own, other, strict=True)]
+    allowed = bounds.gamma(4) * float(sum(terms))  # the same products, added in another order
+    assert abs(found[0]["rounded"] * windows.numel() - expected) <= allowed
 
 
 def test_an_override_of_num_bits_is_kept_and_one_of_other_fields_is_no_choice(tiny_llama, tmp_path):

@@ -50,6 +50,12 @@ def lines(found: Allocation) -> dict[str, str]:
         "bits": f"{found.average_bits:.4f} per weight, of at most {found.target_bits:g}",
         "predicted": f"{found.measure} {predicted}, to second order and rounded to nearest",
     }
+    if found.tried:
+        each = ", ".join(
+            f"{'*' if way == found.chosen else ''}{way} {figures(loss)}"
+            for way, loss in found.tried.items()
+        )
+        said["tried"] = f"KL with all layers rounded to nearest, nats: {each}; * was taken"
     if found.gap:
         said["gap"] = f"another choice might have had {figures(found.gap)} less"
     return said
