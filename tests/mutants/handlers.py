@@ -872,6 +872,7 @@ def outputs(plugin):
     statistics = {
         "hessian": torch.from_numpy((2 / len(x)) * x.T @ x),
         "absmax": torch.from_numpy(np.abs(x).max(0).astype(np.float32)),
+        "sample": torch.from_numpy(x.astype(np.float32)),
     }
     layers = {
         name: RoundingProblem(
