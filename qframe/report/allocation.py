@@ -24,6 +24,7 @@ def allocation_table(found: Allocation, *, all_layers: bool = False) -> Renderab
         "bits",
         "share %",
         *(f"at {bits}" for bits in every),
+        names=2,
     )
     for name, members in rows.items():
         loss = sum(layer.loss for layer in members)
