@@ -11,7 +11,7 @@ lint:
 	.venv/bin/mypy
 
 test:
-	.venv/bin/pytest
+	.venv/bin/pytest -n auto --dist loadfile
 
 check:
 	.ci/run

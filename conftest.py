@@ -27,6 +27,8 @@ from unittest import mock
 from sybil import Document, Example, Region, Sybil
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipParser
 
+os.environ.pop("COLUMNS", None)  # what is shown must not depend on whose screen runs the tests
+
 TINY = Path(__file__).parent / "tests" / "tiny.py"
 PARSED_ONLY = {"demo", "doctor"}  # one takes minutes, the other judges the machine
 TEXT = 20_000  # characters of each half of the text, so that blocks take seconds
