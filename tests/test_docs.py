@@ -230,7 +230,7 @@ def test_two_commands_do_everything():
     install = setup_command("install and demo")
     assert install.endswith("&& .venv/bin/qframe demo")
     assert "-c constraints.txt" in install
-    assert setup_command("test") == ".venv/bin/pytest"
+    assert setup_command("test") == ".venv/bin/pytest -n auto --dist loadfile"
 
 
 def test_ci_takes_its_commands_from_the_readme():
