@@ -319,7 +319,9 @@ class Rewrite:
 class OutlierHandler(Protocol):
     """Rewrites the layers of an input group so that outliers do no harm.
 
-    One that rotates has an attribute `rotates`, which is True: what is stored is then known before.
+    One that rotates has an attribute `rotates`, which is True; one that keeps columns, or leaves
+    inputs alone at run time, has `keeps`. So what is stored, and in which order they may stand, is
+    known before.
     """
 
     name: str

@@ -63,9 +63,12 @@ class Fallbacks:
         quantized: QuantizedWeight,
         original: torch.Tensor,
         transform: InputTransform | None,
+        kept: torch.Tensor | None,
         errors: OutputErrors,
     ) -> QuantizedWeight | None:
         """Return the layer rounded to nearest, where that is to be preferred; else None.
+
+        transform, kept   of the input, and the weights that it keeps
 
         It is where the recipe asks for it, and less is lost of the outputs of held-out tokens.
         Raises OverfitError where the recipe asks for that.
@@ -76,7 +79,7 @@ class Fallbacks:
         nearest = rounding.to_nearest(problem)
         values = [rounding.dequantize(each) for each in (quantized, nearest)]
         if transform is not None:
-            values = [transform.undo(each) for each in values]
+            values = [transform.undo(transform.with_kept(each, kept)) for each in values]
         [(found, plain)] = held_out.relative(original, values)
         if not found > plain:
             return None

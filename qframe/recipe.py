@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -236,7 +236,22 @@ def parse_method(host: Host, recipe: Recipe) -> Method:
             )
     where = f"method {recipe.method!r}"
     made = [host.configured(*part, options[part], where) for part in parts]
+    _check_order(recipe.method, made[:-1])
     return Method(recipe.method, made[-1], tuple(made[:-1]))
+
+
+def _check_order(method: str, handlers: Sequence[OutlierHandler]) -> None:
+    """Raise UnsupportedError where channels would change that have been mixed, or are kept."""
+    places = [
+        2 if getattr(h, "keeps", False) else int(getattr(h, "rotates", False)) for h in handlers
+    ]
+    for before, after, one, other in zip(handlers, handlers[1:], places, places[1:], strict=False):
+        if one > other or one == other > 0:
+            raise UnsupportedError(
+                f"method {method!r}: {after.name!r} cannot come after {before.name!r}. First come "
+                f"handlers that scale channels, then one that rotates them, and last of all one "
+                f"that keeps some as they are"
+            )
 
 
 OPTION_ALIASES: Mapping[str, str] = {

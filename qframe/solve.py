@@ -201,7 +201,10 @@ class Solver:
             )
             clock = time.perf_counter()
             quantized, used = self._round(problem)
-            nearest = self._falls.overfit(problem, quantized, original, transform, errors)
+            kept_in_16_bits = rewrites.kept.get(layer.name)
+            nearest = self._falls.overfit(
+                problem, quantized, original, transform, kept_in_16_bits, errors
+            )
             if nearest is not None:
                 quantized, used = nearest, OVERFIT
             round_seconds = time.perf_counter() - clock
@@ -217,7 +220,7 @@ class Solver:
             stored = StoredLayer(
                 packed,
                 transform,
-                rewrites.kept.get(layer.name),
+                kept_in_16_bits,
                 quantizers[scheme.input_activations] if scheme.input_activations else None,
             )
             multiplied = stored.with_kept(rounding.dequantize(rounded))

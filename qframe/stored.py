@@ -98,9 +98,7 @@ class StoredLayer:
 
     def with_kept(self, values: torch.Tensor) -> torch.Tensor:
         """Return W_s, given what the codes stand for."""
-        if self.kept is None or self.transform is None or self.transform.kept is None:
-            return values
-        return values.index_copy(1, self.transform.kept, self.kept.to(values.dtype))
+        return values if self.transform is None else self.transform.with_kept(values, self.kept)
 
     def plain(self, weight: torch.Tensor) -> torch.Tensor:
         """Return the weight that does to plain inputs what W_s does to z, nothing being rounded."""

@@ -183,6 +183,12 @@ class InputTransform:
             weight = self.rotation.undo(weight)
         return weight if self.scale is None else weight / self.scale
 
+    def with_kept(self, values: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+        """Return what codes stand for, with the weights [rows, k] put in that are kept, if any."""
+        if self.kept is None or weight is None:
+            return values
+        return values.index_copy(1, self.kept, weight.to(values.dtype))
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return what is stored.
 

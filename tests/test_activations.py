@@ -335,9 +335,9 @@ def test_the_least_and_the_largest_threshold_are_stored_and_loaded(outliers, tmp
 def test_what_keeps_columns_comes_last():
     for method in ("hadamard+llm_int8", "awq+llm_int8", "smoothquant+hadamard+llm_int8"):
         assert lost(quantized(method).module, tokens(2, 9, seed=3)) < 1
-    for method in ("llm_int8+awq", "llm_int8+hadamard"):
-        with pytest.raises(UnsupportedError, match="last of all handlers"):
-            quantized(method)
+    for method in ("llm_int8+awq", "llm_int8+hadamard", "llm_int8+llm_int8"):
+        with pytest.raises(UnsupportedError, match=r"cannot come after 'llm_int8'.* last of all"):
+            qframe.quantize(network(), {"method": method, "scheme": "W8A8"})  # before any text
 
 
 def test_an_empty_list_of_columns_is_none(tmp_path):

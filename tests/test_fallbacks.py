@@ -61,6 +61,16 @@ def test_no_layer_is_worse_than_nearest_on_held_out_tokens_then():
         assert layer.held_out_error <= layer.rtn_held_out_error
 
 
+def test_columns_that_are_kept_count_when_overfitting_is_judged():
+    recipe = {"method": "llm_int8+gptq", "options": {"threshold": 2.2}}
+    first = run(**recipe).layers[0]
+    assert 0 < first.inputs["kept_columns"] < 32
+    assert first.held_out_error > first.rtn_held_out_error
+    events = run(**recipe, on_overfit="rtn").events
+    [event] = [e for e in events if e.kind == "overfit" and e.layer == "0"]
+    assert f"held-out tokens is {first.held_out_error:.3%}" in event.message
+
+
 def test_a_layer_that_overfits_is_an_error_where_that_is_asked_for():
     with pytest.raises(OverfitError, match=r"layer '0': its output error.*on_overfit='rtn'"):
         run(on_overfit="error")

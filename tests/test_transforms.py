@@ -236,5 +236,20 @@ def test_a_rotation_keeps_one_loud_channel_from_spoiling_the_others():
 
 def test_a_handler_after_a_rotation_is_refused():
     net, data = network()
-    with pytest.raises(UnsupportedError, match="'awq' would change channels"):
+    with pytest.raises(UnsupportedError, match="'awq' cannot come after 'hadamard'"):
         qframe.quantize(net, {"method": "hadamard+awq", "scheme": "W8A16"}, calibration=data)
+
+
+def test_handlers_that_do_not_say_what_they_do_are_refused_when_they_did_it():
+    ones = torch.ones(4)
+    rotated = Rewrite(weights={}, input_scale=ones, rotation=Rotation(torch.ones(1, 4)))
+    kept = Rewrite(weights={}, input_scale=ones, kept=torch.tensor([1]))
+    scaled = Rewrite(weights={}, input_scale=2 * ones)
+    with pytest.raises(UnsupportedError, match="'b' would change channels"):
+        InputTransform().then(rotated, "a").then(scaled, "b")
+    for later in (scaled, rotated, kept):
+        with pytest.raises(UnsupportedError, match="'b' comes after one that decides"):
+            InputTransform().then(kept, "a").then(later, "b")
+    both = InputTransform().then(scaled, "a").then(rotated, "b").then(kept, "c")
+    assert both.fault(4) == ""
+    assert torch.equal(both.apply(torch.ones(1, 4)), torch.tensor([[1.0, 0, 0, 0]]))

@@ -49,6 +49,7 @@ class LLMInt8:
     outliers: Literal["calibrated", "dynamic"] = "calibrated"
 
     name: str = field(init=False, default="llm_int8")
+    keeps: bool = field(init=False, default=True)
 
     @property
     def needs(self) -> frozenset[str]:
