@@ -265,7 +265,8 @@ class Allocation:
     measure        what losses are: "KL divergence", nats for a token, or "output error", the
                    energy of a layer's output error over that of its output
     predicted      the sum of the losses
-    gap            of what was minimized: no other choice has less by more than this
+    gap            of what was minimized: no other choice has less by more than this; infinite for
+                   as many bits everywhere, where nothing was
     uniform        num_bits -> the same sum, where every layer with a choice gets so many bits and
                    the target is kept
     tokens         that it was measured on

@@ -6,6 +6,7 @@ choosing in `qframe.allocation`; what is chosen is tried in `qframe.trials`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -115,7 +116,7 @@ def _ways(
         ways[f"caution {caution}" if caution else PREDICTED] = schemes, solution
     for bits, (schemes, total) in _uniform(candidates).items():
         if bits == max(_uniform(candidates)):
-            ways[f"{bits} bits everywhere"] = schemes, Solution((), total, 0.0, 0.0)
+            ways[f"{bits} bits everywhere"] = schemes, Solution((), total, 0.0, math.inf)
     return {
         name: way
         for number, (name, way) in enumerate(ways.items())

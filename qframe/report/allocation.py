@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from rich.console import RenderableType
@@ -57,7 +58,7 @@ def lines(found: Allocation) -> dict[str, str]:
             for way, loss in found.tried.items()
         )
         said["tried"] = f"KL with all layers rounded to nearest, nats: {each}; * was taken"
-    if found.gap:
+    if found.gap and math.isfinite(found.gap):
         said["gap"] = f"another choice might have had {figures(found.gap)} less"
     return said
 
