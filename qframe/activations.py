@@ -20,8 +20,6 @@ from qframe.contracts import Grid, RoundingProblem
 from qframe.scales import smallest_positive
 from qframe.scheme import ActivationScheme
 
-STEP = "input_step"  # what a stored scale is called, after its layer's name
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class InputQuantizer:

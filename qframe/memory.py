@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qframe.activations import STEP
 from qframe.contracts import Grid, LayerInfo
 from qframe.positions import CALIBRATION_WINDOW, window_length
 from qframe.report.layers import LayerReport, RunReport
 from qframe.scheme import Scheme
-from qframe.transforms import SCALE, SIGNS
+from qframe.transforms import SCALE, SIGNS, STEP
 
 if TYPE_CHECKING:
     from qframe.certificates import Certificate

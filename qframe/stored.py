@@ -14,12 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from qframe.activations import STEP, InputQuantizer
+from qframe.activations import InputQuantizer
 from qframe.contracts import Grid
 from qframe.errors import NonFiniteError, WeightsError
 from qframe.packing import WEIGHT_PARTS, PackedWeight
 from qframe.scheme import Scheme
-from qframe.transforms import TRANSFORM_PARTS, InputTransform
+from qframe.transforms import STEP, TRANSFORM_PARTS, InputTransform
 
 KEPT_WEIGHT = "weight_kept"
 PARTS = (*WEIGHT_PARTS, KEPT_WEIGHT, *TRANSFORM_PARTS, STEP)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 # What a rewritten layer is stored with.
 SCALE, SIGNS, KEPT, THRESHOLD = "input_scale", "input_signs", "input_kept", "input_threshold"
 TRANSFORM_PARTS = (SCALE, SIGNS, KEPT, THRESHOLD)
+STEP = "input_step"  # and one whose activations have a stored scale
 
 
 @dataclass(frozen=True, slots=True, eq=False)
