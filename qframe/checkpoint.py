@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -127,15 +128,18 @@ class CheckpointWriter:
         self._done = False
 
     def __enter__(self) -> Self:
+        # The name is known before the folder is there: an interrupt may come right after.
+        self._folder = self.out.parent / f".{self.out.name}.{secrets.token_hex(8)}.tmp"
         try:
             self.out.parent.mkdir(parents=True, exist_ok=True)
-            self._folder = Path(
-                tempfile.mkdtemp(prefix=f".{self.out.name}.", suffix=".tmp", dir=self.out.parent)
-            )
+            self._folder.mkdir(mode=0o700)
+            self._model = Shards(self._folder, MODEL, self._limit)
+            self._statistics = Shards(self._folder, STATISTICS, self._limit)
         except OSError as error:
             raise OutputError(f"cannot write to {self.out.parent}: {error.strerror}") from None
-        self._model = Shards(self._folder, MODEL, self._limit)
-        self._statistics = Shards(self._folder, STATISTICS, self._limit)
+        except BaseException:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            raise
         return self
 
     def __exit__(

@@ -15,7 +15,7 @@ from qframe.contracts import Grid, LayerInfo
 from qframe.positions import CALIBRATION_WINDOW, window_length
 from qframe.report.layers import LayerReport, RunReport
 from qframe.scheme import Scheme
-from qframe.transforms import SCALE, SIGNS, STEP
+from qframe.transforms import SCALE, SIGNS, STEP, TRANSFORM_PARTS
 
 if TYPE_CHECKING:
     from qframe.certificates import Certificate
@@ -220,7 +220,8 @@ def _quantized_tensors(job: Job, layer: str, scheme: Scheme | None = None) -> It
     if scheme.input_activations is not None and not scheme.input_activations.dynamic:
         yield _Tensor(f"{layer}.{STEP}", "F32", (1,), 4)
     rotating = [getattr(handler, "rotates", False) for handler in job.method.handlers]
-    if not all(rotating):
+    keeping = [getattr(handler, "keeps", False) for handler in job.method.handlers]
+    if not all(r or k for r, k in zip(rotating, keeping, strict=True)):
         yield _Tensor(f"{layer}.{SCALE}", "F32", (info.columns,), 4 * info.columns)
     if any(rotating):
         yield _Tensor(f"{layer}.{SIGNS}", "I8", (1, info.columns), info.columns)
@@ -254,6 +255,15 @@ def calibrates(job: Job) -> bool:
     return bool(needed) or "calibration" in job.recipe.model_fields_set
 
 
+def _inputs(scheme: Scheme) -> dict[str, float | int | str]:
+    """Return what a report says of a layer's inputs, in figures of the usual length."""
+    if scheme.input_activations is None:
+        return {}
+    if scheme.input_activations.dynamic:
+        return {"error": 1 / 300}
+    return {"step": 1 / 30, "error": 1 / 300, "clipped": 0.0}
+
+
 def _record_bytes(job: Job, tensors: Sequence[_Tensor]) -> int:
     """Return about how long manifest, report and configuration will be: they are written once."""
     from qframe.manifest import layer_record
@@ -278,6 +288,7 @@ def _record_bytes(job: Job, tensors: Sequence[_Tensor]) -> int:
             sqnr_db=100 / 7,
             tokens=settings.num_calibration_samples * window_of(job) if error else 0,
             info={"damp": 0.01, "dead_columns": 0} if job.method.needs else {},
+            inputs=_inputs(scheme) if error else {},
             certificates=_certificates(job, scheme),
             source="0" * 64,
             rewritten="0" * 64 if job.method.handlers else None,
@@ -376,7 +387,7 @@ def stored_bits_per_weight(folder: ModelFolder, layers: Mapping[str, int]) -> fl
     stored = 0
     for name, tensor in folder.tensors.items():
         layer, _, part = name.rpartition(".")
-        if layer in layers and (part.startswith("weight") or part in (SCALE, SIGNS)):
+        if layer in layers and (part.startswith("weight") or part in (*TRANSFORM_PARTS, STEP)):
             stored += tensor.bytes
     return 8 * stored / sum(layers.values())
 

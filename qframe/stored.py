@@ -43,9 +43,8 @@ class StoredLayer:
 
     @property
     def bits(self) -> int:
-        """The stored bits of the weight: codes, scales, zero points, and what is kept."""
-        kept = 0 if self.kept is None else 16 * self.kept.numel()
-        return self.packed.bits + kept
+        """All stored bits: of the weight, of what is kept, and of what is done to the input."""
+        return sum(8 * t.numel() * t.element_size() for t in self.tensors().values())
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return the tensors by the names that they have in a file after the layer's name."""

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from qframe import (
     hookimpl,
     rounding,
 )
+from qframe.checkpoint import CheckpointWriter
 from qframe.errors import (
     FallbackError,
     ModelError,
@@ -667,3 +669,20 @@ def test_peak_memory_is_one_block_not_the_network(tmp_path):
         )
     assert max(loaded) == 1
     assert len(find_layers(qframe.load(tmp_path / "out"))) == 1  # only lm_head is plain
+
+
+def test_an_interrupt_while_the_folder_is_made_leaves_nothing(tmp_path, monkeypatch):
+    made = []
+
+    def interrupted(self, *arguments, **options):
+        real(self, *arguments, **options)
+        made.append(self)
+        if self.name.endswith(".tmp"):
+            raise KeyboardInterrupt
+
+    real = Path.mkdir
+    monkeypatch.setattr(Path, "mkdir", interrupted)
+    with pytest.raises(KeyboardInterrupt), CheckpointWriter(tmp_path / "out"):
+        pass
+    assert [path.suffix for path in made][-1:] == [".tmp"]
+    assert not list(tmp_path.iterdir())

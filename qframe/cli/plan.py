@@ -59,6 +59,12 @@ def plan_screen(job: Job, *, all_layers: bool) -> RenderableType:
         )
     if job.network.folder is not None:
         lines |= _predictions(job)
+    keeping = [handler.name for handler in job.method.handlers if getattr(handler, "keeps", False)]
+    if keeping:
+        lines["kept"] = (
+            f"the columns that {keeping[0]} keeps come on top, with 2 bytes for each of their "
+            f"weights where they are known from calibration; how many is not known before"
+        )
     return stacked(plan_table(plan_rows(job), collapse=not all_layers), facts(lines))
 
 

@@ -12,6 +12,8 @@ CASES = {
     "channel": ["--scheme", "W8A16"],
     "asymmetric 3 bits": ["--scheme", "W3A16", "--group-size", "24", "--asymmetric"],
     "some": ["--targets", "re:.*mlp.*", "--ignore", "re:.*up_proj", "--min-coverage", "0.1"],
+    "activations": ["--scheme", "W8A8", "--method", "smoothquant"],
+    "activations, one scale": ["--scheme", "W8A8_STATIC"],
     "override": ["--group_size", "32", "--override", "re:.*down_proj:num_bits=8,group_size=-1"],
     "gptq": ["--method", "gptq", "--group-size", "32"],
     "gptq, groups by activation": ["-m", "gptq", "--group-size", "32", "--set", "actorder=group"],
@@ -91,3 +93,10 @@ def test_inspect_needs_no_weights(run, tiny_llama, tmp_path):
     assert shown.code == 0, shown.err
     assert len(json.loads(shown.out)["layers"]) == 14
     assert "INT4" in run("inspect", alone).out
+
+
+def test_what_is_kept_in_16_bits_is_said_to_be_unknown(run, tiny_llama):
+    shown = run("inspect", tiny_llama, "-m", "llm_int8", "--scheme", "W8A8")
+    assert shown.code == 0
+    assert "the columns that llm_int8 keeps come on top" in " ".join(shown.out.split())
+    assert "come on top" not in run("inspect", tiny_llama, "--scheme", "W8A8").out
