@@ -1,7 +1,7 @@
 """Is mixed precision better than as many bits everywhere? Writes docs/mixed_precision.md.
 
     python benchmarks/mixed_precision.py
-    python benchmarks/mixed_precision.py --methods rtn --targets 3.25 --out /tmp/found.md
+    python benchmarks/mixed_precision.py --methods rtn --targets 3.25 --out found.md
 
 Every recipe quantizes the demonstration's model by its protocol (`qframe.demo`), uniformly and to a
 target of as many stored bits; what is compared is the mean KL divergence from full precision, on

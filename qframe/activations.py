@@ -40,10 +40,13 @@ class InputQuantizer:
     ) -> InputQuantizer:
         """Return the quantizer with its scale, where it has one that is stored.
 
-        reach   [1], the largest input that is not to be clipped, for a scheme that is not dynamic
+        reach   [1], the largest input that is not to be clipped. Raises ValueError where a scheme
+                that is not dynamic lacks it
         """
-        if scheme.dynamic or reach is None:
+        if scheme.dynamic:
             return cls(scheme, grid)
+        if reach is None:
+            raise ValueError(f"inputs {scheme.describe()} need the reach of their scale")
         return cls(scheme, grid, scale_of(reach.to(torch.float32).reshape(1), grid))
 
     def scales(self, x: torch.Tensor) -> torch.Tensor:

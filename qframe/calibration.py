@@ -265,7 +265,7 @@ class Lockstep:
     module    the network; `watch` names the modules at whose doors chunks stop
     threads   how many chunks run at the same time
     dtype     torch.bfloat16 lets matrix products run in bfloat16 (autocast), else float32
-    inputs    layer name -> what its input becomes before it runs; may be added to while chunks wait
+    before    layer name -> what is done to its input before it runs; may change while chunks wait
     """
 
     def __init__(self, module: nn.Module, *, threads: int, dtype: torch.dtype) -> None:
@@ -282,7 +282,7 @@ class Lockstep:
         self._passes: Callable[[Stop, int, Arrival], bool] = _never
         self._handles: list[Any] = []
         self._rank: dict[Stop, int] = {}
-        self.inputs: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
+        self.before: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
 
     def watch(self, stop: Stop, module: nn.Module) -> None:
         """Let chunks stop at a module's door."""
@@ -298,8 +298,8 @@ class Lockstep:
                 arrival = Arrival(args, kwargs)
                 if not self._passes(stop, self._here.chunk, arrival):
                     self._wait(stop, arrival)
-                if stop.kind == "layer" and stop.name in self.inputs:
-                    return (self.inputs[stop.name](layer_input(args, kwargs)),), {}
+                if stop.kind == "layer" and stop.name in self.before:
+                    return (self.before[stop.name](layer_input(args, kwargs)),), {}
             return None
 
         self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))

@@ -12,6 +12,7 @@ import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -245,7 +246,7 @@ def _check_order(method: str, handlers: Sequence[OutlierHandler]) -> None:
     places = [
         2 if getattr(h, "keeps", False) else int(getattr(h, "rotates", False)) for h in handlers
     ]
-    for before, after, one, other in zip(handlers, handlers[1:], places, places[1:], strict=False):
+    for (before, one), (after, other) in pairwise(zip(handlers, places, strict=True)):
         if one > other or one == other > 0:
             raise UnsupportedError(
                 f"method {method!r}: {after.name!r} cannot come after {before.name!r}. First come "

@@ -72,6 +72,7 @@ class Walk:
         self._groups: dict[str, InputGroup] = {}
         self._makes: dict[tuple[Any, ...], list[tuple[str, ...]]] = {}
         self._expected: dict[str, dict[int, torch.Tensor]] = {}
+        self._before: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
 
     def without_data(self) -> None:
         """Quantize every layer on its weights alone."""
@@ -84,6 +85,7 @@ class Walk:
         module, blocks = self._network.module, self._network.blocks
         self._dtype = dtype
         steps = Lockstep(module, threads=threads, dtype=dtype)
+        self._before = steps.before
         by_block: dict[str, list[str]] = {name: [] for name in blocks}
         for layer in self._plan.schemes:
             by_block.setdefault(self._network.block_of(layer), []).append(layer)
@@ -100,7 +102,7 @@ class Walk:
             elif stop.name in self.reports:
                 self._check_shared(stop.name, arrivals)
             else:
-                self._quantize_waiting(stop.name, steps, arrivals, fitted=len(data.inputs))
+                self._quantize_waiting(stop.name, arrivals, fitted=len(data.inputs))
             return len(self.reports) < len(self._plan.schemes)
 
         options = {"use_cache": False} if self._network.folder is not None else {}
@@ -124,7 +126,7 @@ class Walk:
         self._solve(InputGroup(layers=(self._network.layers[layer],)), GroupInputs())
 
     def _quantize_waiting(
-        self, layer: str, steps: Lockstep, arrivals: Mapping[int, Arrival], *, fitted: int
+        self, layer: str, arrivals: Mapping[int, Arrival], *, fitted: int
     ) -> None:
         """Quantize the group of a layer before which all chunks wait."""
         block = self._network.block_of(layer)
@@ -144,7 +146,7 @@ class Walk:
                 set_weight(module, solved.effective)
             else:
                 set_weight(module, solved.multiplied)
-                steps.inputs[member.name] = solved.stored.inputs_of
+                self._before[member.name] = solved.stored.inputs_of
 
     def _solve(self, group: InputGroup, inputs: GroupInputs) -> None:
         weights = {}
@@ -272,6 +274,7 @@ class Walk:
             )
 
     def _write_layer(self, name: str, solved: Solved) -> None:
+        self._before.pop(name, None)  # or the layer would be held until the end
         prefix = f"{name}." if name else ""
         if self._writer is not None:
             tensors = solved.stored.tensors()

@@ -1,6 +1,7 @@
 """Activations as codes: scales, columns that are left alone or kept, networks run with them."""
 
 import copy
+import weakref
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from qframe import (
     bounds,
     hookimpl,
     reference_ops,
+    solve,
 )
 from qframe.activations import InputQuantizer, scale_of
 from qframe.errors import (
@@ -35,7 +37,7 @@ from qframe.errors import (
 )
 from qframe.scheme import ActivationScheme
 from qframe.solve import reach_observer
-from qframe.stored import QuantizedLinear
+from qframe.stored import QuantizedLinear, StoredLayer
 from qframe.verification import verify
 from qframe_conformance import check_plugin
 from qframe_plugins.outliers.llm_int8 import LARGEST, SMALLEST, LLMInt8
@@ -240,6 +242,28 @@ def test_a_stored_scale_is_what_its_observer_finds(observer, bits):
     for (x,) in reversed(DATA.inputs):
         statistic.update(x)
     assert torch.equal(made.stored.inputs.scale, scale_of(statistic.value(), grid))
+
+
+def test_layers_of_past_blocks_are_freed(tiny, tmp_path, monkeypatch):
+    """Memory must not grow with depth: at most two blocks wait to be written."""
+    made, alive = [], []
+
+    class Watched(StoredLayer):
+        def __init__(self, *parts):
+            super().__init__(*parts)
+            made.append(weakref.ref(self))
+
+    def look(progress):
+        alive.append(sum(each() is not None for each in made) / len(progress.layers))
+
+    monkeypatch.setattr(solve, "StoredLayer", Watched)
+    monkeypatch.setattr(tiny, "LAYERS", 6)
+    model = tiny.write_llama(tmp_path / "model")
+    settings = {"num_calibration_samples": 2, "max_seq_length": 16}
+    recipe = {"method": "rtn", "scheme": "W8A8", "calibration": settings}
+    qframe.quantize(model, recipe, out=tmp_path / "out", progress=look)
+    assert len(alive) == 6
+    assert 0 < max(alive) <= 2
 
 
 def test_a_scale_that_is_stored_needs_inputs():
