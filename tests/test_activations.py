@@ -1,6 +1,8 @@
 """Activations as codes: scales, columns that are left alone or kept, networks run with them."""
 
 import copy
+import dataclasses
+import math
 import weakref
 
 import numpy as np
@@ -23,10 +25,12 @@ from qframe import (
     Scheme,
     bounds,
     hookimpl,
+    parallel,
     reference_ops,
     solve,
 )
 from qframe.activations import InputQuantizer, scale_of
+from qframe.certificates import function_preserved
 from qframe.errors import (
     CalibrationError,
     NonFiniteError,
@@ -35,6 +39,7 @@ from qframe.errors import (
     UncalibratedLayerError,
     UnsupportedError,
 )
+from qframe.hessian import total
 from qframe.scheme import ActivationScheme
 from qframe.solve import reach_observer
 from qframe.stored import QuantizedLinear, StoredLayer
@@ -218,15 +223,35 @@ def test_what_is_written_computes_what_was_made(method, scheme, tmp_path):
     assert bounds.ratio(error, bounds.accumulate(magnitude, 65, bounds.UNIT["float32"])) <= 1
 
 
-def test_the_next_layer_is_calibrated_on_what_it_will_get():
-    net = network()
-    result = quantized(scheme="W8A8_STATIC")
-    fitted = torch.cat([x for (x,) in DATA.inputs])
-    inner = result.module[:2](fitted)
-    scale = result.module[2].stored.inputs.scale
-    assert torch.equal(scale, (inner.abs().max() / 127).reshape(1))
-    plain = net[:2](fitted)
-    assert not torch.equal(scale, (plain.abs().max() / 127).reshape(1))
+@pytest.mark.parametrize("method", ["rtn", "smoothquant", "hadamard", "llm_int8", "awq+llm_int8"])
+def test_the_next_layer_is_calibrated_on_what_it_will_get(method):
+    """Its stored scale reaches the largest input that the finished network gives it."""
+    module = quantized(method, "W8A8_STATIC").module
+    second = module[2].stored
+
+    def reach(before):
+        with parallel.one_torch_thread():
+            inner = torch.cat([before(x) for (x,) in DATA.inputs])
+        z = inner if second.transform is None else second.transform.apply(inner)
+        return (z.abs().max() / 127).reshape(1)
+
+    assert torch.equal(second.inputs.scale, reach(module[:2]))
+    assert not torch.equal(second.inputs.scale, reach(network()[:2]))
+
+
+@pytest.mark.parametrize("method", ["rtn", "hadamard", "llm_int8"])
+def test_the_report_says_what_rounding_inputs_alone_loses(method):
+    result = quantized(method, {"preset": "W8A8_STATIC", "num_bits": 3})
+    report, layer = result.report.layers[0], result.module[0]
+    x = torch.cat([x for (x,) in DATA.inputs])
+    z = x if layer.stored.transform is None else layer.stored.transform.move(x)
+    lost = total(((layer.stored.quantized(z) - z) @ layer.weight.T).square())
+    whole = total((x @ network()[0].weight.T).square())
+    assert report.inputs["error"] == math.sqrt(lost / whole)
+    assert report.inputs["step"] == float(layer.input_step)
+    assert report.inputs["clipped"] == 0  # minmax reaches all that is rounded
+    halved = dataclasses.replace(layer.stored.inputs, scale=layer.input_step / 2)
+    assert 0 < halved.clipped(z) < 1
 
 
 @pytest.mark.parametrize("observer", ["minmax", "percentile", "mse"])
@@ -391,6 +416,30 @@ def test_an_empty_list_of_columns_is_none(tmp_path):
     x = tokens(2, 9, seed=3)
     assert torch.equal(made.module(x), quantized().module(x))
     assert torch.equal(qframe.load(tmp_path / "out", network())(x), made.module(x))
+
+
+@given(st.floats(-60000, 60000, width=32), st.sampled_from([1.0, 2.0**-12, 2.0**-24]))
+def test_kept_weights_are_as_near_as_the_bound_says(number, size):
+    weight = np.float32(number * size)
+    stored = np.float16(weight).astype(np.float64)
+    assert bounds.ratio(stored - weight, bounds.kept_weight(stored)) <= 1
+
+
+def test_the_bound_of_kept_weights_is_attained_and_one_step_more_breaks_it():
+    middle = np.float32(1 + 2.0**-11)  # between two numbers of float16
+    assert bounds.ratio(1 - np.float64(middle), bounds.kept_weight(1.0)) > 0.99
+    layer, weight = quantized("llm_int8").module[0].stored, network()[0].weight
+    made = layer.transform.rewrite(weight)
+    held = function_preserved(weight, made, layer.transform, layer.kept)
+    assert held.holds
+    assert held.ratio > 0.9
+    for change in (1.0, -1.0):
+        other = layer.kept.clone()
+        place = other[3, 1]
+        other[3, 1] = torch.nextafter(place, place + change)
+        assert not function_preserved(weight, made, layer.transform, other).holds
+    whole = layer.transform.whole(weight)  # its columns were not taken out
+    assert not function_preserved(weight, whole, layer.transform, layer.kept).holds
 
 
 def test_a_weight_that_sixteen_bits_cannot_hold_is_named():

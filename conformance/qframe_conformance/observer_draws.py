@@ -16,7 +16,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from qframe import Grid
-from qframe.claims import LeastError, claims_of
+from qframe.claims import LeastError, TokensSeen, claims_of, has_claim
 from qframe.host import option_names
 from qframe_conformance.engine import Scenario
 from qframe_conformance.kinds import Float64
@@ -114,7 +114,10 @@ def scenarios(observer: Any) -> list[Scenario]:
         Scenario("integers", batches(observer, SHORT + LONG[1:2], integers=True), "finite"),
         Scenario("nothing", batches(observer, ((), (0,), (0, 0))), "nothing"),
         Scenario("not-finite", batches(observer, SHORT, poison=True), "not finite"),
+        Scenario("one-of-many-not-finite", batches(observer, LONG, poison=True), "not finite"),
     ]
+    if has_claim(observer, TokensSeen):
+        found.append(Scenario("repeated", batches(observer, SHORT, repeated=True), "finite"))
     grids: tuple[Grid | None, ...] = (None,)
     if "grid" in option_names(observer):
         grids = (None, *GRIDS)
@@ -182,6 +185,7 @@ def batches(
     counts: Sequence[tuple[int, ...]],
     integers: bool = False,
     poison: bool = False,
+    repeated: bool = False,
     grids: Sequence[Grid | None] = (None,),
 ) -> ObserverCase:
     """Draw batches of activations.
@@ -189,6 +193,7 @@ def batches(
     counts     tokens of each update, to choose from
     integers   only integers from -8 to 8
     poison     one number is not finite
+    repeated   every third token is new, on average
     grids      what the observer's field `grid` is set to, to choose from
     """
     columns = draw(st.sampled_from(COLUMNS))
@@ -201,6 +206,8 @@ def batches(
         first = draw(st.integers(0, len(KINDS) - 1))
         kinds = [KINDS[(first + i) % len(KINDS)] for i in range(columns)]
         x = np.array([kind(rng, total) for kind in kinds], np.float32).T
+    if repeated and total:
+        x = x[rng.integers(0, -(-total // 3), total)]
     if poison:
         bad = draw(st.sampled_from([np.nan, np.inf, -np.inf]))
         place = draw(st.sampled_from([0, total - 1, total // 2]))

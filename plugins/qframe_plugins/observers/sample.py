@@ -53,12 +53,16 @@ class Sample:
         self._rows, self._hashes = torch.cat([self._rows, rows])[chosen], hashes[chosen]
 
     def _hash(self, x: torch.Tensor) -> torch.Tensor:
-        """Return a number for each token that its bits alone decide, int64; sums wrap around."""
+        """Return a number for each token that its bits alone decide, int64; sums wrap around.
+
+        The smallest of all for tokens that are not finite: those must show.
+        """
         import torch
 
         bits = (x + 0.0).contiguous().view(torch.int32).to(torch.int64)  # + 0.0: no zero has a sign
         mixed = (bits * self._factors).sum(1)
-        return (mixed ^ (mixed >> 29)) * 0x3C6EF372FE94F82B  # low bits, which differ, go up
+        hashes = (mixed ^ (mixed >> 29)) * 0x3C6EF372FE94F82B  # low bits, which differ, go up
+        return torch.where(torch.isfinite(x).all(1), hashes, torch.iinfo(torch.int64).min)
 
 
 @dataclass(frozen=True)
