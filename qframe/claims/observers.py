@@ -81,9 +81,7 @@ class SecondMoments:
     def certify(self, seen: Seen, value: Any) -> Certificate:
         """Compare with the sum in float64."""
         found = np.asarray(value)
-        shape = (seen.columns, seen.columns)
-        if found.shape != shape or found.dtype != np.float64:
-            note = f"the value is {found.dtype} {list(found.shape)}, not float64 {list(shape)}"
+        if note := _otherwise(found, np.float64, (seen.columns, seen.columns)):
             return self._certificate(np.inf, note=note)
         if not np.array_equal(found, found.T, equal_nan=True):
             return self._certificate(np.inf, note="the value is not symmetric")
@@ -114,8 +112,7 @@ class ChannelAbsmax:
     def certify(self, seen: Seen, value: Any) -> Certificate:
         """Compare without any allowance: a maximum rounds nothing."""
         found = np.asarray(value)
-        if found.shape != (seen.columns,) or found.dtype != np.float32:
-            note = f"the value is {found.dtype} {list(found.shape)}, not float32 [{seen.columns}]"
+        if note := _otherwise(found, np.float32, (seen.columns,)):
             return Certificate(claim=self.name, theorem=self.theorem, ratio=np.inf, note=note)
         error = found - np.abs(seen.tokens()).max(0, initial=0)
         ratio, flat = bounds.worst(error, 0.0)
@@ -140,8 +137,7 @@ class Reach:
     def certify(self, seen: Seen, value: Any) -> Certificate:
         """Compare with the quantile, whose neighbours are known exactly."""
         found = np.asarray(value)
-        if found.shape != (1,) or found.dtype != np.float32:
-            note = f"the value is {found.dtype} {list(found.shape)}, not float32 [1]"
+        if note := _otherwise(found, np.float32, (1,)):
             return Certificate(claim=self.name, theorem=self.theorem, ratio=np.inf, note=note)
         size = np.sort(np.abs(seen.tokens()), axis=None)
         wanted, most = bounds.quantile(size, self.share, self.step)
@@ -165,8 +161,7 @@ class Counts:
     def certify(self, seen: Seen, value: Any) -> Certificate:
         """Compare without any allowance."""
         found = np.asarray(value)
-        if found.shape != (1 << 15,) or found.dtype != np.int64:
-            note = f"the value is {found.dtype} {list(found.shape)}, not int64 [{1 << 15}]"
+        if note := _otherwise(found, np.int64, (1 << 15,)):
             return Certificate(claim=self.name, theorem=self.theorem, ratio=np.inf, note=note)
         error = found - seen.copies * bounds.magnitudes(seen.tokens(), 1 << 15, 16)
         ratio, flat = bounds.worst(error, 0.0)
@@ -193,8 +188,7 @@ class LeastError:
     def certify(self, seen: Seen, value: Any) -> Certificate:
         """Compare the roots of the squared errors, in float64."""
         found = np.asarray(value)
-        if found.shape != (1,) or found.dtype != np.float32:
-            note = f"the value is {found.dtype} {list(found.shape)}, not float32 [1]"
+        if note := _otherwise(found, np.float32, (1,)):
             return Certificate(claim=self.name, theorem=self.theorem, ratio=np.inf, note=note)
         size = np.abs(seen.tokens()).ravel()
         largest = np.float32(size.max(initial=0.0))
@@ -237,8 +231,7 @@ class TokensSeen:
         """Compare token by token, without any allowance."""
         found, tokens = np.asarray(value), seen.tokens().astype(np.float32)
         shape = (min(len(tokens), self.most), seen.columns)
-        if found.shape != shape or found.dtype != np.float32:
-            note = f"the value is {found.dtype} {list(found.shape)}, not float32 {list(shape)}"
+        if note := _otherwise(found, np.float32, shape):
             return Certificate(claim=self.name, theorem=self.theorem, ratio=np.inf, note=note)
         counts = Counter((row + np.float32(0)).tobytes() for row in tokens)
         counts.subtract((row + np.float32(0)).tobytes() for row in found)
@@ -246,3 +239,10 @@ class TokensSeen:
         note = f"{extra} of its tokens have not been seen" if extra else ""
         ratio = np.inf if extra else 0.0
         return Certificate(claim=self.name, theorem=self.theorem, ratio=ratio, note=note)
+
+
+def _otherwise(found: npt.NDArray[Any], dtype: type[np.generic], shape: tuple[int, ...]) -> str:
+    """Say what a value is instead of what it should be; "" where it is as it should be."""
+    if found.dtype == dtype and found.shape == shape:
+        return ""
+    return f"the value is {found.dtype} {list(found.shape)}, not {dtype.__name__} {list(shape)}"
