@@ -17,8 +17,8 @@ import hashlib
 import json
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -329,6 +329,23 @@ class Lockstep:
 
         Errors of the network are raised as ModelError, those of `on_stop` as they are.
         """
+        with closing(self.meetings(inputs, kwargs, passes)) as meetings:
+            for stop, arrivals in meetings:
+                if not on_stop(stop, arrivals):
+                    break
+
+    def meetings(
+        self,
+        inputs: Sequence[tuple[Any, ...]],
+        kwargs: Mapping[str, Any],
+        passes: Callable[[Stop, int, Arrival], bool] | None = None,
+    ) -> Generator[tuple[Stop, dict[int, Arrival]], None, None]:
+        """Yield every stop with the arrivals by input number; they wait until you ask for the next.
+
+        passes   as for `run`
+
+        Close it where it is left before its end. Raises ModelError for errors of the network.
+        """
         self._running, self._passes = len(inputs), passes or _never
         threads = [
             threading.Thread(target=self._chunk, args=(i, x, kwargs), daemon=True)
@@ -341,8 +358,7 @@ class Lockstep:
                 thread.start()
             while (meeting := self._gather()) is not None:
                 stop, arrived = meeting
-                if not on_stop(stop, {i: a for i, (_, a, _) in arrived.items()}):
-                    break
+                yield stop, {i: a for i, (_, a, _) in arrived.items()}
                 with self._changed:
                     for i, (_, _, go) in arrived.items():
                         del self._waiting[i]

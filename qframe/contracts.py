@@ -218,6 +218,10 @@ class Observer(Protocol):
     One whose value says how far a stored scale of activations has to reach, [1] float32, has an
     attribute `finds_reach`, which is True: the largest |x| that is not to be clipped, 0 for none.
     Such a one may be a frozen dataclass with a field `grid`: it is given that of the codes.
+
+    One that looks at how far inputs have moved has an attribute `pairs`, which is True. Its
+    statistic is given x [tokens, 2 columns]: inputs in the quantized network, and beside them those
+    of the same tokens in the network that is not quantized. That costs a second forward pass.
     """
 
     name: str

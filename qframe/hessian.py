@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 Float64 = npt.NDArray[np.float64]
 
 SECOND_MOMENTS = "hessian"  # the statistic that output errors are measured with
+MISMATCH = "mismatch"  # and the one of how far inputs have moved from those of the original network
 ROWS_AT_ONCE = 256  # of a weight: what is made of them stays in the cache
 _COLUMNS = 192  # of a matrix at a time: of a triangular one zeros are left out
 
@@ -41,6 +42,21 @@ def second_moments(problem: RoundingProblem) -> torch.Tensor:
             f"statistic {SECOND_MOMENTS!r}; name it in `needs`"
         ) from None
     return hessian.double()
+
+
+def mismatch(problem: RoundingProblem) -> torch.Tensor:
+    """Return how far inputs have moved, (2/n) sum (y - x) x^T, [columns, columns] float64.
+
+    Raises UncalibratedLayerError where the rounder did not ask for it.
+    """
+    try:
+        moved: torch.Tensor = problem.statistics[MISMATCH]
+    except KeyError:
+        raise UncalibratedLayerError(
+            f"layer {problem.name!r}: this claim is about the outputs of the original network, "
+            f"which needs the statistic {MISMATCH!r}; name it in `needs`"
+        ) from None
+    return moved.double()
 
 
 def processing_order(quantized: QuantizedWeight, columns: int) -> npt.NDArray[np.int64]:
@@ -72,6 +88,7 @@ class Feedback:
     unit       U, [n, n], unit upper triangular
     norms      [n]: the most that a column of the solver's U may measure above the diagonal (B3.g)
     diagonal   D, [n]
+    spread     `inverse_spread`
     moved      2 ||E||: how far a factorization in the declared arithmetic may lie from this one;
                inf where the matrix is so near to singular that nothing is known of it
     """
@@ -79,6 +96,7 @@ class Feedback:
     unit: torch.Tensor
     norms: Float64
     diagonal: Float64
+    spread: float
     moved: float
 
     @classmethod
@@ -97,7 +115,7 @@ class Feedback:
         import torch
 
         if not len(order):
-            return cls(hessian, np.zeros(0), np.zeros(0), 0.0)
+            return cls(hessian, np.zeros(0), np.zeros(0), 0.0, 0.0)
         backwards = order[::-1]
         lower, failed = torch.linalg.cholesky_ex(
             torch.from_numpy(hessian.numpy()[np.ix_(backwards, backwards)])
@@ -113,7 +131,26 @@ class Feedback:
         above = unit.triu(1).square_().sum(0).sqrt().numpy()
         diagonal = pivots.square().numpy()
         moved = bounds.gptq_moved(spread, len(upper), factorization)
-        return cls(unit, bounds.gptq_norms(above, diagonal, moved), diagonal, moved)
+        return cls(unit, bounds.gptq_norms(above, diagonal, moved), diagonal, spread, moved)
+
+    def undone(self, offset: torch.Tensor) -> tuple[torch.Tensor, Float64]:
+        """Return offset H^-1, and the lengths of its rows in the norm of H.
+
+        offset   [rows, n] float64, in processing order
+        """
+        import torch
+
+        towards = torch.linalg.solve_triangular(self.unit.T, offset, upper=False, left=False)
+        towards /= torch.from_numpy(self.diagonal)
+        pull = (towards.square() @ torch.from_numpy(self.diagonal)).sqrt().numpy()
+        return torch.linalg.solve_triangular(self.unit, towards, upper=True, left=False), pull
+
+    def lengths(self) -> Float64:
+        """Return the roots of the diagonal of H, [n], in processing order."""
+        import torch
+
+        found: Float64 = (self.unit.square() @ torch.from_numpy(self.diagonal)).sqrt().numpy()
+        return found
 
     def residual(self, delta: Float64) -> Float64:
         """Return delta U, [rows, n]: for each code, its value minus the compensated weight.

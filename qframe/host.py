@@ -162,6 +162,10 @@ class Host:
         """Return the names of all objects of a kind, sorted."""
         return sorted(name for this, name in self._objects if this == kind)
 
+    def is_pairs(self, observer: str) -> bool:
+        """Return whether an observer looks at inputs in the original network as well."""
+        return bool(getattr(self.get("observer", observer), "pairs", False))
+
     def origin(self, kind: str, name: str) -> PluginRecord:
         """Return the record of the plugin that provides an object."""
         self.get(kind, name)

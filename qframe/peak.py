@@ -60,8 +60,9 @@ def peak_memory(job: Job) -> dict[str, int]:
         tokens = round(samples) * window_of(job)
         inputs = sum({network.layers[n].columns for n in job.plan.schemes})
         peak["embeddings"] = carried
-        peak["activations"] = 4 * tokens * (inputs + (ACTIVATION_COPIES - 1) * widest)
-        peak["statistics"] = STATISTICS_BYTES * widest * widest
+        passes = 1 + any(map(job.host.is_pairs, job.method.needs))  # one of the original network
+        peak["activations"] = 4 * passes * tokens * (inputs + (ACTIVATION_COPIES - 1) * widest)
+        peak["statistics"] = passes * STATISTICS_BYTES * widest * widest
     peak |= {"kept by the allocator": round(KEPT_SHARE * sum(peak.values()))}
     if job.candidates is not None:
         measuring = measuring_memory(network, job.plan.schemes)

@@ -19,7 +19,7 @@ from qframe.certificates import Certificate, Evidence, applicable, function_pres
 from qframe.contracts import Event, QuantizedWeight, RoundingProblem
 from qframe.errors import QframeError, UncalibratedLayerError
 from qframe.fallbacks import FALLBACK, HOST_EVENTS, OVERFIT, claims_about
-from qframe.hessian import SECOND_MOMENTS
+from qframe.hessian import MISMATCH, SECOND_MOMENTS
 from qframe.host import Host
 from qframe.manifest import ORDER, Manifest, fingerprint
 from qframe.model import Network
@@ -209,7 +209,8 @@ class _Bench:
         for name in self._manifest.statistics:
             owner, _, observer = name.rpartition(".")
             if owner == group and observer != ORDER:
-                shape = (columns, columns) if observer == SECOND_MOMENTS else None
+                square = observer in (SECOND_MOMENTS, MISMATCH)
+                shape = (columns, columns) if square else None
                 value = self._read(name, shape)
                 if value is not None:
                     found[observer] = value

@@ -37,14 +37,14 @@ from qframe.errors import (
     UncalibratedLayerError,
 )
 from qframe.fallbacks import FALLBACK, OVERFIT, Fallbacks, claims_about, massive_token
-from qframe.hessian import SECOND_MOMENTS
+from qframe.hessian import MISMATCH, SECOND_MOMENTS
 from qframe.host import Host, option_names
 from qframe.judging import Court
 from qframe.manifest import ORDER, fingerprint
 from qframe.packing import PackedWeight
 from qframe.recipe import Method, Recipe
 from qframe.report.layers import LayerReport
-from qframe.report.measure import OutputErrors, clipped_share, input_errors, sqnr_db
+from qframe.report.measure import Drift, OutputErrors, clipped_share, input_errors, sqnr_db
 from qframe.scheme import ActivationScheme, Scheme
 from qframe.stored import StoredLayer, kept_weight
 from qframe.transforms import InputTransform
@@ -52,13 +52,19 @@ from qframe.weights import check_finite
 
 log = logging.getLogger("qframe")
 
+_Known = dict[str, Statistic]  # observer name -> what it has seen
+
 
 @dataclass(frozen=True, slots=True)
 class GroupInputs:
-    """The inputs of one group, [tokens, columns] float32 each: fitted on, and held out."""
+    """The inputs of one group, [tokens, columns] float32 each: fitted on, and held out.
+
+    original   those of the same tokens in the network that is not quantized, where asked for
+    """
 
     fitted: tuple[torch.Tensor, ...] = ()
     held_out: tuple[torch.Tensor, ...] = ()
+    original: GroupInputs | None = None
 
     @classmethod
     def collect(
@@ -68,11 +74,13 @@ class GroupInputs:
         fitted: int,
         dtype: torch.dtype = torch.float32,
         threads: int = 1,
+        originals: Mapping[int, torch.Tensor] | None = None,
     ) -> GroupInputs:
         """Flatten and check activations by input number; from `fitted` on they are held out.
 
-        dtype   in which the layers' products take them: what a layer is fitted on is its input
-                as it really multiplies it
+        dtype       in which the layers' products take them: what a layer is fitted on is its input
+                    as it really multiplies it
+        originals   the same of the network that is not quantized
 
         Raises NonFiniteError naming the layer.
         """
@@ -82,6 +90,7 @@ class GroupInputs:
         return cls(
             tuple(x for i, x in flat.items() if i < fitted),
             tuple(x for i, x in flat.items() if i >= fitted),
+            None if originals is None else cls.collect(group, originals, fitted, dtype, threads),
         )
 
     def transformed(self, transform: InputTransform) -> GroupInputs:
@@ -89,6 +98,16 @@ class GroupInputs:
         return GroupInputs(
             tuple(transform.apply(x) for x in self.fitted),
             tuple(transform.apply(x) for x in self.held_out),
+            None if self.original is None else self.original.transformed(transform),
+        )
+
+    def pairs(self) -> GroupInputs:
+        """Return inputs and beside them the original ones, [tokens, 2 columns]; empty without."""
+        if self.original is None:
+            return GroupInputs()
+        return GroupInputs(
+            _beside(self.fitted, self.original.fitted),
+            _beside(self.held_out, self.original.held_out),
         )
 
 
@@ -143,6 +162,11 @@ class Solver:
         self.events: list[Event] = []
         self._falls = Fallbacks(recipe, self.events)
 
+    @property
+    def pairs(self) -> bool:
+        """Whether the method asks for inputs in the original network, beside those it gets."""
+        return any(self._host.is_pairs(name) for name in self._method.needs)
+
     def __enter__(self) -> Self:
         return self
 
@@ -162,18 +186,19 @@ class Solver:
         inputs    empty for a data-free run
         """
         clock = time.perf_counter()
-        moments = self._second_moments(group, inputs)
-        plain = inputs
-        rewritten, transform, rewrites = self._rewrite(group, weights, schemes, inputs, moments)
+        plain, beside = inputs, inputs.pairs()
+        seen = self._look(group, inputs, beside)
+        errors = self._output_errors(group, beside, seen)
+        rewritten, transform, rewrites = self._rewrite(group, weights, schemes, inputs, seen[0])
         if transform is not None:
             inputs = inputs.transformed(transform)
+            beside = inputs.pairs()
         needs = self._method.rounder.needs
-        known = moments if transform is None else []
-        statistics = self._statistics(needs, group, inputs.fitted, known[:1])
-        held_out = (
-            self._statistics(needs, group, inputs.held_out, known[1:]) if inputs.held_out else {}
-        )
-        errors = OutputErrors([m.value().to(torch.float32) for m in moments])
+        known = seen if transform is None else ({}, {})
+        statistics = self._statistics(needs, group, inputs.fitted, beside.fitted, known[0])
+        held_out: dict[str, Any] = {}
+        if inputs.held_out:
+            held_out = self._statistics(needs, group, inputs.held_out, beside.held_out, known[1])
         quantizers = self._input_quantizers(group, schemes, inputs)
         self.events.extend(massive_token(group.name, inputs.fitted))
         shared_seconds = (time.perf_counter() - clock) / len(group.layers)
@@ -327,35 +352,61 @@ class Solver:
             for certificate in violated
         ]
 
-    def _second_moments(self, group: InputGroup, inputs: GroupInputs) -> list[Statistic]:
-        """Return second moments of the fitted, and of the held-out inputs, where there are any."""
-        if SECOND_MOMENTS not in self._host.names("observer"):
-            return []
-        return [
-            self._observe(SECOND_MOMENTS, group, chunks)
-            for chunks in (inputs.fitted, inputs.held_out)
-            if chunks
-        ]
+    def _look(
+        self, group: InputGroup, inputs: GroupInputs, beside: GroupInputs
+    ) -> tuple[_Known, _Known]:
+        """Observe what output errors are measured with, in the fitted and in the held-out inputs.
+
+        beside   `inputs.pairs()`
+
+        That is nothing where there are no such inputs, or no such observer.
+        """
+        found: tuple[_Known, _Known] = ({}, {})
+        names = self._host.names("observer")
+        both = (inputs.fitted, beside.fitted), (inputs.held_out, beside.held_out)
+        for known, (chunks, pairs) in zip(found, both, strict=True):
+            if chunks and SECOND_MOMENTS in names:
+                known[SECOND_MOMENTS] = self._observe(SECOND_MOMENTS, group, chunks)
+                if pairs and MISMATCH in names:
+                    known[MISMATCH] = self._observe(MISMATCH, group, pairs)
+        return found
+
+    def _output_errors(
+        self, group: InputGroup, beside: GroupInputs, seen: tuple[_Known, _Known]
+    ) -> OutputErrors:
+        """Return what measures output errors: on the fitted inputs, and on those held out."""
+        moments, drifts = [], []
+        for known, chunks in zip(seen, (beside.fitted, beside.held_out), strict=True):
+            if SECOND_MOMENTS in known:
+                moments.append(known[SECOND_MOMENTS].value().to(torch.float32))
+            if MISMATCH in known:
+                gaps = tuple(y - x for x, y in (pair.split(group.columns, 1) for pair in chunks))
+                moved = self._observe(SECOND_MOMENTS, group, gaps).value()
+                cross = known[MISMATCH].value()
+                drifts.append(Drift(cross.to(torch.float32), moved.to(torch.float32)))
+        return OutputErrors(moments, drifts)
 
     def _statistics(
         self,
         needs: Iterable[str],
         group: InputGroup,
         chunks: tuple[torch.Tensor, ...],
-        moments: list[Statistic],
+        pairs: tuple[torch.Tensor, ...],
+        known: _Known,
     ) -> dict[str, Any]:
         """Return the values of the statistics that are needed, each observed once.
 
-        moments   of these chunks, where they have been observed already
+        pairs   the same chunks, with the original network's inputs beside
+        known   those of these chunks that have been observed already
         """
-        return {
-            name: (
-                moments[0]
-                if name == SECOND_MOMENTS and moments
-                else self._observe(name, group, chunks)
-            ).value()
-            for name in sorted(needs)
-        }
+        found = {}
+        for name in sorted(needs):
+            if name not in known:
+                seen = pairs if self._host.is_pairs(name) else chunks
+                found[name] = self._observe(name, group, seen).value()
+            else:
+                found[name] = known[name].value()
+        return found
 
     def _observe(self, name: str, group: InputGroup, chunks: tuple[torch.Tensor, ...]) -> Statistic:
         return _observe(self._host.get("observer", name), group, chunks)
@@ -366,9 +417,11 @@ class Solver:
         weights: Mapping[str, torch.Tensor],
         schemes: Mapping[str, Scheme],
         inputs: GroupInputs,
-        moments: list[Statistic],
+        known: _Known,
     ) -> tuple[Mapping[str, torch.Tensor], InputTransform | None, _Rewrites]:
         """Let the outlier handlers rewrite the group, one after another.
+
+        known   statistics of the fitted inputs that have been observed already
 
         A handler that needs statistics is not asked where no token reached the group.
         """
@@ -388,7 +441,11 @@ class Solver:
                 continue
             seen = inputs if total is None else inputs.transformed(total)
             statistics = self._statistics(
-                handler.needs, group, seen.fitted, moments[:1] if total is None else []
+                handler.needs,
+                group,
+                seen.fitted,
+                seen.pairs().fitted,
+                known if total is None else {},
             )
             problem = RewriteProblem(
                 layers={
@@ -507,6 +564,12 @@ def _tokens(x: torch.Tensor, group: InputGroup, dtype: torch.dtype) -> torch.Ten
     flat = x.detach().reshape(-1, group.columns)
     check_finite(flat, f"layer {group.name!r}: its input during calibration")
     return flat.to(dtype).to(torch.float32).contiguous()
+
+
+def _beside(
+    here: tuple[torch.Tensor, ...], there: tuple[torch.Tensor, ...]
+) -> tuple[torch.Tensor, ...]:
+    return tuple(torch.cat(both, 1) for both in zip(here, there, strict=True))
 
 
 def _count(chunks: tuple[torch.Tensor, ...]) -> int:

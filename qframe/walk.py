@@ -21,6 +21,7 @@ from qframe.checkpoint import CheckpointWriter
 from qframe.contracts import Event, InputGroup
 from qframe.errors import ModelError
 from qframe.model import Network, replace_module, set_weight
+from qframe.original import OriginalPass, check_pairs
 from qframe.recipe import Plan
 from qframe.report.layers import LayerReport
 from qframe.solve import GroupInputs, Solved, Solver
@@ -68,6 +69,7 @@ class Walk:
         self._block: str | None = None
         self._left: _Left | None = None
         self._dtype = torch.float32
+        self._original: OriginalPass | None = None
         self._clock = time.perf_counter()
         self._groups: dict[str, InputGroup] = {}
         self._makes: dict[tuple[Any, ...], list[tuple[str, ...]]] = {}
@@ -81,24 +83,32 @@ class Walk:
         self._finish()
 
     def with_data(self, data: CalibrationData, *, threads: int, dtype: torch.dtype) -> None:
-        """Quantize every layer on the inputs that it gets in the quantized network."""
+        """Quantize every layer on the inputs that it gets in the quantized network.
+
+        Where the method asks for them, also on those that it has in the original one.
+        """
         module, blocks = self._network.module, self._network.blocks
         self._dtype = dtype
         steps = Lockstep(module, threads=threads, dtype=dtype)
+        ahead = Lockstep(module, threads=threads, dtype=dtype) if self._solver.pairs else None
         self._before = steps.before
         by_block: dict[str, list[str]] = {name: [] for name in blocks}
         for layer in self._plan.schemes:
             by_block.setdefault(self._network.block_of(layer), []).append(layer)
-        for name, layers in by_block.items():
-            if name in blocks:
-                steps.watch(Stop("block", name), blocks[name])
-            for layer in layers:
-                steps.watch(Stop("layer", layer), module.get_submodule(layer))
+        for each in (steps, ahead) if ahead is not None else (steps,):
+            for name, layers in by_block.items():
+                if name in blocks:
+                    each.watch(Stop("block", name), blocks[name])
+                for layer in layers:
+                    each.watch(Stop("layer", layer), module.get_submodule(layer))
 
         def on_stop(stop: Stop, arrivals: Mapping[int, Arrival]) -> bool:
             if stop.kind == "block":
                 self._enter(stop.name)
                 self._find_groups(stop.name, steps, arrivals)
+                if self._original is not None:
+                    self._original.arrivals(stop, arrivals)
+                    self._original.advance()
             elif stop.name in self.reports:
                 self._check_shared(stop.name, arrivals)
             else:
@@ -106,12 +116,15 @@ class Walk:
             return len(self.reports) < len(self._plan.schemes)
 
         options = {"use_cache": False} if self._network.folder is not None else {}
+        inputs, kwargs = [*data.inputs, *data.held_out], accepted(module, options)
         loaders = load_on_demand(self._network)
         try:
-            steps.run(
-                [*data.inputs, *data.held_out], accepted(module, options), on_stop, self._passes
-            )
+            if ahead is not None:
+                self._original = OriginalPass(ahead, inputs, kwargs)
+            steps.run(inputs, kwargs, on_stop, self._passes)
         finally:
+            if self._original is not None:
+                self._original.close()
             for handle in loaders:
                 handle.remove()
         for layer in self._plan.schemes:
@@ -135,10 +148,20 @@ class Walk:
         group = self._groups.get(layer) or InputGroup(layers=(self._network.layers[layer],))
         inputs = {i: layer_input(a.args, a.kwargs) for i, a in arrivals.items()}
         self._expected = {m.name: dict(inputs) for m in group.layers if m.name != layer}
+        originals: dict[int, torch.Tensor] | None = None
+        if self._original is not None:
+            there = self._original.arrivals(Stop("layer", layer), arrivals)
+            originals = {i: layer_input(a.args, a.kwargs) for i, a in there.items()}
+            check_pairs(layer, inputs, originals)
         self._solve(
             group,
-            GroupInputs.collect(group, inputs, fitted, self._dtype, self._solver.threads),
+            GroupInputs.collect(
+                group, inputs, fitted, self._dtype, self._solver.threads, originals
+            ),
         )
+        del originals
+        if self._original is not None and len(self.reports) < len(self._plan.schemes):
+            self._original.advance(self._expected)
         for member in group.layers:
             module = self._network.module.get_submodule(member.name)
             solved = self._pending[member.name]

@@ -225,3 +225,12 @@ def hessian_of(x: Float64) -> Float64:
     """Return 2/n X^T X of activations [tokens, columns]: [columns, columns], symmetric."""
     moments: Float64 = x.T @ x  # as one product it is symmetric to the last bit
     return moments * (2 / len(x))
+
+
+def original_inputs(x: Float64) -> Float64:
+    """Return what inputs [tokens, columns] might have been before anything was quantized.
+
+    An eighth of the token before, and of the column before, is missing in x: so the difference goes
+    with x where tokens or columns go with one another, and a dead column was not always dead.
+    """
+    return x + (np.roll(x, 1, axis=0) + np.roll(x, 1, axis=1)) / 8

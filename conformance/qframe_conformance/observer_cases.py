@@ -22,7 +22,8 @@ from qframe_conformance.values import Leaves, copied, leaves, same_value
 class ObserverCase:
     """Batches of activations, and the statistic of all of them.
 
-    batches    [tokens, columns] float32 each, one for every update
+    columns    of the layers' input
+    batches    [tokens, width] float32 each, one for every update
     integers   they are small integers, so that no sum has an error
     grid       what the observer's field `grid` is set to; None: it stays as it is
     """
@@ -49,9 +50,14 @@ class ObserverCase:
         )
 
     @property
+    def width(self) -> int:
+        """The columns of what the observer is shown."""
+        return width_of(self.observer, self.columns)
+
+    @property
     def tokens(self) -> Float32:
-        """All tokens, [tokens, columns]."""
-        return np.concatenate([np.zeros((0, self.columns), np.float32), *self.batches])
+        """All tokens, [tokens, width]."""
+        return np.concatenate([np.zeros((0, self.width), np.float32), *self.batches])
 
     def observed(self, *batches: Float32) -> Any:
         """Return a new statistic that has seen some batches."""
@@ -111,6 +117,11 @@ print(replay({check!r}, case))
         return Counterexample(snippet=text, arrays=arrays)
 
 
+def width_of(observer: Any, columns: int) -> int:
+    """Return the columns of what an observer is shown: one of pairs sees two inputs."""
+    return 2 * columns if getattr(observer, "pairs", False) else columns
+
+
 def show(statistic: Any, *batches: Float32) -> None:
     """Update a statistic with copies of batches, which lie in one piece of memory."""
     for x in tensors(batches):
@@ -134,6 +145,6 @@ def certify(
     copies: int = 1,
 ) -> Outcome:
     """Return the worst ratio of the value claims, None without any; raise Violation above 1."""
-    seen = Seen(columns=case.columns, batches=tuple(batches), merges=merges, copies=copies)
+    seen = Seen(columns=case.width, batches=tuple(batches), merges=merges, copies=copies)
     ratios = [certified(claim.certify(seen, value), what) for claim in case.value_claims]
     return max(ratios, default=None)

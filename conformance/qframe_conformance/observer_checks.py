@@ -132,7 +132,7 @@ def value_is_no_alias(case: ObserverCase) -> Outcome:
     same_value(before, statistic.value(), "the value, after an earlier one was written to")
     value = statistic.value()
     before = copied(value)
-    show(statistic, np.full((3, case.columns), 5, np.float32))
+    show(statistic, np.full((3, case.width), 5, np.float32))
     same_value(before, value, "an earlier value, after another update")
     return None
 
@@ -140,7 +140,7 @@ def value_is_no_alias(case: ObserverCase) -> Outcome:
 @check(KIND, "structure", unless=_FINITE)
 def merge_leaves_other(case: ObserverCase) -> Outcome:
     """`merge` does not change the other statistic, nor are the two tied together."""
-    more = np.full((2, case.columns), 3, np.float32)
+    more = np.full((2, case.width), 3, np.float32)
     for this in (case.observed(more), case.observer.start(case.group)):
         other = case.observed(*case.batches)
         before = copied(other.value())
@@ -161,7 +161,7 @@ def statistics_are_independent(case: ObserverCase) -> Outcome:
     this, another = case.observer.start(case.group), case.observer.start(case.group)
     for batch in case.batches:
         show(this, batch)
-        show(another, np.full((2, case.columns), 9, np.float32))
+        show(another, np.full((2, case.width), 9, np.float32))
     same_value(case.wanted, this.value(), "the value, with another statistic beside it")
     return None
 
@@ -204,7 +204,7 @@ def layout_of_activations(case: ObserverCase) -> Outcome:
     """Activations that are a strided view in Fortran order are worth the same."""
     statistic = case.observer.start(case.group)
     for batch in case.batches:
-        stored = torch.full((2 * case.columns, len(batch) + 1), torch.nan)
+        stored = torch.full((2 * case.width, len(batch) + 1), torch.nan)
         view = stored[::2, : len(batch)].t()
         view.copy_(torch.from_numpy(batch))
         statistic.update(view)
@@ -282,7 +282,7 @@ def merge_with_empty(case: ObserverCase) -> Outcome:
 @check(KIND, "algebra", "B12.b", unless=_comparable)
 def merge_sees_both(case: ObserverCase) -> Outcome:
     """Parts that are merged are worth as much as all tokens in one place."""
-    tokens, columns = case.tokens, case.columns
+    tokens, columns = case.tokens, case.width
     third = -(-len(tokens) // 3)
     parts = [tokens[:third], tokens[third : third + 1], tokens[third + 1 :]]
     left, middle, right = (case.observed(part) for part in parts)

@@ -20,7 +20,7 @@ from qframe.claims import LeastError, TokensSeen, claims_of, has_claim
 from qframe.host import option_names
 from qframe_conformance.engine import Scenario
 from qframe_conformance.kinds import Float64
-from qframe_conformance.observer_cases import ObserverCase
+from qframe_conformance.observer_cases import ObserverCase, width_of
 
 COLUMNS = (1, 2, 3, 7, 16, 17, 33, 40)
 
@@ -197,21 +197,25 @@ def batches(
     grids      what the observer's field `grid` is set to, to choose from
     """
     columns = draw(st.sampled_from(COLUMNS))
+    width = width_of(observer, columns)
     each = draw(st.sampled_from(list(counts)))
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     total = sum(each)
     if integers:
-        x = rng.integers(-8, 9, (total, columns)).astype(np.float32)
+        x = rng.integers(-8, 9, (total, width)).astype(np.float32)
     else:
         first = draw(st.integers(0, len(KINDS) - 1))
-        kinds = [KINDS[(first + i) % len(KINDS)] for i in range(columns)]
+        kinds = [KINDS[(first + i) % len(KINDS)] for i in range(width)]
         x = np.array([kind(rng, total) for kind in kinds], np.float32).T
+        if width > columns:
+            x[:, columns::3] = 2 * x[:, :columns:3]  # the inputs move as they are
+            x[:, columns + 1 :: 3] = x[:, 1:columns:3] * np.float32(1 + 2.0**-12)  # hardly at all
     if repeated and total:
         x = x[rng.integers(0, -(-total // 3), total)]
     if poison:
         bad = draw(st.sampled_from([np.nan, np.inf, -np.inf]))
         place = draw(st.sampled_from([0, total - 1, total // 2]))
-        x[place, draw(st.integers(0, columns - 1))] = bad
+        x[place, draw(st.integers(0, width - 1))] = bad
     parts = np.split(np.ascontiguousarray(x), np.cumsum(each)[:-1]) if each else []
     return ObserverCase(
         observer, columns, tuple(parts), integers, draw(st.sampled_from(list(grids)))

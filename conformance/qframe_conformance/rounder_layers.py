@@ -259,7 +259,8 @@ def problem_of(
 def statistic(name: str, x: Float64) -> Any:
     """Return the value of the installed observer of this name for inputs x [tokens, columns].
 
-    Those that every installation has are computed here, as their docstrings promise.
+    Those that every installation has are computed here, as their docstrings promise. One of pairs
+    is shown `kinds.original_inputs` beside them.
     Raises UnknownNameError where no observer has the name.
     """
     if name == "hessian":
@@ -267,7 +268,10 @@ def statistic(name: str, x: Float64) -> Any:
     if name == "absmax":
         return torch.from_numpy(np.float32(np.abs(x).max(0)))
     group = InputGroup(layers=(LayerInfo(name=NAME, rows=1, columns=x.shape[1]),))
-    seen = installed_observer(name).start(group)
+    observer = installed_observer(name)
+    if getattr(observer, "pairs", False):
+        x = np.concatenate([x, kinds.original_inputs(x)], axis=1)
+    seen = observer.start(group)
     seen.update(torch.from_numpy(np.float32(x)))
     return seen.value()
 

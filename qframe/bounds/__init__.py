@@ -32,6 +32,8 @@ from qframe.bounds.eight_bit import (
 )
 from qframe.bounds.formats import float_element, half_cell, nearest_value, representable
 from qframe.bounds.gptq import (
+    gptq_aim,
+    gptq_aim_rounded,
     gptq_allowance,
     gptq_certificate,
     gptq_compensated,
@@ -83,7 +85,7 @@ from qframe.bounds.rounding import (
     zero_point_added,
 )
 from qframe.bounds.statistics import binned_search, magnitudes, quantile
-from qframe.bounds.sums import exact_sum, hessian_sum, second_moments, weight_only
+from qframe.bounds.sums import cross_sum, exact_sum, hessian_sum, second_moments, weight_only
 
 __all__ = [
     "CHECKER",
@@ -94,12 +96,15 @@ __all__ = [
     "accumulate",
     "binned_search",
     "coverage",
+    "cross_sum",
     "decode",
     "doubtful",
     "exact_sum",
     "fitted_scale",
     "float_element",
     "gamma",
+    "gptq_aim",
+    "gptq_aim_rounded",
     "gptq_allowance",
     "gptq_certificate",
     "gptq_compensated",

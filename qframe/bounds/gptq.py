@@ -126,6 +126,37 @@ def gptq_allowance(
     return as_array(allowed)
 
 
+def gptq_aim(
+    pull: Numbers, size: Numbers, mismatch: Numbers, feedback: tuple[Numbers, float, float]
+) -> Array:
+    """B3.h: how far residuals may lie because both parties compute W M H^-1, times D_j^(1/2).
+
+    pull       the lengths of its rows in the norm of H, [rows]
+    size       ||w||, [rows]
+    mismatch   ||M_.j||, [n], in processing order
+    feedback   (the roots l of diag(H), [n]; `spread` || |R^-1| l ||^2; `gptq_moved`)
+
+    The Hessians that the two divide by lie within `moved` of one another in the norm of H, so the
+    quotients within twice that; and W M is rounded, by gamma_n ||w|| ||M_.j|| <= b l_j for each.
+    """
+    lengths, spread, moved = as_array(feedback[0]), feedback[1], feedback[2]
+    reach = (as_array(mismatch) / lengths).max(initial=0.0)
+    product = gamma(2 * len(lengths) + 6, UNIT["float64"]) * np.sqrt(spread) * reach
+    lost = product * as_array(size)
+    return as_array(2 * moved * (as_array(pull) + lost) + 2 * lost)
+
+
+def gptq_aim_rounded(weight: Numbers, aim: Numbers, dtype: str = "float32") -> Array:
+    """B3.h: how far the aim may be rounded when it is stored, [rows, n].
+
+    weight, aim   W and W + share W M H^-1
+    dtype         that it is stored in
+    """
+    w, a = as_array(weight), as_array(aim)
+    summed = gamma(4, UNIT["float64"]) * (np.abs(w) + np.abs(a - w))
+    return as_array(gamma(2, UNIT[dtype]) * np.abs(a) + summed + ETA[dtype])
+
+
 def gptq_compensated(
     weight: Numbers,
     change: Numbers,

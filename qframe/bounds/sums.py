@@ -28,6 +28,19 @@ def hessian_sum(magnitude: Numbers, tokens: int, tile: int, parts: int = 1) -> A
     return relative * as_array(magnitude) + lost * (1 + relative)
 
 
+def cross_sum(magnitude: Numbers, tokens: int, tile: int, parts: int = 1) -> Array:
+    """B12.h: the error of (2/n) sum (y - x) x^T, summed as for `hessian_sum`.
+
+    magnitude   (2/n) |Y - X|^T |X|, [columns, columns]
+
+    Every difference is rounded once, which moves a product by the share u of itself; a subtraction
+    does not underflow.
+    """
+    unit = UNIT["float32"]
+    whole = (1 + unit) * as_array(magnitude)
+    return hessian_sum(whole, tokens, tile, parts) + unit * as_array(magnitude)
+
+
 def weight_only(
     magnitude: Numbers, columns: int, unit: float = UNIT["float32"], inputs: float = 0.0
 ) -> Array:

@@ -49,6 +49,7 @@ from qframe.claims.objective import NoWorsePower, NoWorseThan, OutputBound
 from qframe.claims.observers import (
     ChannelAbsmax,
     Counts,
+    CrossMoments,
     LeastError,
     Reach,
     SecondMoments,
@@ -63,6 +64,7 @@ __all__ = [
     "CompensatedScale",
     "Counts",
     "Covers",
+    "CrossMoments",
     "ExactWindow",
     "FittedScale",
     "FloatingPoint",

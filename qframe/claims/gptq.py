@@ -12,8 +12,15 @@ import numpy.typing as npt
 from qframe import bounds
 from qframe.certificates import ROWS, Certificate, Closest, Evidence
 from qframe.claims.nearest import unequal_steps
-from qframe.contracts import QuantizedWeight
-from qframe.hessian import Feedback, Float64, damped, processing_order, second_moments
+from qframe.contracts import QuantizedWeight, RoundingProblem
+from qframe.hessian import (
+    Feedback,
+    Float64,
+    damped,
+    mismatch,
+    processing_order,
+    second_moments,
+)
 from qframe.pieces import highest_ratios
 from qframe.scheme import Scheme
 
@@ -38,6 +45,9 @@ class Babai:
                      the others. "zero": diagonal 1, and its weights are taken for 0
     factorization    the arithmetic of the Cholesky factor
     sums             the arithmetic in which errors w - q are fed back, and the factor is stored
+    correction       share of W M H^-1 that is added to the weights, which makes up for inputs that
+                     have moved (B3.h), or several to choose from: then `info["correction"]` says
+                     which. Needs the statistic "mismatch"
     """
 
     dampening_frac: float | tuple[float, ...]
@@ -46,6 +56,7 @@ class Babai:
     dead: Literal["mean", "zero"] = "mean"
     factorization: Literal["float32", "float64"] = "float64"
     sums: Literal["float32", "float64"] = "float32"
+    correction: float | tuple[float, ...] = 0.0
     name = "gptq residual"
     theorem = "B3.b"
 
@@ -60,10 +71,10 @@ class Babai:
         replay = self.replay(evidence, self)
         if isinstance(replay, Certificate):
             return replay
-        grid, feedback = evidence.problem.grid, replay.feedback
+        problem, grid, feedback = evidence.problem, evidence.problem.grid, replay.feedback
         norms, diagonal = replay.as_stored(feedback.norms), replay.as_stored(feedback.diagonal)
 
-        weight = replay.weight.numpy()
+        weight, moved = replay.weight.numpy(), replay.moved
 
         def work(rows: slice) -> Closest:
             piece = evidence.piece(rows, weight)
@@ -72,6 +83,12 @@ class Babai:
 
             def judge(chosen: npt.NDArray[np.bool_]) -> tuple[Float64, Float64]:
                 part = piece.strips(chosen)
+                error = bounds.decode(part.scale, part.codes - part.zero_point)
+                if moved is not None:
+                    rounded = bounds.gptq_aim_rounded(
+                        problem.weight.numpy()[rows][chosen], weight[rows][chosen], self.sums
+                    )
+                    error = error + rounded.reshape(error.shape)
                 allowance = bounds.gptq_allowance(
                     part.weight,
                     delta[chosen],
@@ -80,8 +97,10 @@ class Babai:
                     diagonal,
                     feedback.moved,
                     self.sums,
-                    bounds.decode(part.scale, part.codes - part.zero_point),
+                    error,
                 )
+                if moved is not None:
+                    allowance = allowance + moved[rows][chosen][:, None] / np.sqrt(diagonal)
                 return bounds.nearest(residual[chosen], part.codes, part.scale, grid, allowance)
 
             errors = residual.reshape(piece.weight.shape)
@@ -122,14 +141,36 @@ class Babai:
         weight = problem.weight
         if self.dead == "zero":
             weight = weight * (moments.diagonal() != 0)
-        return Replay(weight, order, feedback)
+        share = float(quantized.info.get("correction", _several(self.correction)[0]))
+        if not share:
+            return Replay(weight, order, feedback)
+        return self._corrected(problem, weight, order, feedback, share)
+
+    def _corrected(
+        self,
+        problem: RoundingProblem,
+        weight: torch.Tensor,
+        order: npt.NDArray[np.int64],
+        feedback: Feedback,
+        share: float,
+    ) -> Replay:
+        """Return the replay for the aim W + share W M H^-1 instead of W (B3.h)."""
+        from qframe import parallel
+
+        back = np.argsort(order)
+        with parallel.one_torch_thread():
+            moments, start = mismatch(problem)[:, order], weight.double()
+            pulled, pull = feedback.undone(start @ moments)
+            moved = bounds.gptq_aim(
+                pull,
+                start.norm(dim=1).numpy(),
+                moments.norm(dim=0).numpy(),
+                (feedback.lengths(), feedback.spread, feedback.moved),
+            )
+            return Replay(start + share * pulled[:, back], order, feedback, moved)
 
     def _damp(self, quantized: QuantizedWeight) -> float:
-        return float(quantized.info.get("damp", self._dampings()[0]))
-
-    def _dampings(self) -> tuple[float, ...]:
-        declared = self.dampening_frac
-        return declared if isinstance(declared, tuple) else (declared,)
+        return float(quantized.info.get("damp", _several(self.dampening_frac)[0]))
 
     def _contradiction(
         self,
@@ -139,7 +180,7 @@ class Babai:
         moments: torch.Tensor,
     ) -> str:
         """Return what was done otherwise than declared, "" for nothing."""
-        first = self._dampings()
+        first, shares = _several(self.dampening_frac), _several(self.correction)
         ladder = [min(first)]
         while 0 < ladder[-1] < self.dampening_cap:
             ladder.append(min(ladder[-1] * 10, self.dampening_cap))
@@ -153,6 +194,9 @@ class Babai:
             return f"damping {damp:g} is not one of the declared {declared}"
         if not among(first) and not quantized.events:
             return f"damping was raised to {damp:g}, and no event says so"
+        share = float(quantized.info.get("correction", shares[0]))
+        if share not in shares:
+            return f"correction {share:g} is not one of the declared {shares}"
         if not np.array_equal(np.sort(order), np.arange(len(order))):
             return "the order is not a permutation of the columns"
         if self.order == "natural" and not np.array_equal(order, np.arange(len(order))):
@@ -166,6 +210,10 @@ class Babai:
 
 _SINGULAR = "nothing can be said: the damped Hessian is singular to working precision"
 _INDEFINITE = "the damped Hessian is not positive definite"
+
+
+def _several(declared: float | tuple[float, ...]) -> tuple[float, ...]:
+    return declared if isinstance(declared, tuple) else (declared,)
 
 
 def _why_not(matrix: torch.Tensor, factorization: str) -> str:
@@ -218,11 +266,13 @@ class Replay:
     weight     [rows, columns], dead columns as the method takes them
     order      [columns]
     feedback   of the damped Hessian in that order
+    moved      where weights are an aim, float64: `bounds.gptq_aim`, [rows]
     """
 
     weight: torch.Tensor
     order: npt.NDArray[np.int64]
     feedback: Feedback
+    moved: Float64 | None = None
 
     def rows(self, evidence: Evidence, first: int) -> Rows:
         """Return at most ROWS rows from the first on."""

@@ -25,7 +25,7 @@ Float64 = npt.NDArray[np.float64]
 class Seen:
     """What a statistic has seen.
 
-    columns   of the inputs
+    columns   of what was seen: for an observer of pairs, inputs and beside them the original ones
     batches   [tokens, columns] float32 each, one for every update
     merges    how many statistics were merged into this one
     copies    how often it has seen all of them
@@ -100,6 +100,34 @@ class SecondMoments:
         return Certificate(
             claim=self.name, theorem=self.theorem, ratio=ratio, place=place, note=note
         )
+
+
+@dataclass(frozen=True, slots=True)
+class CrossMoments:
+    """B12.h: the value is M = (2/n) sum over tokens of (y - x) x^T, [columns, columns] float64.
+
+    x are inputs, y the original ones beside them. It is zero where nothing was seen.
+
+    run   the most tokens that are summed in float32 before float64 takes over; 0: none are
+    """
+
+    run: int = 0
+    name = "cross moments"
+    theorem = "B12.h"
+
+    def certify(self, seen: Seen, value: Any) -> Certificate:
+        """Compare with the sum in float64."""
+        found, columns = np.asarray(value), seen.columns // 2
+        if note := _otherwise(found, np.float64, (columns, columns)):
+            return Certificate(claim=self.name, theorem=self.theorem, ratio=np.inf, note=note)
+        x, y = np.split(seen.tokens(), 2, axis=1)
+        n, gap = max(len(x), 1), y - x
+        magnitude = (2 / n) * (np.abs(gap).T @ np.abs(x))
+        allowed = bounds.cross_sum(magnitude, len(x), self.run, seen.parts)
+        own = bounds.accumulate(magnitude, len(x) + 3, bounds.UNIT["float64"])
+        ratio, flat = bounds.worst(found - (2 / n) * (gap.T @ x), allowed + own)
+        place = (flat // columns, flat % columns)
+        return Certificate(claim=self.name, theorem=self.theorem, ratio=ratio, place=place)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,29 +17,49 @@ TOKENS = 512  # inputs that are quantized to see what that loses
 
 
 @dataclass(frozen=True, slots=True)
+class Drift:
+    """How far inputs X have moved from Y, those in the network that is not quantized.
+
+    cross     (2/n) (Y - X)^T X, [columns, columns] float32
+    moments   (2/n) (Y - X)^T (Y - X), the same
+    """
+
+    cross: torch.Tensor
+    moments: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class OutputErrors:
     """Measures ||X (W - Q)^T|| / ||X W^T|| from second moments of the inputs X.
 
-    moments   [columns, columns] float32, X^T X up to a factor: of the calibration tokens, and of
-              the held-out tokens where there are any
+    moments   [columns, columns] float32, (2/n) X^T X: of the calibration tokens, and of the
+              held-out tokens where there are any
+    drifts    the same number of them, where the method looks at the inputs Y of the original
+              network: then ||Y W^T - X Q^T|| / ||X W^T|| is measured
 
     The products are float32: relative to ||W - Q|| ||X|| the error is about columns * 2^-24.
     """
 
     moments: Sequence[torch.Tensor]
+    drifts: Sequence[Drift] = ()
 
     def held_out(self) -> OutputErrors:
         """Return the same for the held-out tokens alone."""
-        return OutputErrors(self.moments[1:])
+        return OutputErrors(self.moments[1:], self.drifts[1:])
 
     def relative(
         self, original: torch.Tensor, quantized: Sequence[torch.Tensor]
     ) -> list[list[float]]:
         """Return, for each set of tokens, the relative error of each quantized weight."""
         found = []
-        for moment in self.moments:
+        for number, moment in enumerate(self.moments):
             whole = energy(original, moment)
             errors = [energy(original - q, moment) for q in quantized]
+            if self.drifts:  # ||(Y - X) W^T + X (W - Q)^T||^2
+                drift = self.drifts[number]
+                moved, towards = energy(original, drift.moments), original @ drift.cross
+                both = [2 * total(towards * (original - q)) for q in quantized]
+                errors = [max(e + b + moved, 0.0) for e, b in zip(errors, both, strict=True)]
             found.append([math.sqrt(e / whole) if whole > 0 else 0.0 for e in errors])
         return found
 

@@ -132,7 +132,7 @@ class GPTQ:
         order = torch.arange(columns)
         if self.actorder is not None:
             order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-        feedback, damp = self._factorize(hessian, order, self.dampening_frac, problem)
+        feedback, damp = factorize(hessian, order, self.dampening_frac, self.dampening_cap, problem)
         permuted = weight[:, order].contiguous().numpy()
         # A column's group goes by its place in the processing order, or by where it is stored.
         index = rounding.group_index(columns, scheme)
@@ -169,10 +169,6 @@ class GPTQ:
         stored = torch.empty((rows, columns), dtype=torch.int16)
         stored[:, order] = torch.from_numpy(codes)
 
-        events: tuple[Event, ...] = ()
-        if damp > self.dampening_frac:
-            message = f"dampening_frac {self.dampening_frac:g} failed, {damp:g} was used"
-            events = (Event(kind="damping raised", layer=problem.name, message=message),)
         return QuantizedWeight(
             codes=stored,
             scale=scale,
@@ -180,7 +176,7 @@ class GPTQ:
             group_index=index,
             order=order.to(torch.int32),
             info={"damp": damp, "dead_columns": int(dead.sum())},
-            events=events,
+            events=damping_raised(damp, self.dampening_frac, problem),
         )
 
     def _round_best(self, problem: RoundingProblem, rng: np.random.Generator) -> QuantizedWeight:
@@ -199,28 +195,42 @@ class GPTQ:
             losses = [energy(rounding.dequantize(q) - problem.weight, moment) for q in tried]
         return tried[losses.index(min(losses))]  # the first of equals
 
-    def _factorize(
-        self, hessian: torch.Tensor, order: torch.Tensor, damp: float, problem: RoundingProblem
-    ) -> tuple[Feedback, float]:
-        """Return the feedback of the damped Hessian in this order, and the damping that worked."""
-        from qframe_plugins.kernels.numba_cpu import cholesky
 
-        mean = float(hessian.diagonal().mean())
-        tried: list[str] = []
-        while True:
-            try:
-                feedback = cholesky.feedback(hessian.numpy(), damp=damp * mean, order=order.numpy())
-                return feedback, damp
-            except cholesky.NotPositiveDefiniteError:
-                tried.append(f"{damp:g}")
-            if damp >= self.dampening_cap:
-                raise HessianError(
-                    f"layer {problem.name!r}: the Hessian of {problem.tokens} tokens and "
-                    f"{len(hessian)} columns is not positive definite with any dampening_frac "
-                    f"of {', '.join(tried)}; use more calibration text or a higher "
-                    f"dampening_cap"
-                )
-            damp = min(damp * 10, self.dampening_cap)
+def factorize(
+    hessian: torch.Tensor, order: torch.Tensor, damp: float, cap: float, problem: RoundingProblem
+) -> tuple[Feedback, float]:
+    """Return the feedback of the damped Hessian in this order, and the damping that worked.
+
+    damp   is tried first, as a share of the mean of the diagonal, then tenfold at a time up to cap
+
+    Raises HessianError when none makes it positive definite.
+    """
+    from qframe_plugins.kernels.numba_cpu import cholesky
+
+    mean = float(hessian.diagonal().mean())
+    tried: list[str] = []
+    while True:
+        try:
+            feedback = cholesky.feedback(hessian.numpy(), damp=damp * mean, order=order.numpy())
+            return feedback, damp
+        except cholesky.NotPositiveDefiniteError:
+            tried.append(f"{damp:g}")
+        if damp >= cap:
+            raise HessianError(
+                f"layer {problem.name!r}: the Hessian of {problem.tokens} tokens and "
+                f"{len(hessian)} columns is not positive definite with any dampening_frac "
+                f"of {', '.join(tried)}; use more calibration text or a higher "
+                f"dampening_cap"
+            )
+        damp = min(damp * 10, cap)
+
+
+def damping_raised(damp: float, wanted: float, problem: RoundingProblem) -> tuple[Event, ...]:
+    """Return the event that says so, where more damping was used than wanted."""
+    if damp <= wanted:
+        return ()
+    message = f"dampening_frac {wanted:g} failed, {damp:g} was used"
+    return (Event(kind="damping raised", layer=problem.name, message=message),)
 
 
 def revive(hessian: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,140 @@
+"""Qronos: GPTQ for an aim that makes up for inputs that have moved (docs/bounds.md, B3.h)."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qframe import Scheme, bounds, claims, rounding
+from qframe.certificates import Evidence
+from qframe.errors import NonFiniteError, UncalibratedLayerError, UnsupportedError
+from qframe_conformance import check_plugin
+from qframe_conformance.kinds import INPUTS, hessian_of, original_inputs
+from qframe_conformance.strategies import rounding_problem
+from qframe_plugins.rounders.gptq import GPTQ
+from qframe_plugins.rounders.qronos import CORRECTIONS, Qronos
+
+RNG = np.random.default_rng(0)  # it takes no random numbers
+W4 = Scheme(num_bits=4, group_size=8)
+
+
+def statistics(x, y):
+    """Return what is observed of inputs x, y [tokens, columns] float64."""
+    return {
+        "hessian": torch.from_numpy(hessian_of(x)),
+        "mismatch": torch.from_numpy((y - x).T @ x * (2 / len(x))),
+    }
+
+
+def problem(seed=0, rows=6, columns=24, scheme=W4, kind=0, moved=original_inputs):
+    rng = np.random.default_rng(seed)
+    drawn = rounding_problem(rng.normal(size=(rows, columns)), scheme)
+    x = INPUTS[kind](rng, columns)
+    aside = INPUTS[kind](rng, columns)
+    return dataclasses.replace(
+        drawn,
+        tokens=len(x),
+        statistics=statistics(x, moved(x)),
+        held_out=statistics(aside, moved(aside)),
+    ), (x, moved(x))
+
+
+def loss(drawn, made, x, y):
+    """Return ||Y W^T - X Q^T||^2."""
+    weight, values = drawn.weight.double().numpy(), rounding.dequantize(made).double().numpy()
+    return ((y @ weight.T - x @ values.T) ** 2).sum()
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"correction": "auto"}, {"actorder": None}, {"correction": 0.5}]
+)
+def test_the_suite_holds_whatever_the_options(options):
+    report = check_plugin(Qronos(**options), kind="rounder", profile="fast")
+    assert report.ok, [(record.id, record.message) for record in report.failures]
+
+
+@given(st.integers(0, 2**16), st.integers(0, len(INPUTS) - 1))
+def test_without_a_correction_it_is_gptq(seed, kind):
+    drawn, _ = problem(seed, kind=kind)
+    one, other = (r.round(drawn, RNG) for r in (GPTQ(), Qronos(correction=0)))
+    assert torch.equal(one.codes, other.codes)
+    assert torch.equal(one.scale, other.scale)
+
+
+@given(st.integers(0, 2**16))
+def test_it_comes_nearer_to_the_original_outputs(seed):
+    """With 8 bits and nothing clipped rounding is small beside what is made up for."""
+    scheme = Scheme(num_bits=8, group_size=None, strategy="channel", scale_dtype="float32")
+    drawn, (x, y) = problem(seed, scheme=scheme, moved=lambda x: x + np.roll(x, 1, axis=1) / 64)
+    corrected, plain = (
+        loss(drawn, r.round(drawn, RNG), x, y) for r in (Qronos(), Qronos(correction=0))
+    )
+    assert corrected < plain
+
+
+def test_the_aim_is_the_minimum_of_the_damped_objective():
+    """Its gradient A (H + damping) - W (H + damping) - W M is within rounding of zero."""
+    drawn, _ = problem()
+    hessian = drawn.statistics["hessian"]
+    aim = Qronos()._aim(drawn, hessian, 0.01, 1.0).double()
+    damped = hessian.clone()
+    damped.diagonal().add_(0.01 * hessian.diagonal().mean())
+    weight = drawn.weight.double()
+    wanted = weight @ drawn.statistics["mismatch"]
+    gradient = (aim - weight) @ damped - wanted
+    stored = aim.abs() @ damped.abs() * bounds.UNIT["float32"]  # the aim is rounded to float32
+    solved = bounds.accumulate(
+        (aim - weight).abs() @ damped.abs() + wanted.abs(), 8 * 24, bounds.UNIT["float64"]
+    )
+    assert bounds.ratio(gradient.numpy(), stored.numpy() + solved) <= 1
+
+
+def test_auto_takes_what_does_best_on_held_out_tokens():
+    scheme = Scheme(num_bits=8, group_size=None, strategy="channel")
+    drawn, _ = problem(scheme=scheme, moved=lambda x: x + np.roll(x, 1, axis=1) / 16)
+    best = Qronos(correction="auto").round(drawn, RNG)
+    assert best.info["correction"] == 1.0
+    aside = drawn.held_out["hessian"]
+    still = {"hessian": aside, "mismatch": torch.zeros_like(aside)}
+    careful = Qronos(correction="auto").round(dataclasses.replace(drawn, held_out=still), RNG)
+    assert careful.info["correction"] == 0.0
+    assert set(CORRECTIONS) >= {0.0, 1.0}
+    with pytest.raises(UnsupportedError, match="held_out_fraction"):
+        Qronos(correction="auto").round(dataclasses.replace(drawn, held_out={}), RNG)
+
+
+def test_the_certificate_says_when_another_correction_was_taken():
+    drawn, _ = problem()
+    made = Qronos(correction=0.5).round(drawn, RNG)
+    [babai, *_] = Qronos(correction=0.5).claims
+    assert babai.certify(Evidence(problem=drawn, quantized=made)).holds
+    [other, *_] = Qronos().claims
+    found = other.certify(Evidence(problem=drawn, quantized=made))
+    assert not found.holds
+    assert "correction 0.5" in found.note
+    lied = dataclasses.replace(made, info={**made.info, "correction": 1.0})
+    assert not other.certify(Evidence(problem=drawn, quantized=lied)).holds
+
+
+def test_a_claim_without_its_statistic_says_so():
+    drawn, _ = problem()
+    made = Qronos().round(drawn, RNG)
+    only = dataclasses.replace(drawn, statistics={"hessian": drawn.statistics["hessian"]})
+    with pytest.raises(UncalibratedLayerError, match="'mismatch'"):
+        claims.Babai(dampening_frac=0.01, correction=1.0).certify(
+            Evidence(problem=only, quantized=made)
+        )
+
+
+def test_what_is_not_finite_is_named():
+    drawn, _ = problem()
+    broken = drawn.statistics["mismatch"].clone()
+    broken[0, 0] = torch.inf
+    statistics = {**drawn.statistics, "mismatch": broken}
+    with pytest.raises(NonFiniteError, match=r"block\.up.*should become"):
+        Qronos().round(dataclasses.replace(drawn, statistics=statistics), RNG)
+    with pytest.raises(UncalibratedLayerError, match="no calibration tokens"):
+        Qronos().round(dataclasses.replace(drawn, tokens=0), RNG)

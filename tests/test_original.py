@@ -1,0 +1,285 @@
+"""The pass of the network as it was, beside that of the quantized one."""
+
+import filecmp
+import math
+import threading
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+import qframe
+from qframe import CalibrationData, Capabilities, Host, hookimpl
+from qframe.errors import UnsupportedError
+from qframe.report.measure import Drift, OutputErrors
+from qframe.verification import verify
+
+W4 = {"num_bits": 4, "group_size": 16}
+
+
+def inputs(seed, count, *shape):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(*shape, generator=generator) for _ in range(count)]
+
+
+def tokens(seed, count=2):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (count, 24), generator=generator)
+
+
+def token_data():
+    return CalibrationData(inputs=[(tokens(1),), (tokens(2),)], held_out=[(tokens(3),)])
+
+
+class Kept:
+    """Keeps the pairs that it is shown."""
+
+    def __init__(self, columns):
+        self.columns, self.pairs = columns, []
+
+    def update(self, x):
+        self.pairs.append(x.clone())
+
+    def merge(self, other):
+        self.pairs += other.pairs
+
+    def value(self):
+        return torch.cat([torch.zeros(0, 2 * self.columns), *self.pairs])
+
+
+@dataclass(frozen=True)
+class Witness:
+    """Observes pairs, and remembers by group what it was shown."""
+
+    seen: dict = field(default_factory=dict)
+    name: str = "witness"
+    pairs = True
+
+    def start(self, group):
+        kept = Kept(group.columns)
+        self.seen.setdefault(group.name, []).append(kept)
+        return kept
+
+
+def host_with(witness):
+    @dataclass(frozen=True)
+    class Needy:
+        name: str = "needy"
+        needs: frozenset = frozenset({"witness"})
+        capabilities: Capabilities = field(default=Capabilities())
+
+        def round(self, problem, rng):
+            return Host.discover().get("rounder", "rtn").round(problem, rng)
+
+    class Plugin:
+        @hookimpl
+        def qframe_observers(self):
+            return [witness]
+
+        @hookimpl
+        def qframe_rounders(self):
+            return [Needy()]
+
+    host = Host.discover()
+    host.add(Plugin(), "witness")
+    return host
+
+
+NEEDY = {"method": "needy", "scheme": W4, "calibration": {"compute_dtype": "float32"}}
+
+
+# The pass -------------------------------------------------------------------------------------
+
+
+def inputs_of_layers(network, batches, layers):
+    """Return layer -> its inputs in a forward pass of each batch, [tokens, columns]."""
+    found = {name: [] for name in layers}
+
+    def remember(name):
+        return lambda module, args: found[name].append(args[0].reshape(-1, args[0].shape[-1]))
+
+    hooks = [
+        network.get_submodule(name).register_forward_pre_hook(remember(name)) for name in layers
+    ]
+    with torch.no_grad(), qframe.parallel.one_torch_thread():
+        for batch in batches:
+            network(batch)
+    for hook in hooks:
+        hook.remove()
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+def test_pairs_are_the_inputs_of_both_networks(tiny_llama, tmp_path):
+    witness = Witness()
+    qframe.quantize(
+        tiny_llama,
+        NEEDY,
+        out=tmp_path / "out",
+        calibration=token_data(),
+        host=host_with(witness),
+        threads=2,
+    )
+    groups = sorted(witness.seen)
+    assert len(groups) == 8  # four of each of the two blocks; the output layer is ignored
+    original = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype="float32").eval()
+    quantized = qframe.load(tmp_path / "out", dequantize=True)
+    fitted = [tokens(1), tokens(2)]
+    for number, batches in enumerate((fitted, [tokens(3)])):
+        there = inputs_of_layers(original, batches, groups)
+        here = inputs_of_layers(quantized, batches, groups)
+        for name in groups:
+            x, y = witness.seen[name][number].value().chunk(2, 1)
+            assert torch.equal(y, there[name]), name
+            assert torch.equal(x, here[name]), name
+    moved = witness.seen["model.layers.1.mlp.down_proj"][0].value().chunk(2, 1)
+    assert not torch.equal(*moved)
+    assert torch.equal(*witness.seen["model.layers.0.self_attn.q_proj"][0].value().chunk(2, 1))
+
+
+def test_nothing_is_left_of_it(tiny_llama, tmp_path):
+    before = threading.active_count()
+    qframe.quantize(
+        tiny_llama,
+        {"method": "qronos", "scheme": W4},
+        out=tmp_path / "out",
+        calibration=token_data(),
+        threads=1,
+    )
+    assert threading.active_count() == before
+
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.two = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x):
+        return self.two(self.one(self.one(x)))
+
+
+class Routed(nn.Module):
+    """Sends each token to one of two layers, by what a third says of it."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.left, self.right = (nn.Linear(16, 16) for _ in range(3))
+
+    def forward(self, x):
+        x = self.first(x)
+        way = x[:, 0] > x[:, 1]
+        return torch.cat([self.left(x[way]), self.right(x[~way])])
+
+
+@pytest.mark.parametrize(
+    ("network", "layer"), [(Twice, "one"), (Routed, "left")], ids=["runs-twice", "routed"]
+)
+def test_networks_that_have_no_such_pairs_are_refused(network, layer):
+    data = CalibrationData.from_tensors(inputs(1, 3, 200, 16))
+    recipe = {"method": "qronos", "scheme": {**W4, "num_bits": 2}, "ignore": []}
+    with pytest.raises(UnsupportedError, match=rf"'{layer}'.*ignore"):
+        qframe.quantize(network(), recipe, calibration=data)
+    assert qframe.quantize(network(), {**recipe, "method": "gptq"}, calibration=data).report
+
+
+def test_methods_that_do_not_ask_get_no_second_pass():
+    passes = []
+
+    class Counted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(16, 16)
+
+        def forward(self, x):
+            passes.append(len(x))
+            return self.layer(x)
+
+    data = CalibrationData.from_tensors(inputs(1, 2, 20, 16))
+    counts = []
+    for method in ("gptq", "qronos"):
+        passes.clear()
+        qframe.quantize(Counted(), {"method": method, "scheme": W4, "ignore": []}, calibration=data)
+        counts.append(len(passes))
+    assert counts[1] == counts[0] + 2
+
+
+# The method in the pipeline -------------------------------------------------------------------
+
+
+def qronos(folder, out, **fields):
+    recipe = {"method": "qronos", "scheme": W4, "calibration": {"compute_dtype": "float32"}}
+    threads = fields.pop("threads", 2)
+    return qframe.quantize(
+        folder, {**recipe, **fields}, out=out, calibration=token_data(), threads=threads
+    )
+
+
+def test_files_do_not_depend_on_threads(tiny_llama, tmp_path):
+    for threads in (1, 2):
+        qronos(tiny_llama, tmp_path / str(threads), threads=threads)
+    names = [file.name for file in (tmp_path / "1").iterdir()]
+    same, *_ = filecmp.cmpfiles(tmp_path / "1", tmp_path / "2", names, shallow=False)
+    assert sorted(same) == sorted(names)
+
+
+@pytest.mark.parametrize("method", ["qronos", "awq+qronos", "hadamard+qronos"])
+def test_certificates_hold_and_can_be_computed_again(tiny_llama, tmp_path, method):
+    made = qronos(tiny_llama, tmp_path / "out", method=method, keep_statistics=True)
+    for layer in made.report.layers:
+        assert all(certificate.holds for certificate in layer.certificates)
+        assert "B3.b" in {certificate.theorem for certificate in layer.certificates}
+    found = verify(tmp_path / "out", reference=tiny_llama)
+    assert not found.problems
+    assert not found.unchecked
+
+
+def test_the_first_group_has_not_moved_and_is_that_of_gptq(tiny_llama, tmp_path):
+    for method in ("gptq", "qronos"):
+        qronos(tiny_llama, tmp_path / method, method=method)
+    one, other = (qframe.load(tmp_path / m).state_dict() for m in ("gptq", "qronos"))
+    first = "model.layers.0.self_attn.q_proj.weight_packed"
+    last = "model.layers.1.mlp.down_proj.weight_packed"
+    assert torch.equal(one[first], other[first])
+    assert not torch.equal(one[last], other[last])
+
+
+def test_a_correction_of_nothing_is_gptq(tiny_llama, tmp_path):
+    qronos(tiny_llama, tmp_path / "one", method="gptq")
+    qronos(tiny_llama, tmp_path / "other", options={"correction": 0})
+    one, other = (qframe.load(tmp_path / n).state_dict() for n in ("one", "other"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_layers_that_overfit_are_judged_by_the_original_outputs(tiny_llama, tmp_path):
+    made = qronos(tiny_llama, tmp_path / "out", on_overfit="rtn")
+    for layer in made.report.layers:
+        fell = layer.method != "qronos"
+        assert fell == (layer.held_out_error >= layer.rtn_held_out_error)
+
+
+# Output errors --------------------------------------------------------------------------------
+
+
+def test_errors_are_those_of_the_original_outputs():
+    """Integers and 8 tokens: nothing is rounded, so the numbers are equal."""
+    generator = torch.Generator().manual_seed(0)
+    x, y, w, q = (
+        torch.randint(-4, 5, shape, generator=generator).float()
+        for shape in ((8, 6), (8, 6), (3, 6), (3, 6))
+    )
+    gap = y - x
+    errors = OutputErrors([x.T @ x / 4], [Drift(gap.T @ x / 4, gap.T @ gap / 4)])
+    [[found, moved]] = errors.relative(w, [q, w])
+
+    def size(outputs):
+        return float(outputs.square().sum())
+
+    whole = size(x @ w.T)
+    assert found == math.sqrt(size(y @ w.T - x @ q.T) / whole)
+    assert moved == math.sqrt(size(gap @ w.T) / whole)
+    [[plain]] = OutputErrors([x.T @ x / 4]).relative(w, [q])
+    assert plain == math.sqrt(size(x @ w.T - x @ q.T) / whole)
