@@ -61,6 +61,7 @@ from qframe.bounds.methods import (
     radius,
 )
 from qframe.bounds.rewrites import (
+    folded_norm,
     kept_weight,
     rewrite_element,
     rewrite_output,
@@ -99,6 +100,7 @@ __all__ = [
     "exact_sum",
     "fitted_scale",
     "float_element",
+    "folded_norm",
     "gamma",
     "gptq_allowance",
     "gptq_certificate",
