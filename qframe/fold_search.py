@@ -35,6 +35,7 @@ TIED = "comes from a norm that shares its weight"
 AGAIN = "comes from a norm that runs more than once"
 IDLE = "comes from a norm in a block of which not everything ran"
 ZERO = "is zero in a channel wherever it was looked at"
+STATE = "comes from a norm in a block that may keep or change what it is given"
 OTHERS = "is read by something else, or its norm does not simply multiply by its weight"
 """Why a scale stays at run time: each goes on a sentence about the input that it is of."""
 
@@ -128,9 +129,10 @@ def find(
             trials[group.name] = _Trial(norm, block.get_submodule(norm), layers)
     if not trials:
         return found
+    given = digest((arrival.args, dict(arrival.kwargs)))
     before = run or look(steps, block, arrival)
     for group_name, trial in list(trials.items()):
-        wrong = _unfit(block, before, trial)
+        wrong = STATE if given is None else _unfit(block, before, trial)
         if wrong:
             found[group_name] = wrong
             del trials[group_name]
@@ -144,6 +146,8 @@ def find(
         for group_name, trial in trials.items():
             if len(trials) == 1 or changes([trial]):
                 found[group_name] = OTHERS
+    if trials and digest((arrival.args, dict(arrival.kwargs))) != given:
+        found |= dict.fromkeys(trials, STATE)  # one run cannot be compared with another
     return found
 
 

@@ -114,12 +114,11 @@ class Walk:
                 self._quantize_waiting(stop.name, arrivals, fitted=len(data.inputs))
             return len(self.reports) < len(self._plan.schemes)
 
-        options = {"use_cache": False} if self._network.folder is not None else {}
+        # A cache would grow whenever a block is looked at, and the next run would read from it.
+        options = accepted(module, {"use_cache": False}, by_name=self._network.folder is None)
         loaders = load_on_demand(self._network)
         try:
-            steps.run(
-                [*data.inputs, *data.held_out], accepted(module, options), on_stop, self._passes
-            )
+            steps.run([*data.inputs, *data.held_out], options, on_stop, self._passes)
         finally:
             for handle in loaders:
                 handle.remove()
@@ -384,8 +383,13 @@ def load_on_demand(network: Network) -> list[Any]:
     ]
 
 
-def accepted(module: nn.Module, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those keyword arguments that the module's forward takes."""
+def accepted(
+    module: nn.Module, options: Mapping[str, Any], *, by_name: bool = False
+) -> dict[str, Any]:
+    """Return those keyword arguments that the module's forward takes.
+
+    by_name   only those that it names; else `**kwargs` take them all
+    """
     parameters = inspect.signature(module.forward).parameters
-    anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    anything = not by_name and any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     return {key: value for key, value in options.items() if anything or key in parameters}
