@@ -304,13 +304,16 @@ class Lockstep:
 
         self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
-    def record(self, module: nn.Module, arrival: Arrival) -> list[tuple[str, Any]]:
-        """Run a module once without stopping; return its layers' inputs in order of use."""
+    def record(self, module: nn.Module, arrival: Arrival) -> tuple[list[tuple[str, Any]], Any]:
+        """Run a module once without stopping.
+
+        Returns its layers' inputs in order of use, and what it returned.
+        """
         self._recording = []
         try:
             with self._context():
-                module(*arrival.args, **arrival.kwargs)
-            return self._recording
+                result = module(*arrival.args, **arrival.kwargs)
+            return self._recording, result
         finally:
             self._recording = None
 

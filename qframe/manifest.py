@@ -28,7 +28,7 @@ from qframe.strict import Strict
 from qframe.weights import ModelFolder, read_json
 
 MANIFEST = "qframe.json"
-MANIFEST_VERSION = 3
+MANIFEST_VERSION = 4
 STATISTICS = "qframe_statistics"  # the stem of the files that --keep-statistics writes
 ORDER = "processing_order"  # after a layer's name: the order of its columns, in those files
 
@@ -101,6 +101,7 @@ class LayerRecord(Strict):
     source        sha256 of the weight that it was made of, [rows, columns] float32
     rewritten     the same of what the outlier handlers made of that; None without any
     input_group   the first layer of those that read the same input; names the kept statistics
+    folded        the norm that divides by the scale of that input; None where none does
     tokens        calibration tokens behind the statistics
     info          what the rounder told, e.g. {"damp": 0.01}
     clipped       share of weights more than half a step outside the range of the codes
@@ -116,6 +117,7 @@ class LayerRecord(Strict):
     source: str
     rewritten: str | None = None
     input_group: str
+    folded: str | None = None
     tokens: Annotated[int, Field(ge=0)] = 0
     info: Mapping[str, float | int | str] = Field(default_factory=dict)
     clipped: float = 0.0
@@ -137,6 +139,7 @@ def layer_record(
         "source": report.source,
         "rewritten": report.rewritten,
         "input_group": report.input_group,
+        "folded": report.folded,
         "tokens": report.tokens,
         "info": dict(report.info),
         "clipped": report.clipped,

@@ -162,7 +162,8 @@ def folder_size(job: Job) -> FolderSize:
 
     Codes, scales and zero points are counted by `Scheme.storage_bits`, as they will be stored;
     the files that describe the run are written in advance, with numbers of the usual length. With
-    target_bits layers are counted as taking all that they may.
+    target_bits layers are counted as taking all that they may, and input scales that may go into
+    norms as stored.
     """
     folder = job.network.folder
     if folder is None:
@@ -219,11 +220,9 @@ def _quantized_tensors(job: Job, layer: str, scheme: Scheme | None = None) -> It
         yield _Tensor(f"{layer}.weight_g_idx", "I32", (info.columns,), 4 * info.columns)
     if scheme.input_activations is not None and not scheme.input_activations.dynamic:
         yield _Tensor(f"{layer}.{STEP}", "F32", (1,), 4)
-    rotating = [getattr(handler, "rotates", False) for handler in job.method.handlers]
-    keeping = [getattr(handler, "keeps", False) for handler in job.method.handlers]
-    if not all(r or k for r, k in zip(rotating, keeping, strict=True)):
+    if job.method.scales:  # which of them go into norms is known only in the run
         yield _Tensor(f"{layer}.{SCALE}", "F32", (info.columns,), 4 * info.columns)
-    if any(rotating):
+    if any(getattr(handler, "rotates", False) for handler in job.method.handlers):
         yield _Tensor(f"{layer}.{SIGNS}", "I8", (1, info.columns), info.columns)
 
 

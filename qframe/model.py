@@ -149,7 +149,18 @@ class Network:
 
     def is_tied(self, layer: str) -> bool:
         """Return whether another module uses the very same weight."""
-        return self._stored[f"{layer}.weight"] in self._tied
+        return self.is_shared(f"{layer}.weight")
+
+    def is_shared(self, parameter: str) -> bool:
+        """Return whether a parameter, given by its full name, has another name as well."""
+        return self._stored[parameter] in self._tied
+
+    def own(self, parameter: str) -> torch.Tensor:
+        """Return a parameter in its own dtype: that of the files, or of the module in memory."""
+        name = self._stored[parameter]
+        if self.folder is not None:
+            return self.folder.read(name)
+        return self.module.get_parameter(parameter).detach()
 
 
 def stored_names(module: nn.Module, stored: Container[str]) -> dict[str, str]:

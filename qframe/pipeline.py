@@ -167,6 +167,7 @@ def quantize(
             coverage=job.coverage,
             calibration=None if calibration is None else dict(calibration.source),
             allocation=allocation,
+            folding=way.folding(),
             seconds={"total": time.perf_counter() - started},
         )
         check_fallbacks(report, job.recipe)

@@ -83,6 +83,8 @@ class Recipe(Strict):
                               keep: error (exit code 3) or warn
     keep_statistics    store what the rounder was calibrated with, once for each input, so that
                        `qframe verify` can recompute every certificate
+    fold_scales        let norms divide by the scales of outlier handlers, where that is found to
+                       change nothing (`qframe.folds`); else layers divide, when they run
     kv_cache_scheme    how keys and values are to be stored when the network generates: a preset's
                        name, or the fields of a KVCacheScheme; None for as they come. It changes no
                        weight, and is kept for those who run the network
@@ -108,6 +110,7 @@ class Recipe(Strict):
     min_coverage: Annotated[float, Field(ge=0, le=1)] = 0.5
     on_violated_certificate: Literal["warn", "error"] = "error"
     keep_statistics: bool = False
+    fold_scales: bool = True
     kv_cache_scheme: KVCacheScheme | None = None
     target_bits: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     candidate_bits: (
@@ -198,6 +201,14 @@ class Method:
     def needs(self) -> frozenset[str]:
         """The observers whose statistics the method reads."""
         return self.rounder.needs.union(*(handler.needs for handler in self.handlers))
+
+    @property
+    def scales(self) -> bool:
+        """Whether a handler may scale inputs: all but those that only rotate, or keep columns."""
+        return not all(
+            getattr(handler, "rotates", False) or getattr(handler, "keeps", False)
+            for handler in self.handlers
+        )
 
 
 def parse_method(host: Host, recipe: Recipe) -> Method:

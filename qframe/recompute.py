@@ -19,12 +19,14 @@ from qframe.certificates import Certificate, Evidence, applicable, function_pres
 from qframe.contracts import Event, QuantizedWeight, RoundingProblem
 from qframe.errors import QframeError, UncalibratedLayerError
 from qframe.fallbacks import FALLBACK, HOST_EVENTS, OVERFIT, claims_about
+from qframe.folded_norms import FoldedNorms
 from qframe.hessian import MISMATCH, SECOND_MOMENTS
 from qframe.host import Host
 from qframe.manifest import ORDER, Manifest, fingerprint
 from qframe.model import Network
 from qframe.recipe import Method, parse_method
 from qframe.stored import PARTS
+from qframe.transforms import InputTransform
 from qframe.weights import ModelFolder
 
 if TYPE_CHECKING:
@@ -37,6 +39,7 @@ def recompute(
     report: VerifyReport,
     manifest: Manifest,
     layers: Mapping[str, FoundLayer],
+    source: ModelFolder,
     kept: ModelFolder,
     reference: str | Path | nn.Module,
     host: Host,
@@ -45,6 +48,7 @@ def recompute(
     """Compute certificates once more, and take down in `report` what comes of it.
 
     layers   those that could be unpacked
+    source   the folder
     kept     the statistics in the folder
 
     It ends at the first weight of the reference that no layer can have been made of.
@@ -54,7 +58,8 @@ def recompute(
     else:
         folder = ModelFolder(reference)
         report.reference, network = str(folder.path), Network.from_folder(folder)
-    bench = _Bench(report, manifest, kept, host, threads)
+    norms = FoldedNorms(report, manifest, source, network)
+    bench = _Bench(report, manifest, kept, norms, host, threads)
     for name, layer in layers.items():
         wrong = _other_source(network, name, layer)
         if wrong:
@@ -64,7 +69,7 @@ def recompute(
             return
         bench.certify(name, layer, network.weight(name))
         network.release(network.module.get_submodule(name))
-    _check_carried(report, manifest, network)
+    _check_carried(report, manifest, network, norms)
 
 
 def _other_source(network: Network, name: str, layer: FoundLayer) -> str:
@@ -78,9 +83,12 @@ def _other_source(network: Network, name: str, layer: FoundLayer) -> str:
     return network.stored_name(f"{name}.weight".lstrip("."))
 
 
-def _check_carried(report: VerifyReport, manifest: Manifest, network: Network) -> None:
+def _check_carried(
+    report: VerifyReport, manifest: Manifest, network: Network, norms: FoldedNorms
+) -> None:
     """Compare every tensor that is no part of a quantized layer with the reference's."""
     own = {f"{layer}.{part}".lstrip(".") for layer in manifest.layers for part in PARTS}
+    own |= norms.tensors  # which have been looked at, and are not the reference's
     there: Collection[str]
     read: Callable[[str], torch.Tensor]
     if network.folder is not None:
@@ -106,9 +114,15 @@ class _Bench:
     """Certifies one layer after another; those of one input group share their statistics."""
 
     def __init__(
-        self, report: VerifyReport, manifest: Manifest, kept: ModelFolder, host: Host, threads: int
+        self,
+        report: VerifyReport,
+        manifest: Manifest,
+        kept: ModelFolder,
+        norms: FoldedNorms,
+        host: Host,
+        threads: int,
     ) -> None:
-        self._report, self._manifest, self._kept = report, manifest, kept
+        self._report, self._manifest, self._kept, self._norms = report, manifest, kept, norms
         self._threads = threads
         self._group = ""
         self._statistics: dict[str, Any] = {}
@@ -121,11 +135,19 @@ class _Bench:
         weight   the original one, [rows, columns] float32
         """
         found: list[Certificate] = []
-        transform = layer.stored.transform
+        transform, norm = layer.stored.transform, layer.record.folded
+        if norm is not None:
+            scale = self._norms.scale(norm)
+            if scale is None:
+                self._leave(name, set(), f"the norm {norm!r} does not say what it was scaled with")
+                return
+            transform = dataclasses.replace(transform or InputTransform(), scale=scale)
         if transform is not None:
             rewritten = transform.rewrite(weight)
             if fingerprint(rewritten) != layer.record.rewritten:
                 why = "the rewritten weight is not W transformed, bit for bit, nor stored"
+                if norm is not None:
+                    self._norms.blame(norm, name)
                 self._leave(name, set(), why)
                 return
             handlers = sum(p.kind == "outlier handler" for p in self._manifest.plugins)

@@ -37,6 +37,7 @@ from qframe.errors import (
     UncalibratedLayerError,
 )
 from qframe.fallbacks import FALLBACK, OVERFIT, Fallbacks, claims_about, massive_token
+from qframe.folds import Fold, FoldedNorm
 from qframe.hessian import MISMATCH, SECOND_MOMENTS
 from qframe.host import Host, option_names
 from qframe.judging import Court
@@ -115,11 +116,14 @@ class GroupInputs:
 class Solved:
     """A layer after quantization: what is stored, what it computes with, what is reported.
 
+    running      the same as `stored` for the input as it comes in the calibration pass, where no
+                 norm divides by a scale
     multiplied   what the layer multiplies with, [rows, columns] float32
     effective    the same for plain inputs, were they not rounded
     """
 
     stored: StoredLayer
+    running: StoredLayer
     multiplied: torch.Tensor
     effective: torch.Tensor
     report: LayerReport
@@ -132,25 +136,36 @@ class _Judged:
     evidence: Evidence
     original: torch.Tensor
     effective: torch.Tensor
-    stored: StoredLayer
+    running: StoredLayer
     errors: OutputErrors
     report: LayerReport
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Rewrites:
-    """What outlier handlers put aside: weights in 16 bits, by layer; and what they tell."""
+    """What outlier handlers put aside: weights in 16 bits, by layer; a norm; what they tell."""
 
     kept: dict[str, torch.Tensor] = field(default_factory=dict)
     info: dict[str, float | int | str] = field(default_factory=dict)
+    norm: FoldedNorm | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class SolvedGroup:
-    """The layers of an input group by name, and what is kept of their statistics by name."""
+    """The layers of an input group by name, and what is kept of their statistics by name.
+
+    norm   that divides by the scale of their input, None where none does
+    """
 
     layers: Mapping[str, Solved]
     statistics: Mapping[str, torch.Tensor]
+    norm: FoldedNorm | None = None
+
+    @property
+    def scaled(self) -> bool:
+        """Whether handlers scaled the input."""
+        transforms = [solved.running.transform for solved in self.layers.values()]
+        return any(t is not None and t.scale is not None for t in transforms)
 
 
 class Solver:
@@ -158,6 +173,7 @@ class Solver:
 
     def __init__(self, recipe: Recipe, method: Method, host: Host, threads: int) -> None:
         self._recipe, self._method, self._host, self.threads = recipe, method, host, threads
+        self.folds = recipe.fold_scales and method.scales  # whether norms are worth looking for
         self._court = Court(threads)
         self.events: list[Event] = []
         self._falls = Fallbacks(recipe, self.events)
@@ -179,17 +195,21 @@ class Solver:
         weights: Mapping[str, torch.Tensor],
         schemes: Mapping[str, Scheme],
         inputs: GroupInputs,
+        fold: Fold | None = None,
     ) -> SolvedGroup:
         """Quantize the layers of a group; their reports are complete after `settle`.
 
         weights   layer name -> [rows, columns] float32
         inputs    empty for a data-free run
+        fold      the norm that takes up a scale of the input; None for none
         """
         clock = time.perf_counter()
         plain, beside = inputs, inputs.pairs()
         seen = self._look(group, inputs, beside)
         errors = self._output_errors(group, beside, seen)
-        rewritten, transform, rewrites = self._rewrite(group, weights, schemes, inputs, seen[0])
+        rewritten, transform, rewrites = self._rewrite(
+            group, weights, schemes, inputs, seen[0], fold
+        )
         if transform is not None:
             inputs = inputs.transformed(transform)
             beside = inputs.pairs()
@@ -242,14 +262,17 @@ class Solver:
                 info=quantized.info,
                 events=quantized.events,
             )
-            stored = StoredLayer(
+            running = StoredLayer(
                 packed,
                 transform,
                 kept_in_16_bits,
                 quantizers[scheme.input_activations] if scheme.input_activations else None,
             )
-            multiplied = stored.with_kept(rounding.dequantize(rounded))
-            effective = stored.plain(multiplied)
+            stored = running
+            if transform is not None and rewrites.norm is not None:
+                stored = dataclasses.replace(running, transform=transform.folded())
+            multiplied = running.with_kept(rounding.dequantize(rounded))
+            effective = running.plain(multiplied)
             check_finite(effective, f"layer {layer.name!r}: the quantized weight")
             report = LayerReport(
                 name=layer.name,
@@ -263,9 +286,10 @@ class Solver:
                 info=dict(quantized.info),
                 inputs={
                     **rewrites.info,
-                    **input_errors(stored, original, multiplied, plain.fitted),
+                    **input_errors(running, original, multiplied, plain.fitted),
                 },
                 input_group=group.name,
+                folded=None if rewrites.norm is None else rewrites.norm.name,
                 seconds={
                     "calibrate": shared_seconds,
                     "round": round_seconds,
@@ -273,13 +297,13 @@ class Solver:
                 },
             )
             evidence = Evidence(problem, rounded, shared)
-            judged = _Judged(evidence, original, effective, stored, errors, report)
+            judged = _Judged(evidence, original, effective, running, errors, report)
             self._court.hear(partial(self._judge, judged))
             if kept and quantized.order is not None:
                 kept[f"{layer.name}.{ORDER}"] = quantized.order.to(torch.int32)
             self.events.extend(quantized.events)
-            solved[layer.name] = Solved(stored, multiplied, effective, report)
-        return SolvedGroup(solved, kept)
+            solved[layer.name] = Solved(stored, running, multiplied, effective, report)
+        return SolvedGroup(solved, kept, rewrites.norm)
 
     def settle(self, still_waiting: int = 0) -> None:
         """Wait until the reports of all layers but the last few are complete.
@@ -297,9 +321,9 @@ class Solver:
         report, problem = judged.report, judged.evidence.problem
         original, effective = judged.original, judged.effective
         report.source = fingerprint(original)
-        if judged.stored.transform is not None:
+        if judged.running.transform is not None:
             report.rewritten = fingerprint(problem.weight)
-        if judged.stored.transform is None:
+        if judged.running.transform is None:
             change = torch.from_numpy(judged.evidence.change())
         else:
             change = effective - original
@@ -318,7 +342,7 @@ class Solver:
 
         clock = time.perf_counter()
         report.certificates, events = self._certify(
-            judged.evidence, report.method, original, judged.stored
+            judged.evidence, report.method, original, judged.running
         )
         report.seconds["certify"] = time.perf_counter() - clock
         return events
@@ -328,18 +352,18 @@ class Solver:
         evidence: Evidence,
         method: str,
         original: torch.Tensor,
-        stored: StoredLayer,
+        running: StoredLayer,
     ) -> tuple[tuple[Certificate, ...], list[Event]]:
         """Hold a layer, as it is stored, against what its method claims."""
         problem = evidence.problem
         certificates: tuple[Certificate, ...] = ()
-        if stored.transform is not None:
+        if running.transform is not None:
             certificates = (
                 function_preserved(
                     original,
                     problem.weight,
-                    stored.transform,
-                    stored.kept,
+                    running.transform,
+                    running.kept,
                     handlers=len(self._method.handlers),
                 ),
             )
@@ -418,13 +442,18 @@ class Solver:
         schemes: Mapping[str, Scheme],
         inputs: GroupInputs,
         known: _Known,
+        fold: Fold | None,
     ) -> tuple[Mapping[str, torch.Tensor], InputTransform | None, _Rewrites]:
         """Let the outlier handlers rewrite the group, one after another.
 
         known   statistics of the fitted inputs that have been observed already
+        fold    as for `solve`
 
-        A handler that needs statistics is not asked where no token reached the group.
+        A handler that needs statistics is not asked where no token reached the group. Where a norm
+        is to divide by the scale, the scale becomes one that its dtype can take up, before the
+        next handler sees what is left.
         """
+        originals = weights
         total: InputTransform | None = None
         aside = _Rewrites()
         for handler in self._method.handlers:
@@ -463,12 +492,19 @@ class Solver:
             )
             rewrite = handler.rewrite(problem, self._rng(group.name))
             check_finite(rewrite.input_scale, f"{handler.name}: input_scale of {group.name!r}")
+            before = None if total is None else total.scale
             total = (total or InputTransform()).then(rewrite, handler.name)
+            rewritten = rewrite.weights
+            if fold is not None and total.scale is not None and total.scale is not before:
+                aside.norm = fold.folded(total.scale)
+                total = dataclasses.replace(total, scale=aside.norm.scale)
+                weights = {name: total.whole(weight) for name, weight in originals.items()}
+                rewritten = {name: total.rest(weight) for name, weight in weights.items()}
             if rewrite.kept is not None:
                 kept = {n: kept_weight(w, rewrite.kept, n) for n, w in weights.items()}
                 aside.kept.update(kept)
             aside.info.update(rewrite.info)
-            weights = rewrite.weights
+            weights = rewritten
         return weights, total, aside
 
     def _input_quantizers(

@@ -154,6 +154,12 @@ class InputTransform:
         rotation = rewrite.rotation or self.rotation
         return InputTransform(scale, rotation, rewrite.kept, rewrite.threshold)
 
+    def folded(self) -> InputTransform | None:
+        """Return what is left to do when a norm divides by the scale; None for nothing."""
+        if self.rotation is None and self.kept is None and self.threshold is None:
+            return None
+        return InputTransform(None, self.rotation, self.kept, self.threshold)
+
     def move(self, x: torch.Tensor) -> torch.Tensor:
         """Return inputs x [..., columns] scaled and rotated, in their dtype, nothing taken out."""
         if self.scale is not None:

@@ -199,7 +199,8 @@ def verify(
         return report
     say("computing certificates once more")
     with parallel.one_torch_thread():
-        recompute(report, manifest, layers, kept, reference, host or Host.discover(), threads)
+        host = host or Host.discover()
+        recompute(report, manifest, layers, source, kept, reference, host, threads)
     return report
 
 
@@ -295,7 +296,7 @@ def _sound_layers(
         except QframeError as error:
             report.add("layer", name, str(error))
             continue
-        wrong = _layer_objection(layer)
+        wrong = _layer_objection(layer) or _fold_objection(record, manifest)
         if f"{name}.weight" in stored and name not in untied:
             wrong = "is stored both as codes and as a plain weight"
         if wrong:
@@ -310,14 +311,34 @@ def _layer_objection(layer: FoundLayer) -> str:
     columns, scheme = record.columns, record.scheme
     if record.grid.grid().levels > 1 << scheme.num_bits:
         return f"its grid has more codes than {scheme.num_bits} bits can tell apart"
-    if (layer.stored.transform is None) != (record.rewritten is None):
+    moved = layer.stored.transform is not None or record.folded is not None
+    if moved != (record.rewritten is not None):
         return "its tensors and the manifest disagree on whether it was rewritten"
+    transform = layer.stored.transform
+    if record.folded is not None and transform is not None and transform.scale is not None:
+        return f"the norm {record.folded!r} divides by the scale of its input, and so does it"
     index = layer.stored.packed.group_index
     if index is not None and scheme.strategy == "group" and columns:
         width = scheme.group_width(columns)
         counts = torch.bincount(index.long(), minlength=scheme.groups(columns))
         if int(counts.max()) > width:
             return f"weight_g_idx gives a group {int(counts.max())} columns, group_size is {width}"
+    return ""
+
+
+def _fold_objection(record: LayerRecord, manifest: Manifest) -> str:
+    """Return what is wrong with the norm that a layer names, "" for nothing."""
+    group = [r for r in manifest.layers.values() if r.input_group == record.input_group]
+    if any(other.folded != record.folded for other in group):
+        return "layers that read its input disagree on which norm divides by its scale"
+    if record.folded is None:
+        return ""
+    served = {r.input_group for r in manifest.layers.values() if r.folded == record.folded}
+    if len(served) > 1:
+        return f"the norm {record.folded!r} is said to divide for several inputs"
+    weight = manifest.tensors.get(f"{record.folded}.weight")
+    if weight is None or weight.shape != (record.columns,):
+        return f"the norm {record.folded!r} that divides for it has no weight [{record.columns}]"
     return ""
 
 

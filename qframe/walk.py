@@ -16,16 +16,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from qframe import fold_search
 from qframe.calibration import Arrival, CalibrationData, Lockstep, Stop, layer_input
 from qframe.checkpoint import CheckpointWriter
 from qframe.contracts import Event, InputGroup
 from qframe.errors import ModelError
+from qframe.folds import Fold
 from qframe.model import Network, replace_module, set_weight
 from qframe.original import OriginalPass, check_pairs
 from qframe.recipe import Plan
-from qframe.report.layers import LayerReport
+from qframe.report.layers import Folding, LayerReport
 from qframe.solve import GroupInputs, Solved, Solver
-from qframe.stored import PARTS, QuantizedLinear
+from qframe.stored import PARTS, QuantizedLinear, StoredLayer
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +47,7 @@ class _Left:
 
     block: str
     layers: Mapping[str, Solved]
+    norms: Mapping[str, torch.Tensor]
     seconds: float
 
 
@@ -63,6 +66,7 @@ class Walk:
         self._writer, self._progress = writer, progress
         self.reports: dict[str, LayerReport] = {}
         self._pending: dict[str, Solved] = {}
+        self._norms: dict[str, torch.Tensor] = {}  # parameters of the block's folded norms
         self._written: set[str] = set()
         self._blocks_left: set[str] = set()
         self._blocks_written: set[str] = set()
@@ -72,7 +76,12 @@ class Walk:
         self._original: OriginalPass | None = None
         self._clock = time.perf_counter()
         self._groups: dict[str, InputGroup] = {}
-        self._makes: dict[tuple[Any, ...], list[tuple[str, ...]]] = {}
+        self._makes: dict[tuple[Any, ...], list[tuple[tuple[str, ...], str]]] = {}
+        self._searched: set[str] = set()  # blocks whose groups are known
+        self._folds: dict[str, Fold | str] = {}  # name of a group -> its norm, or why it has none
+        self._folding = Folding(folded={}, left={})
+        self._norms_at_last: dict[str, torch.Tensor] = {}
+        self._at_last: dict[str, StoredLayer] = {}  # layers of a module that lose their scales
         self._expected: dict[str, dict[int, torch.Tensor]] = {}
         self._before: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
 
@@ -115,13 +124,14 @@ class Walk:
                 self._quantize_waiting(stop.name, arrivals, fitted=len(data.inputs))
             return len(self.reports) < len(self._plan.schemes)
 
-        options = {"use_cache": False} if self._network.folder is not None else {}
-        inputs, kwargs = [*data.inputs, *data.held_out], accepted(module, options)
+        # A cache would grow whenever a block is looked at, and the next run would read from it.
+        options = accepted(module, {"use_cache": False}, by_name=self._network.folder is None)
+        inputs = [*data.inputs, *data.held_out]
         loaders = load_on_demand(self._network)
         try:
             if ahead is not None:
-                self._original = OriginalPass(ahead, inputs, kwargs)
-            steps.run(inputs, kwargs, on_stop, self._passes)
+                self._original = OriginalPass(ahead, inputs, options)
+            steps.run(inputs, options, on_stop, self._passes)
         finally:
             if self._original is not None:
                 self._original.close()
@@ -131,6 +141,11 @@ class Walk:
             if layer not in self.reports:  # no token reached it
                 self._quantize_alone(layer)
         self._finish()
+
+    def folding(self) -> Folding | None:
+        """Return what became of input scales; None where there are none, or they are to stay."""
+        found = self._folding
+        return found if self._solver.folds and (found.folded or found.left) else None
 
     # Layers ------------------------------------------------------------------------------------
 
@@ -145,6 +160,7 @@ class Walk:
         block = self._network.block_of(layer)
         if block not in self._network.blocks:
             self._enter(block)
+            self._folds[layer] = fold_search.OUTSIDE
         group = self._groups.get(layer) or InputGroup(layers=(self._network.layers[layer],))
         inputs = {i: layer_input(a.args, a.kwargs) for i, a in arrivals.items()}
         self._expected = {m.name: dict(inputs) for m in group.layers if m.name != layer}
@@ -165,11 +181,11 @@ class Walk:
         for member in group.layers:
             module = self._network.module.get_submodule(member.name)
             solved = self._pending[member.name]
-            if solved.stored.inputs is None:
+            if solved.running.inputs is None:
                 set_weight(module, solved.effective)
             else:
                 set_weight(module, solved.multiplied)
-                self._before[member.name] = solved.stored.inputs_of
+                self._before[member.name] = solved.running.inputs_of
 
     def _solve(self, group: InputGroup, inputs: GroupInputs) -> None:
         weights = {}
@@ -183,8 +199,15 @@ class Walk:
                     )
                 )
             weights[layer.name] = self._network.weight(layer.name)
-        solved = self._solver.solve(group, weights, self._plan.schemes, inputs)
+        fold = self._folds.pop(group.name, fold_search.UNSEEN)
+        norm = fold if isinstance(fold, Fold) else None
+        solved = self._solver.solve(group, weights, self._plan.schemes, inputs, norm)
         self._pending.update(solved.layers)
+        if solved.norm is not None:
+            self._norms.update(solved.norm.tensors)
+            self._folding.folded[group.name] = solved.norm.name
+        elif solved.scaled:
+            self._folding.left[group.name] = str(fold)
         self.reports.update({name: result.report for name, result in solved.layers.items()})
         if self._writer is not None:
             self._writer.add_statistics(solved.statistics)
@@ -192,32 +215,45 @@ class Walk:
     def _find_groups(self, name: str, steps: Lockstep, arrivals: Mapping[int, Arrival]) -> None:
         """Learn which layers of a block share an input, by watching the block run once.
 
-        Blocks of the same make have the same groups, so one of each make is watched.
+        Blocks of the same make have the same groups, so one of each make is watched. Where their
+        inputs come from norms, every block is tried: what folds must be right for each.
         """
+        if name in self._searched:
+            return
+        self._searched.add(name)
         prefix = f"{name}." if name else ""
-        block = self._network.blocks[name]
+        block, arrival = self._network.blocks[name], next(iter(arrivals.values()))
         inside = {
             layer.removeprefix(prefix): self._network.layers[layer]
             for layer in self._plan.schemes
             if layer.startswith(prefix)
         }
-        make = (type(block), *((short, i.rows, i.columns) for short, i in inside.items()))
+        shapes = ((short, i.rows, i.columns) for short, i in inside.items())
+        parts = ((short, type(part)) for short, part in block.named_modules())
+        make = (type(block), *shapes, *parts)
+        run: fold_search.Run | None = None
         if make not in self._makes:
-            calls = steps.record(block, next(iter(arrivals.values())))
-            shared: dict[int, list[str]] = {}
-            for layer, x in calls:  # `calls` keeps the inputs alive, so identities are distinct
-                shared.setdefault(id(x), []).append(layer.removeprefix(prefix))
+            run = fold_search.look(steps, block, arrival, digests=self._solver.folds)
+            # `run` keeps the inputs alive, so identities are distinct.
+            shared: dict[int, tuple[str, list[str]]] = {}
+            for layer, x in run.inputs:
+                _, users = shared.setdefault(id(x), (run.source(x), []))
+                users.append(layer.removeprefix(prefix))
             seen: set[str] = set()
             groups = []
-            for users in shared.values():  # a layer that runs twice belongs to its first input
+            for norm, users in shared.values():  # one that runs twice belongs to its first
                 fresh = tuple(m for m in dict.fromkeys(users) if m not in seen)
                 seen.update(fresh)
-                groups.append(fresh)
-            self._makes[make] = [group for group in groups if group]
-        for members in self._makes[make]:
+                groups.append((fresh, norm))
+            self._makes[make] = [(group, norm) for group, norm in groups if group]
+        found = []
+        for members, norm in self._makes[make]:
             group = InputGroup(layers=tuple(inside[short] for short in members))
+            found.append((group, norm))
             for short in members:
                 self._groups[f"{prefix}{short}"] = group
+        if self._solver.folds:
+            self._folds |= fold_search.find(self._network, name, steps, arrival, found, run)
 
     def _passes(self, stop: Stop, number: int, arrival: Arrival) -> bool:
         """Return whether a chunk may run a layer: it was quantized with its group, on this input.
@@ -268,11 +304,12 @@ class Walk:
         """Free the block, and write the one before it, whose reports are complete by now."""
         if self._block is None:
             return
-        left = _Left(self._block, self._pending, time.perf_counter() - self._clock)
+        seconds = time.perf_counter() - self._clock
+        left = _Left(self._block, self._pending, self._norms, seconds)
         if self._block:
             self._network.release(self._network.blocks[self._block])
         self._blocks_left.add(self._block)
-        self._pending, self._expected = {}, {}
+        self._pending, self._norms, self._expected = {}, {}, {}
         self._write_left(still_waiting=len(left.layers))
         self._left = left
 
@@ -284,6 +321,7 @@ class Walk:
             return
         for name, solved in left.layers.items():
             self._write_layer(name, solved)
+        self._write_norms(left.norms)
         self._blocks_written.add(left.block)
         if self._progress is not None and left.layers:
             self._progress(
@@ -307,13 +345,39 @@ class Walk:
         if self._network.folder is None:
             old = self._network.module.get_submodule(name)
             bias = old._parameters.get("bias")
-            new = QuantizedLinear(solved.stored, None if bias is None else bias.data)
+            new = QuantizedLinear(solved.running, None if bias is None else bias.data)
             self._network.module = replace_module(self._network.module, name, new)
+            if solved.stored is not solved.running:
+                self._at_last[name] = solved.stored
+
+    def _write_norms(self, norms: Mapping[str, torch.Tensor]) -> None:
+        """Write parameters of norms that divide; a module in memory gets them in the end."""
+        if self._network.folder is None:
+            self._norms_at_last.update(norms)
+        elif self._writer is not None:
+            stored = {self._network.stored_name(name): norm for name, norm in norms.items()}
+            self._writer.add(stored)
+            self._written.update(stored)
+
+    def _fold_module(self) -> None:
+        """Let the norms of a module divide instead of its layers.
+
+        Not before the pass is over: a block may run again, and its chunks may be anywhere in it.
+        """
+        module = self._network.module
+        for name, stored in self._at_last.items():
+            bias = module.get_submodule(name)._buffers["bias"]
+            module = replace_module(module, name, QuantizedLinear(stored, bias))
+        for name, values in self._norms_at_last.items():
+            owner, _, key = name.rpartition(".")
+            norm = nn.Parameter(values, requires_grad=False)
+            module.get_submodule(owner)._parameters[key] = norm
 
     def _finish(self) -> None:
         """Leave the last block, and carry over every tensor no quantized layer stands for."""
         self._leave()
         self._write_left()
+        self._fold_module()
         if self._writer is None:
             return
         if self._network.folder is not None:
@@ -344,8 +408,13 @@ def load_on_demand(network: Network) -> list[Any]:
     ]
 
 
-def accepted(module: nn.Module, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those keyword arguments that the module's forward takes."""
+def accepted(
+    module: nn.Module, options: Mapping[str, Any], *, by_name: bool = False
+) -> dict[str, Any]:
+    """Return those keyword arguments that the module's forward takes.
+
+    by_name   only those that it names; else `**kwargs` take them all
+    """
     parameters = inspect.signature(module.forward).parameters
-    anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    anything = not by_name and any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     return {key: value for key, value in options.items() if anything or key in parameters}

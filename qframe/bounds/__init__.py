@@ -63,6 +63,7 @@ from qframe.bounds.methods import (
     radius,
 )
 from qframe.bounds.rewrites import (
+    folded_norm,
     kept_weight,
     rewrite_element,
     rewrite_output,
@@ -102,6 +103,7 @@ __all__ = [
     "exact_sum",
     "fitted_scale",
     "float_element",
+    "folded_norm",
     "gamma",
     "gptq_aim",
     "gptq_aim_rounded",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from qframe.bounds.arithmetic import ETA, UNIT, Array, Numbers, as_array, gamma
+from qframe.bounds.arithmetic import ETA, UNIT, Array, Numbers, as_array, compound, gamma
 from qframe.bounds.rotations import hadamard, rotated_product
 
 
@@ -76,6 +76,28 @@ def kept_weight(stored: Numbers) -> Array:
     """
     unit, tiny = UNIT["float16"], ETA["float16"]
     return as_array(gamma(1, unit) * (np.abs(as_array(stored)) + tiny) + tiny)
+
+
+def folded_norm(
+    output: Numbers,
+    scale: Numbers,
+    bias: Numbers = 0.0,
+    roundings: int = 3,
+    dtype: str = "float32",
+) -> Array:
+    """B4.i: how far what a folded norm returns may lie from n / s', n what it returned before.
+
+    output      n, [..., columns]
+    scale       s' = w / v in float32, [columns]
+    bias        of the norm before, [columns]; it was divided by s' in float32
+    roundings   in the norm, after the number that weight and bias are applied to
+    dtype       of those roundings
+    """
+    lost = gamma(roundings, UNIT[dtype])
+    apart = compound(gamma(1), lost) + lost
+    size = (np.abs(as_array(output)) + 2 * np.abs(as_array(bias))) / (1 - lost)
+    tiny = 2 * (1 + lost) * (ETA[dtype] + ETA["float32"])
+    return as_array((apart * size + tiny) / as_array(scale) + tiny)
 
 
 def sample_slack(size: float, columns: int, outputs: int) -> float:

@@ -255,6 +255,15 @@ class RecipeFlags:
             rich_help_panel=_LIMITS,
         ),
     ] = None
+    fold_scales: Annotated[
+        bool | None,
+        typer.Option(
+            "--fold-scales/--no-fold-scales",
+            help="Let norms divide by the scales of outlier handlers where that changes nothing, "
+            "or the layers when they run. Default: fold.",
+            rich_help_panel=_LIMITS,
+        ),
+    ] = None
 
     def to_recipe(self) -> Recipe:
         """Return the recipe: the file's, if one was given, with the options on top."""
@@ -270,6 +279,7 @@ class RecipeFlags:
             min_coverage=self.min_coverage,
             on_violated_certificate=self.on_violated_certificate,
             keep_statistics=self.keep_statistics,
+            fold_scales=self.fold_scales,
             kv_cache_scheme=self.kv_scheme,
             target_bits=self.target_bits,
             candidate_bits=parse_bits(self.candidate_bits),

@@ -59,6 +59,11 @@ def plan_screen(job: Job, *, all_layers: bool) -> RenderableType:
         )
     if job.network.folder is not None:
         lines |= _predictions(job)
+    if may_fold(job):
+        lines["scales"] = (
+            "those of inputs that norms can divide by are not stored: bits and bytes are at most "
+            "these; which ones is known only in the run, which tries it"
+        )
     keeping = [handler.name for handler in job.method.handlers if getattr(handler, "keeps", False)]
     if keeping:
         lines["kept"] = (
@@ -68,14 +73,20 @@ def plan_screen(job: Job, *, all_layers: bool) -> RenderableType:
     return stacked(plan_table(plan_rows(job), collapse=not all_layers), facts(lines))
 
 
+def may_fold(job: Job) -> bool:
+    """Return whether norms may take up scales that are counted as stored."""
+    return job.recipe.fold_scales and job.method.scales
+
+
 def _predictions(job: Job) -> dict[str, str]:
     """Return what the output will take on disk, and the run in memory."""
     size, peak = folder_size(job), peak_memory(job)
     parts = ", ".join(f"{readable_bytes(count)} {what}" for what, count in peak.items())
     kept = most_statistics_bytes(job)
+    most = "at most " if job.candidates or may_fold(job) else ""
     return {
         "output": f"{readable_bytes(size.total)}: {readable_bytes(size.quantized)} quantized "
-        f"({'at most ' if job.candidates else ''}{bits_per_weight(job):.3f} bits per weight), "
+        f"({most}{bits_per_weight(job):.3f} bits per weight), "
         f"{readable_bytes(size.carried)} as "
         f"stored, {readable_bytes(size.headers + size.others)} for the rest"
         + (f"; statistics take up to {readable_bytes(kept)} more" if kept else ""),

@@ -168,6 +168,8 @@ def _show(
         f"{_bits_per_weight(result):.3f} bits per quantized weight",
         "time": f"{seconds:.1f} s",
     }
+    if result.report.folding is not None:
+        lines["scales"] = result.report.folding.line()
     if report is not None:
         lines["report"] = f"{report / 'report.json'}, {report / 'report.csv'}"
     layers, allocation = result.report.layers, result.report.allocation

@@ -15,7 +15,7 @@ from qframe.allocation import Allocation
 from qframe.certificates import Certificate
 from qframe.contracts import Event
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 _ELSEWHERE = frozenset({"source", "rewritten", "input_group", "certificates"})
 """Fields that are not figures: they are recorded apart, or for verifying alone."""
 
@@ -39,6 +39,7 @@ class LayerReport:
     source         sha256 of the weight that it was made of, float32; `rewritten` of what the
                    outlier handlers made of that, None without any
     input_group    the first of the layers that read the same input
+    folded         the norm that divides by the scale of the layer's input, None where none does
     seconds        by stage; not part of the checkpoint, which must not depend on time
     """
 
@@ -62,6 +63,7 @@ class LayerReport:
     source: str = ""
     rewritten: str | None = None
     input_group: str = ""
+    folded: str | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -119,10 +121,36 @@ class Coverage:
 
 
 @dataclass(kw_only=True)
+class Folding:
+    """What became of the scales that outlier handlers gave the inputs of layers.
+
+    Of layers that read the same input, the first stands for all.
+
+    folded   layer -> the norm that divides by the scale
+    left     layer -> why the layers divide when they run; it goes on a sentence about the input
+    """
+
+    folded: dict[str, str]
+    left: dict[str, str]
+
+    def line(self) -> str:
+        """Return the one-line summary with reasons counted."""
+        reasons: dict[str, int] = {}
+        for reason in self.left.values():
+            reasons[reason] = reasons.get(reason, 0) + 1
+        why = "; ".join(f"{count}, as the input {why}" for why, count in sorted(reasons.items()))
+        return (
+            f"{len(self.folded)} of {len(self.folded) + len(self.left)} input scales are folded "
+            f"into norms{f', the others stay in the layers: {why}' if why else ''}"
+        )
+
+
+@dataclass(kw_only=True)
 class RunReport:
     """All layers of a run, what happened, and what it was run with.
 
     allocation   how bits were given to layers, where the recipe had a target of them
+    folding      what became of input scales, where there are some that were to be folded
     """
 
     layers: Sequence[LayerReport]
@@ -130,6 +158,7 @@ class RunReport:
     coverage: Coverage
     calibration: Mapping[str, Any] | None
     allocation: Allocation | None = None
+    folding: Folding | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
 
     def fallbacks(self) -> list[Event]:
@@ -145,6 +174,8 @@ class RunReport:
             "events": [dataclasses.asdict(event) for event in self.events],
             "layers": [layer.record(timings=timings) for layer in self.layers],
         }
+        if self.folding is not None:
+            content["folding"] = dataclasses.asdict(self.folding)
         if self.allocation is not None:
             content["allocation"] = words_for_infinities(self.allocation.record())
         if timings:

@@ -12,7 +12,7 @@ CASES = {
     "channel": ["--scheme", "W8A16"],
     "asymmetric 3 bits": ["--scheme", "W3A16", "--group-size", "24", "--asymmetric"],
     "some": ["--targets", "re:.*mlp.*", "--ignore", "re:.*up_proj", "--min-coverage", "0.1"],
-    "activations": ["--scheme", "W8A8", "--method", "smoothquant"],
+    "activations": ["--scheme", "W8A8", "--method", "smoothquant", "--no-fold-scales"],
     "activations, one scale": ["--scheme", "W8A8_STATIC"],
     "override": ["--group_size", "32", "--override", "re:.*down_proj:num_bits=8,group_size=-1"],
     "gptq": ["--method", "gptq", "--group-size", "32"],
@@ -54,6 +54,25 @@ def test_the_plan_is_what_a_real_run_does(run, tiny, tmp_path, arguments, tied):
     assert abs(plan["output_bytes"]["weights"] - weights) <= MISS * weights
     count = sum(layer["rows"] * layer["columns"] for layer in plan["layers"])
     assert round(plan["bits_per_weight"] * count) == round(result["bits_per_weight"] * count)
+
+
+def test_scales_that_go_into_norms_are_promised_at_most(run, tiny_llama, tmp_path):
+    arguments = ["-m", "awq", "--group-size", "32", *CALIBRATION]
+    plan = run("quantize", tiny_llama, "--dry-run", *arguments)
+    assert "at most" in plan.out
+    assert "scales" in plan.out
+    stays = run("quantize", tiny_llama, "--dry-run", "--no-fold-scales", *arguments)
+    assert "at most" not in stays.out
+    promised = json.loads(run("quantize", tiny_llama, "--dry-run", "--json", *arguments).out)
+    ran = run("quantize", tiny_llama, "--json", "-o", tmp_path / "out", *arguments)
+    found = json.loads(ran.out)
+    saved = 32 * 64 * 10  # bits of a scale of 64 columns, in q, k, v, gate and up of two blocks
+    count = sum(layer["rows"] * layer["columns"] for layer in promised["layers"])
+    less = promised["bits_per_weight"] - found["bits_per_weight"]
+    assert round(less * count) == saved
+    assert len(found["report"]["folding"]["folded"]) == 4
+    shown = run("quantize", tiny_llama, "--overwrite", "-o", tmp_path / "out", *arguments)
+    assert "4 of 8 input scales are folded into norms" in " ".join(shown.out.split())
 
 
 def test_it_prints_what_is_done_with_each_layer_and_why_not(run, tiny_llama):

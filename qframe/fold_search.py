@@ -1,0 +1,246 @@
+"""Which norms can take up the scale of their layers' input: found by structure, then tried.
+
+By structure: a module that returned the very tensor which the layers of a group read, and has
+nothing but a weight for each channel, and perhaps a bias. Tried: its weight is multiplied by powers
+of two and the columns of the layers by their inverses, which rounds nothing, so a block in which
+only these layers read the norm returns the same bits. A router that reads the same tensor, a
+residual, a layer that is not quantized, a norm that multiplies by 1 + w: all of them show.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from qframe.calibration import Arrival, Lockstep
+from qframe.contracts import InputGroup
+from qframe.folds import Fold
+from qframe.manifest import fingerprint
+from qframe.model import Network, get_weight, set_weight
+
+# Exponents of the powers of two, channel after channel. Every channel is moved, none like its
+# neighbours, and three goes into no power of two: heads and groups of channels do not repeat.
+EXPONENTS = (1, -1, 2)
+
+NO_NORM = "is not the output of a norm"
+UNSEEN = "was not seen, as no calibration token came"
+OUTSIDE = "is that of a layer outside all blocks"
+TIED = "comes from a norm that shares its weight"
+AGAIN = "comes from a norm that runs more than once"
+IDLE = "comes from a norm in a block of which not everything ran"
+ZERO = "is zero in a channel wherever it was looked at"
+STATE = "comes from a norm in a block that may keep or change what it is given"
+OTHERS = "is read by something else, or its norm does not simply multiply by its weight"
+"""Why a scale stays at run time: each goes on a sentence about the input that it is of."""
+
+Place = tuple[str, int]  # a module, and how many times it ran before
+
+
+@dataclass(slots=True)
+class Run:
+    """What was seen while a block ran once. Names are those within the block.
+
+    inputs     (layer, its input) in order of use; layers by their full names
+    norms      module that may be a norm -> what it returned, each time
+    returned   what leaves returned, and "" the block: which norm returned the very same tensor,
+               "" for none, and a digest, None where there is something that has none
+    ran        every module that ran
+    """
+
+    inputs: list[tuple[str, Any]] = field(default_factory=list)
+    norms: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+    returned: dict[Place, tuple[str, str | None]] = field(default_factory=dict)
+    ran: set[str] = field(default_factory=set)
+
+    def source(self, tensor: torch.Tensor) -> str:
+        """Return the first norm that returned this very tensor, "" for none."""
+        found = (n for n, some in self.norms.items() if any(each is tensor for each in some))
+        return next(found, "")
+
+    def same(self, other: Run, but: Sequence[str]) -> bool:
+        """Return whether everything has the same bits as in another run, but for some norms."""
+        if self.returned.keys() != other.returned.keys():
+            return False
+        return all(
+            (source and source in but)
+            or (digest is not None and digest == other.returned[place][1])
+            for place, (source, digest) in self.returned.items()
+        )
+
+
+def look(steps: Lockstep, block: nn.Module, arrival: Arrival, *, digests: bool = True) -> Run:
+    """Run a block once, and look on.
+
+    digests   whether runs are to be compared: it takes a hash of everything that leaves return
+    """
+    run = Run()
+
+    def watch(name: str, module: nn.Module) -> Any:
+        leaf, norm = not any(module.children()), may_be_norm(module)
+
+        def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            run.ran.add(name)
+            if norm and isinstance(output, torch.Tensor):
+                run.norms.setdefault(name, []).append(output)
+            if digests and leaf and name:
+                times = sum(place[0] == name for place in run.returned)
+                run.returned[name, times] = (run.source(output), digest(output))
+
+        return module.register_forward_hook(hook)
+
+    handles = [watch(name, module) for name, module in block.named_modules()]
+    try:
+        run.inputs, result = steps.record(block, arrival)
+    finally:
+        for handle in handles:
+            handle.remove()
+    run.returned["", 0] = ("", digest(result) if digests else None)
+    return run
+
+
+def find(
+    network: Network,
+    name: str,
+    steps: Lockstep,
+    arrival: Arrival,
+    groups: Sequence[tuple[InputGroup, str]],
+    run: Run | None,
+) -> dict[str, Fold | str]:
+    """Return for each group of a block, by its name, its norm, or why it has none.
+
+    name      of the block, whose weights are in memory and are there again afterwards
+    arrival   what the block is tried on
+    groups    and for each the module, within the block, that returned its input; "" for none
+    run       of the block on this arrival, with digests, where there has been one
+    """
+    block = network.blocks[name]
+    found: dict[str, Fold | str] = {}
+    trials: dict[str, _Trial] = {}
+    for group, norm in groups:
+        found[group.name] = _fold(network, name, norm, group.columns)
+        if isinstance(found[group.name], Fold):
+            layers = tuple(network.module.get_submodule(m.name) for m in group.layers)
+            trials[group.name] = _Trial(norm, block.get_submodule(norm), layers)
+    if not trials:
+        return found
+    given = digest((arrival.args, dict(arrival.kwargs)))
+    before = run or look(steps, block, arrival)
+    for group_name, trial in list(trials.items()):
+        wrong = STATE if given is None else _unfit(block, before, trial)
+        if wrong:
+            found[group_name] = wrong
+            del trials[group_name]
+
+    def changes(some: Sequence[_Trial]) -> bool:
+        with _scaled(some):
+            after = look(steps, block, arrival)
+        return not after.same(before, [trial.norm for trial in some])
+
+    if trials and changes(list(trials.values())):
+        for group_name, trial in trials.items():
+            if len(trials) == 1 or changes([trial]):
+                found[group_name] = OTHERS
+    if trials and digest((arrival.args, dict(arrival.kwargs))) != given:
+        found |= dict.fromkeys(trials, STATE)  # one run cannot be compared with another
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Trial:
+    """A norm by its name within the block, and the layers that read what it returned."""
+
+    norm: str
+    module: nn.Module
+    layers: tuple[nn.Module, ...]
+
+
+def _fold(network: Network, block: str, norm: str, columns: int) -> Fold | str:
+    """Return a module of a block as a fold, or why it is none."""
+    full = f"{block}.{norm}".lstrip(".")
+    parameters = network.module.get_submodule(full)._parameters if norm else {}
+    names = [f"{full}.{key}" for key, value in parameters.items() if value is not None]
+    weight = parameters.get("weight")
+    if weight is None or tuple(weight.shape) != (columns,):
+        return NO_NORM
+    if any(network.is_shared(parameter) for parameter in names):
+        return TIED
+    bias = network.own(f"{full}.bias") if f"{full}.bias" in names else None
+    fold = Fold(full, network.own(f"{full}.weight"), bias)
+    return fold.objection() or fold
+
+
+def may_be_norm(module: nn.Module) -> bool:
+    """Return whether a module has nothing but a weight [columns], and perhaps such a bias."""
+    own = {key: value for key, value in module._parameters.items() if value is not None}
+    weight = own.get("weight")
+    if any(module.children()) or weight is None or not own.keys() <= {"weight", "bias"}:
+        return False
+    return weight.ndim == 1 and all(
+        p.shape == weight.shape and p.is_floating_point() for p in own.values()
+    )
+
+
+def _unfit(block: nn.Module, run: Run, trial: _Trial) -> str:
+    """Return why a trial would tell nothing, "" where it does."""
+    outputs = run.norms.get(trial.norm, [])
+    if len(outputs) != 1:
+        return AGAIN
+    for name, module in block.named_modules():
+        lists = isinstance(module, (nn.ParameterList, nn.ParameterDict))  # which never run
+        own = any(True for _ in module.parameters(recurse=False))
+        if own and not lists and name not in run.ran:
+            return IDLE
+    weight = trial.module._parameters["weight"]
+    moved = outputs[0].reshape(-1, outputs[0].shape[-1]).ne(0).any(0)
+    return "" if weight is None or bool((moved | (weight == 0)).all()) else ZERO
+
+
+@contextmanager
+def _scaled(trials: Sequence[_Trial]) -> Iterator[None]:
+    """Multiply norms by powers of two and their layers by the inverses, for a while."""
+    kept: list[tuple[nn.Module, Mapping[str, nn.Parameter | None]]] = []
+    try:
+        for trial in trials:
+            kept += [(m, dict(m._parameters)) for m in (trial.module, *trial.layers)]
+            for key, value in trial.module._parameters.items():
+                if value is not None:
+                    scaled = value.detach() / _powers(len(value)).to(value.dtype)
+                    trial.module._parameters[key] = nn.Parameter(scaled, requires_grad=False)
+            for layer in trial.layers:
+                weight = get_weight(layer)
+                set_weight(layer, weight * _powers(weight.shape[1]).to(weight.dtype))
+        yield
+    finally:
+        for module, parameters in kept:
+            module._parameters.update(parameters)
+
+
+def _powers(columns: int) -> torch.Tensor:
+    """Return powers of two, [columns] float32."""
+    return torch.tensor([2.0 ** EXPONENTS[j % len(EXPONENTS)] for j in range(columns)])
+
+
+def digest(value: Any) -> str | None:
+    """Return a hash of tensors in lists, mappings and the like; None where something has none."""
+    parts: list[str | None] = []
+    if isinstance(value, torch.Tensor):
+        parts = [str(value.dtype), str(tuple(value.shape)), fingerprint(value)]
+    elif value is None or isinstance(value, (bool, int, float, str)):
+        parts = [repr(value)]
+    elif isinstance(value, Mapping):
+        parts = [digest(item) for pair in value.items() for item in pair]
+    elif isinstance(value, (list, tuple)):
+        parts = [digest(item) for item in value]
+    else:
+        return None
+    known = [part for part in parts if part is not None]
+    if len(known) != len(parts):
+        return None
+    text = "\0".join([type(value).__name__, *known])
+    return hashlib.sha256(text.encode()).hexdigest()
