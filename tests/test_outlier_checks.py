@@ -25,7 +25,14 @@ from qframe_conformance.checks import Violation, checks_of
 from qframe_conformance.outlier_cases import HandlerCase, Statistics, fault
 from qframe_conformance.outlier_draws import LOUD, STEP, scenarios
 from qframe_conformance.reproduce import script
-from tests.mutants.handlers import ANY_SCHEME, AWQ, Nothing, SmoothQuant, WeightsInHalf
+from tests.mutants.handlers import (
+    ANY_SCHEME,
+    AWQ,
+    Nothing,
+    SinglePrecision,
+    SmoothQuant,
+    WeightsInHalf,
+)
 from tests.mutants.handlers_kept import THRESHOLD, Keeper
 
 KIND = "outlier handler"
@@ -61,6 +68,25 @@ def test_a_candidate_with_the_declared_gain_keeps_the_bound(case):
     rewrite = Rewrite(weights={n: w * scale for n, w in case.weights.items()}, input_scale=scale)
     certificate = SALIENT.certify(replace(case.rewriting, rewrite=rewrite))
     assert certificate.holds
+
+
+@pytest.mark.parametrize("size", [2.0**-62, 2.0**-70, 2.0**-74])
+def test_losses_that_underflow_say_nothing_of_which_candidate_is_better(size):
+    """B4.c allows for it in float32; not in float64, where nothing of this underflows."""
+    claims = NoWorseThanUnscaled(sums="float32"), NoWorseThanUnscaled(sums="float64")
+    ratios = []
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        case = HandlerCase(
+            SinglePrecision(),
+            weights={"block.q": torch.from_numpy(np.float32(rng.normal(size=(3, 4)) / 2**10))},
+            inputs=np.float32(rng.normal(size=(6, 4)) * size),
+            scheme=Scheme(num_bits=3, group_size=8, scale_dtype="float32"),
+        )
+        ratios.append([claim.certify(case.rewriting).ratio for claim in claims])
+    single, double = np.array(ratios).T
+    assert (single <= 1).all()
+    assert (double > 1).any()
 
 
 # Columns at the edge --------------------------------------------------------------------------

@@ -110,15 +110,23 @@ def sample_slack(size: float, columns: int, outputs: int) -> float:
     return 5 * (1 + 2.0**-16) * (gamma(columns + 3, unit) + gamma(outputs + 1, unit)) * size
 
 
-def search_slack(weighed: Numbers, missed: Numbers, length: int, dtype: str = "float32") -> Array:
+def search_slack(
+    weighed: Numbers, missed: Numbers, lengths: Numbers, columns: int, dtype: str = "float32"
+) -> Array:
     """B4.c: how far the computed root of an output error may lie from the root itself.
 
     weighed   sum of v A v^T over rows, v = |W| + |Q|, A = (2/n) |X|^T |X| >= |H|
     missed    the same for v = |W - Q|
-    length    operations behind a sum: two of as many products as columns, and one over rows
-    dtype     of those sums
+    lengths   sum |W - Q| of each row
+    columns   of a row
+    dtype     of the sums: two of as many products as columns, and one over rows
+
+    Products that underflow add eta each, as does an H that is stored in the dtype.
     """
+    sums, n = as_array(lengths), columns
+    lost = ETA[dtype] * (n * (1 + 2 * sums) + sums**2).sum()
+    length = 2 * n + len(sums) + 4
     return as_array(
         gamma(4) * np.sqrt(as_array(weighed))
-        + np.sqrt(gamma(length, UNIT[dtype]) * as_array(missed))
+        + np.sqrt(gamma(length, UNIT[dtype]) * as_array(missed) + lost)
     )

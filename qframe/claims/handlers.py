@@ -315,7 +315,5 @@ def root_of_loss(rewriting: Rewriting, sums: str) -> tuple[float, float]:
 
 def _slack(rewriting: Rewriting, size: Float64, error: Float64, sums: str) -> float:
     """Return B4.c's sigma for |W| + |Q| and |W - Q|, both [rows, columns]."""
-    rows, columns = size.shape
-    length = 2 * columns + rows + 4
     weighed, missed = (((a @ rewriting.magnitude) * a).sum() for a in (size, error))
-    return float(bounds.search_slack(weighed, missed, length, sums))
+    return float(bounds.search_slack(weighed, missed, error.sum(1), size.shape[1], sums))

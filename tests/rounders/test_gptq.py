@@ -439,9 +439,9 @@ def test_automatic_damping_does_best_on_held_out_tokens(drawn, seed, options):
         loss = ((weight - values) @ moment * (weight - values)).sum()
         sizes = (weight.abs() + values.abs(), (weight - values).abs())
         weighed, missed = (float((a @ moment.abs() * a).sum()) for a in sizes)
-        length = 2 * weight.shape[1] + len(weight) + 4
+        lengths, columns = sizes[1].sum(1).numpy(), weight.shape[1]
         return float(loss.clamp(min=0).sqrt()), bounds.search_slack(
-            weighed, missed, length, "float32"
+            weighed, missed, lengths, columns, "float32"
         )
 
     found, sigma = root_of_loss(made)

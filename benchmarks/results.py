@@ -1,0 +1,292 @@
+"""What the literature promises, measured by qframe's own commands. Writes docs/results.md.
+
+    python benchmarks/results.py --store results
+
+Every table is what one `qframe compare` command says, and the document shows the command. All of
+them keep their cells in one store, so a run that was stopped goes on where it was. A promise is a
+comparison of figures from these tables; one that does not hold is printed as such.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qframe.embedded import model_folder
+
+DOCUMENT = Path(__file__).parent.parent / "docs" / "results.md"
+PROTOCOL = ["--num-calibration-samples", "48", "--max-seq-length", "512", "--window", "512"]
+Cells = Mapping[tuple[str, str, str], Mapping[str, Any]]  # (table, method, scheme) -> row
+
+
+@dataclass(frozen=True)
+class Table:
+    """One command: every method with every scheme.
+
+    name      of the table, for promises
+    title     what it shows
+    methods, schemes, options   of the command
+    """
+
+    name: str
+    title: str
+    methods: Sequence[str]
+    schemes: Sequence[str]
+    options: Sequence[str] = ()
+
+    def arguments(self, model: str, store: str, limit: int) -> list[str]:
+        """Return the command's arguments."""
+        chosen = [f"-m {method}" for method in self.methods]
+        chosen += [f"--scheme {scheme}" for scheme in self.schemes]
+        words = ["compare", model, *" ".join(chosen).split(), *self.options, *PROTOCOL]
+        return [*words, "--limit", str(limit), "--no-distributions", "-o", store]
+
+
+TABLES = (
+    Table(
+        "weights",
+        "Weights, symmetric, groups of 64",
+        ("rtn", "gptq", "qronos", "awq+gptq", "hadamard+gptq"),
+        ("W8A16", "W4A16", "W3A16"),
+        ("--group-size", "64"),
+    ),
+    Table(
+        "asymmetric",
+        "Weights, asymmetric, groups of 64",
+        ("rtn", "awq", "hqq", "autoround", "awq+gptq"),
+        ("W4A16", "W3A16"),
+        ("--group-size", "64", "--asymmetric"),
+    ),
+    Table(
+        "two bits",
+        "Two bits, asymmetric, groups of 64",
+        ("rtn", "optimal_rtn", "hqq", "autoround", "gptq", "qronos", "hadamard+gptq"),
+        ("W2A16",),
+        ("--group-size", "64", "--asymmetric"),
+    ),
+    Table(
+        "activations",
+        "Weights and activations of 8 bits",
+        ("rtn", "llm_int8", "smoothquant", "hadamard"),
+        ("W8A8",),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Promise:
+    """A promise: its words, the figure that decides, and the most that it may be.
+
+    figure   of all cells, and full precision's perplexity
+    """
+
+    words: str
+    most: float
+    figure: Callable[[Cells, float], float]
+    form: str = "{:.3f}"
+
+
+def ratio(table: str, scheme: str, method: str, other: str) -> Callable[[Cells, float], float]:
+    """Return the mean KL of one method over that of another."""
+
+    def figure(cells: Cells, full: float) -> float:
+        kl = [float(cells[table, each, scheme]["kl_mean"]) for each in (method, other)]
+        return kl[0] / kl[1]
+
+    return figure
+
+
+def loss(table: str, scheme: str, method: str) -> Callable[[Cells, float], float]:
+    """Return by which share the perplexity is above full precision's."""
+
+    def figure(cells: Cells, full: float) -> float:
+        return float(cells[table, method, scheme]["perplexity"]) / full - 1
+
+    return figure
+
+
+def bits(scheme: str) -> Callable[[Cells, float], float]:
+    """Return the stored bits of a weight as a share of float32's."""
+
+    def figure(cells: Cells, full: float) -> float:
+        return float(cells["weights", "rtn", scheme]["bits_per_weight"]) / 32
+
+    return figure
+
+
+def least(table: str, scheme: str, methods: Sequence[str]) -> Callable[[Cells, float], float]:
+    """Return the least mean KL of some methods over that of rounding to nearest."""
+
+    def figure(cells: Cells, full: float) -> float:
+        return min(ratio(table, scheme, each, "rtn")(cells, full) for each in methods)
+
+    return figure
+
+
+def over(
+    one: Callable[[Cells, float], float], other: Callable[[Cells, float], float]
+) -> Callable[[Cells, float], float]:
+    """Return one figure over another."""
+    return lambda cells, full: one(cells, full) / other(cells, full)
+
+
+def negative(figure: Callable[[Cells, float], float]) -> Callable[[Cells, float], float]:
+    """Return the figure below zero, for what must be at least something."""
+    return lambda cells, full: -figure(cells, full)
+
+
+PROMISES = (
+    Promise(
+        "INT8 is 4 times smaller than FP32, scales apart: share of its bits", 0.26, bits("W8A16")
+    ),
+    Promise(
+        "INT4 is 8 times smaller than FP32, scales apart: share of its bits", 0.133, bits("W4A16")
+    ),
+    Promise(
+        "RTN is fine at 8 bits: perplexity above full precision's",
+        0.01,
+        loss("weights", "W8A16", "rtn"),
+        "{:+.2%}",
+    ),
+    Promise(
+        "RTN hurts at 4 bits: perplexity above full precision's, at least 5 %",
+        -0.05,
+        negative(loss("weights", "W4A16", "rtn")),
+        "{:+.2%}",
+    ),
+    Promise(
+        "GPTQ recovers most of it at 4 bits: KL over RTN's",
+        0.5,
+        ratio("weights", "W4A16", "gptq", "rtn"),
+    ),
+    Promise("AWQ at 4 bits: KL over RTN's", 0.6, ratio("asymmetric", "W4A16", "awq", "rtn")),
+    Promise(
+        "AWQ before GPTQ does no harm at 3 bits: KL over GPTQ's",
+        1.0,
+        ratio("weights", "W3A16", "awq+gptq", "gptq"),
+    ),
+    Promise(
+        "A rotation before GPTQ does no harm at 3 bits: KL over GPTQ's",
+        1.0,
+        ratio("weights", "W3A16", "hadamard+gptq", "gptq"),
+    ),
+    Promise(
+        "Qronos does no worse than GPTQ at 3 bits: KL over GPTQ's",
+        1.0,
+        ratio("weights", "W3A16", "qronos", "gptq"),
+    ),
+    Promise(
+        "LLM.int8() loses nearly nothing: perplexity above full precision's",
+        0.01,
+        loss("activations", "W8A8", "llm_int8"),
+        "{:+.2%}",
+    ),
+    Promise(
+        "... and at most half of what plain W8A8 loses",
+        0.5,
+        over(loss("activations", "W8A8", "llm_int8"), loss("activations", "W8A8", "rtn")),
+    ),
+    Promise(
+        "The best method at 2 bits: KL over RTN's, which is of no use",
+        0.5,
+        least("two bits", "W2A16", TABLES[2].methods[1:]),
+    ),
+)
+
+
+def run(table: Table, model: str, store: str, limit: int) -> dict[str, Any]:
+    """Run a command; return what it prints as JSON."""
+    arguments = table.arguments(model, store, limit)
+    command = [sys.executable, "-m", "qframe", *arguments, "--json"]
+    ran = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if not ran.stdout.strip():
+        raise SystemExit(f"exit code {ran.returncode}: qframe {shlex.join(arguments)}")
+    found: dict[str, Any] = json.loads(ran.stdout)
+    return found
+
+
+def document(found: Mapping[str, Mapping[str, Any]], limit: int) -> str:
+    """Return the document.
+
+    found   name of a table -> what its command printed
+    """
+    cells = {
+        (name, row["method"], row["scheme"]): row
+        for name, result in found.items()
+        for row in result["cells"]
+    }
+    first = next(iter(found.values()))
+    full = float(first["reference"]["score"]["perplexity"])
+    protocol, calibration = first["protocol"], first["calibration"]
+    lines = [
+        "# What the literature promises, measured",
+        "",
+        "<!-- Written by benchmarks/results.py. Do not edit. -->",
+        "",
+        "Every figure is from the `qframe compare` command above its table. KL is the mean",
+        "divergence of the next token's distribution from full precision's, in nats. MODEL is the",
+        f"demonstration's, SmolLM2-135M-Instruct, of perplexity {full:.3f} in full precision.",
+        "",
+        f"Calibration: {calibration['windows']} windows of {calibration['max_seq_length']} tokens "
+        f"of `{calibration['name']}`.",
+        f"Scored on {protocol['windows']} windows of {protocol['window']} tokens of the rest.",
+        "A small model loses more by quantization than a large one.",
+        "",
+        "| promise | at most | measured | |",
+        "|---|--:|--:|---|",
+    ]
+    for promise in PROMISES:
+        try:
+            value = promise.figure(cells, full)
+        except (KeyError, TypeError):
+            lines.append(f"| {promise.words} | | | not measured |")
+            continue
+        holds = "holds" if value <= promise.most else "**does not hold**"
+        most, measured = (promise.form.format(each) for each in (promise.most, value))
+        if promise.most < 0:  # of at least something
+            most, measured = "", promise.form.format(-value)
+        lines.append(f"| {promise.words} | {most} | {measured} | {holds} |")
+    for table in TABLES:
+        result = found[table.name]
+        command = shlex.join(["qframe", *table.arguments("MODEL", "CMP", limit)])
+        lines += ["", f"## {table.title}", "", "```text", command, "```", ""]
+        lines += [
+            "| scheme | method | bits/weight | perplexity | mean KL | top-1 % | certificates |",
+            "|---|---|--:|--:|--:|--:|---|",
+        ]
+        for row in result["cells"]:
+            if row["status"] != "done":
+                said = row["message"].splitlines()[0]
+                lines.append(f"| {row['scheme']} | {row['method']} | | | | | failed: {said} |")
+                continue
+            kept = f"{row['certificates'] - row['violated']} of {row['certificates']} hold"
+            lines.append(
+                f"| {row['scheme']} | {row['method']} | {row['bits_per_weight']:.2f} "
+                f"| {float(row['perplexity']):.3f} | {float(row['kl_mean']):.4f} "
+                f"| {100 * float(row['top1']):.1f} | {kept} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--store", default="results", help="folder that keeps finished cells")
+    parser.add_argument("--model", help="Default: the demonstration's.")
+    parser.add_argument("--limit", type=int, default=24, help="windows of evaluation text")
+    parser.add_argument("--out", type=Path, default=DOCUMENT)
+    given = parser.parse_args()
+    model = given.model or str(model_folder())
+    found = {table.name: run(table, model, given.store, given.limit) for table in TABLES}
+    given.out.write_text(document(found, given.limit), encoding="utf-8")
+    print(given.out)
+
+
+if __name__ == "__main__":
+    main()
