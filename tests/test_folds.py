@@ -39,10 +39,20 @@ class Stretch:
         return problem.scaled(torch.linspace(0.3, 3, problem.columns))
 
 
+@dataclasses.dataclass(frozen=True)
+class Doubling(Stretch):
+    """Scales that are powers of two: nothing is ever rounded."""
+
+    name: str = "doubling"
+
+    def rewrite(self, problem, rng):
+        return problem.scaled(2.0 ** (torch.arange(problem.columns) % 5 - 2))
+
+
 class Plugin:
     @hookimpl
     def qframe_outlier_handlers(self):
-        return [Stretch()]
+        return [Stretch(), Doubling()]
 
 
 @pytest.fixture(scope="module")
@@ -262,6 +272,39 @@ def test_a_folded_network_is_the_one_that_divides_at_run_time(host, kind, method
     made.norm.load_state_dict(net.norm.state_dict())
     made.linear.input_scale = torch.from_numpy(scale)
     assert bounds.ratio(after - double(made(data().inputs[0][0])), allowed) <= 1
+
+
+MOVES = {"input_signs", "input_kept", "weight_kept", "input_threshold"}
+LLM_INT8 = {"scheme": "W8A8", "options": {"threshold": 2.0}}
+EXACT = {
+    "doubling": ({}, set()),
+    "doubling+gptq": ({}, set()),
+    "doubling+hadamard": ({"scheme": "W8A8"}, {"input_signs"}),
+    "doubling+hadamard+gptq": ({}, {"input_signs"}),
+    "doubling+llm_int8": (LLM_INT8, {"input_kept", "weight_kept"}),
+    "doubling+hadamard+llm_int8": (LLM_INT8, {"input_signs", "input_kept", "weight_kept"}),
+    "doubling+llm_int8+gptq": (
+        {"scheme": "W8A8", "options": {"threshold": 2.0, "outliers": "dynamic"}},
+        {"input_threshold"},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("method", "given"), EXACT.items(), ids=EXACT)
+def test_powers_of_two_change_no_bit_whatever_comes_after_them(host, kind, method, given):
+    changes, parts = given
+    net = seeded(Plain(KINDS[kind]()))
+    folded = quantized(net, host, method=method, **changes)
+    plain = quantized(net, host, method=method, **changes, fold_scales=False)
+    mine, its = folded.module.linear.state_dict(), plain.module.linear.state_dict()
+    assert its.keys() - mine.keys() == {"input_scale"}
+    assert parts == mine.keys() & MOVES
+    assert all(torch.equal(value, its[name]) for name, value in mine.items())
+    for (x,) in data().inputs:
+        assert torch.equal(folded.module(x), plain.module(x))
+    kept = [c for c in folded.report.layers[0].certificates if c.claim == "function preserved"]
+    assert kept == [c for c in plain.report.layers[0].certificates if c.claim == kept[0].claim]
 
 
 def test_what_is_stored_and_counted_and_said(host, tmp_path):
