@@ -29,7 +29,7 @@ from qframe.model import Network, get_weight, set_weight
 EXPONENTS = (1, -1, 2)
 
 NO_NORM = "is not the output of a norm"
-UNSEEN = "was not seen, as no calibration token came"
+UNSEEN = "was not seen when norms were looked for"
 OUTSIDE = "is that of a layer outside all blocks"
 TIED = "comes from a norm that shares its weight"
 AGAIN = "comes from a norm that runs more than once"

@@ -289,6 +289,7 @@ def _sound_layers(
             if owner not in manifest.layers:
                 report.add("tensor", name, "belongs to no layer of the manifest")
     untied = {event.layer for event in manifest.events if event.kind == "untied"}
+    folds = _fold_objections(manifest)
     for name, record in manifest.layers.items():
         report.layers += 1
         try:
@@ -296,7 +297,7 @@ def _sound_layers(
         except QframeError as error:
             report.add("layer", name, str(error))
             continue
-        wrong = _layer_objection(layer) or _fold_objection(record, manifest)
+        wrong = _layer_objection(layer) or folds.get(name, "")
         if f"{name}.weight" in stored and name not in untied:
             wrong = "is stored both as codes and as a plain weight"
         if wrong:
@@ -326,20 +327,25 @@ def _layer_objection(layer: FoundLayer) -> str:
     return ""
 
 
-def _fold_objection(record: LayerRecord, manifest: Manifest) -> str:
-    """Return what is wrong with the norm that a layer names, "" for nothing."""
-    group = [r for r in manifest.layers.values() if r.input_group == record.input_group]
-    if any(other.folded != record.folded for other in group):
-        return "layers that read its input disagree on which norm divides by its scale"
-    if record.folded is None:
-        return ""
-    served = {r.input_group for r in manifest.layers.values() if r.folded == record.folded}
-    if len(served) > 1:
-        return f"the norm {record.folded!r} is said to divide for several inputs"
-    weight = manifest.tensors.get(f"{record.folded}.weight")
-    if weight is None or weight.shape != (record.columns,):
-        return f"the norm {record.folded!r} that divides for it has no weight [{record.columns}]"
-    return ""
+def _fold_objections(manifest: Manifest) -> dict[str, str]:
+    """Return layer -> what is wrong with the norm that divides by the scale of its input."""
+    said: dict[str, set[str | None]] = {}  # input group -> norms that its layers name
+    served: dict[str, set[str]] = {}  # norm -> input groups
+    for record in manifest.layers.values():
+        said.setdefault(record.input_group, set()).add(record.folded)
+        served.setdefault(record.folded or "", set()).add(record.input_group)
+    found = {}
+    for name, record in manifest.layers.items():
+        weight = manifest.tensors.get(f"{record.folded}.weight")
+        if len(said[record.input_group]) > 1:
+            found[name] = "layers that read its input disagree on which norm divides by its scale"
+        elif record.folded is None:
+            continue
+        elif len(served[record.folded]) > 1:
+            found[name] = f"the norm {record.folded!r} is said to divide for several inputs"
+        elif weight is None or weight.shape != (record.columns,):
+            found[name] = f"the norm {record.folded!r} has no weight [{record.columns}]"
+    return found
 
 
 def _check_config(report: VerifyReport, folder: Path, manifest: Manifest) -> None:
