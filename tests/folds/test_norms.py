@@ -178,6 +178,20 @@ def test_powers_of_two_change_no_bit_whatever_comes_after_them(host, kind, metho
     assert kept == [c for c in plain.report.layers[0].certificates if c.claim == kept[0].claim]
 
 
+@pytest.mark.parametrize("scheme", ["W8A8", W4], ids=["activations", "weights"])
+def test_layers_after_a_fold_are_calibrated_on_what_the_folded_network_gives_them(host, scheme):
+    """While the pass runs the norm is as it was, so its layers still have to divide."""
+    net = seeded(Stack(Block(), Block()))
+    given = {"method": "doubling+gptq", "scheme": scheme}
+    folded, plain = quantized(net, host, **given), quantized(net, host, **given, fold_scales=False)
+    assert len(folded.report.folding.folded) == 2
+    for mine, its in zip(folded.report.layers, plain.report.layers, strict=True):
+        assert (mine.error, mine.held_out_error) == (its.error, its.held_out_error)
+    mine, its = folded.module.state_dict(), plain.module.state_dict()
+    packed = [name for name in mine if name.endswith("weight_packed")]
+    assert all(torch.equal(mine[name], its[name]) for name in packed)
+
+
 def test_what_is_stored_and_counted_and_said(host, tmp_path):
     net = seeded(Stack(Block(), Block()))
     result = quantized(net, host, out=tmp_path / "out")
