@@ -12,9 +12,9 @@ import torch
 
 from qframe import rounding
 from qframe.contracts import RoundingProblem
+from qframe.grids import grid_of
 from qframe.host import Host
 from qframe.scheme import Scheme
-from qframe.solve import grid_of
 
 Schemes = Mapping[str, Sequence[Scheme]]  # layer -> the schemes that are tried
 

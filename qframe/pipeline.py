@@ -26,6 +26,7 @@ from qframe.candidates import Candidates, candidates_of
 from qframe.checkpoint import CheckpointWriter, check_output, quantized_config
 from qframe.contracts import Event
 from qframe.errors import CalibrationError, FallbackError, RecipeError
+from qframe.grids import grid_of, input_grid_of
 from qframe.host import Host
 from qframe.manifest import MANIFEST_VERSION, layer_record
 from qframe.memory import calibrates
@@ -33,7 +34,7 @@ from qframe.mixed import decide
 from qframe.model import Network, left_weights
 from qframe.recipe import Method, Plan, Recipe, check_supported, kv_quantizer, parse_method, resolve
 from qframe.report.layers import Coverage, RunReport
-from qframe.solve import Solver, grid_of, input_grid_of
+from qframe.solve import Solver
 from qframe.walk import Progress, Walk
 from qframe.weights import ModelFolder
 

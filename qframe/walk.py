@@ -22,11 +22,12 @@ from qframe.checkpoint import CheckpointWriter
 from qframe.contracts import Event, InputGroup
 from qframe.errors import ModelError
 from qframe.folds import Fold
+from qframe.inputs import GroupInputs
 from qframe.model import Network, replace_module, set_weight
 from qframe.original import OriginalPass, check_pairs
 from qframe.recipe import Plan
 from qframe.report.layers import Folding, LayerReport
-from qframe.solve import GroupInputs, Solved, Solver
+from qframe.solve import Solved, Solver
 from qframe.stored import PARTS, QuantizedLinear, StoredLayer
 
 

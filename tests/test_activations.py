@@ -39,9 +39,9 @@ from qframe.errors import (
     UncalibratedLayerError,
     UnsupportedError,
 )
+from qframe.grids import reach_observer
 from qframe.hessian import total
 from qframe.scheme import ActivationScheme
-from qframe.solve import reach_observer
 from qframe.stored import QuantizedLinear, StoredLayer
 from qframe.verification import verify
 from qframe_conformance import check_plugin

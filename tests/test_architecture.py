@@ -109,7 +109,9 @@ def test_nothing_is_imported_relatively():
     assert wrong == []
 
 
-@pytest.mark.parametrize("file", ["host.py", "solve.py", "walk.py", "pipeline.py"])
+@pytest.mark.parametrize(
+    "file", ["host.py", "observing.py", "solve.py", "verdicts.py", "walk.py", "pipeline.py"]
+)
 def test_the_host_names_no_algorithm(file):
     """What is special about an algorithm stands in its plugin, or in its declared capabilities."""
     host = Host.discover()

@@ -153,6 +153,6 @@ def test_every_event_about_a_layer_that_is_not_its_rounders_is_known():
     """`verify` gives a rounder's claims the rounder's own events, and no others."""
     package = Path(qframe.__file__).parent
     said = set()
-    for file in ("fallbacks.py", "solve.py", "walk.py", "sensitivity.py"):
+    for file in ("fallbacks.py", "solve.py", "verdicts.py", "walk.py", "sensitivity.py"):
         said |= set(re.findall(r'Event\(\s*kind="([^"]+)"', (package / file).read_text("utf-8")))
     assert said == HOST_EVENTS

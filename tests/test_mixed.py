@@ -19,6 +19,7 @@ from qframe.errors import (
     RecipeError,
     UnsupportedError,
 )
+from qframe.grids import grid_of
 from qframe.host import Host
 from qframe.manifest import read_manifest
 from qframe.memory import stored_bits_per_weight
@@ -26,7 +27,6 @@ from qframe.model import Network
 from qframe.pipeline import plan_job
 from qframe.scheme import Scheme
 from qframe.sensitivity import measure, own_gradient
-from qframe.solve import grid_of
 from qframe.trials import divergences
 from qframe.weights import ModelFolder
 

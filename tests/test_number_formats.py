@@ -27,8 +27,8 @@ from qframe import (
 )
 from qframe.certificates import Evidence
 from qframe.errors import PluginError, UnsupportedError, WeightsError
+from qframe.grids import grid_of
 from qframe.packing import PackedWeight
-from qframe.solve import grid_of
 from qframe.stored import QuantizedLinear
 from qframe.verification import verify
 from qframe_conformance.kinds import NASTY, nudged

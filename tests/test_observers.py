@@ -19,8 +19,8 @@ from qframe.activations import InputQuantizer, scale_of
 from qframe.claims import LeastError, claims_of
 from qframe.claims.observers import Seen
 from qframe.errors import NonFiniteError
+from qframe.grids import input_grid_of, reach_observer
 from qframe.scheme import ActivationScheme, Scheme
-from qframe.solve import input_grid_of, reach_observer
 from qframe_plugins.observers.histogram import BINS, STEP, HistogramObserver
 from qframe_plugins.observers.minmax import MinMax
 from qframe_plugins.observers.mse import CANDIDATES, EIGHT_BITS

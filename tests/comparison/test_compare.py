@@ -231,14 +231,14 @@ def test_a_broken_bound_is_a_row(compare, tmp_path, monkeypatch):
     """Whether or not the run goes on with it."""
     import dataclasses
 
-    from qframe import solve
+    from qframe.certificates import Evidence
 
-    original = solve.Evidence.certificates
+    original = Evidence.certificates
 
     def broken(self, claims):
         return tuple(dataclasses.replace(c, ratio=2.0) for c in original(self, claims))
 
-    monkeypatch.setattr(solve.Evidence, "certificates", broken)
+    monkeypatch.setattr(Evidence, "certificates", broken)
     one = {"methods": ["rtn"], "schemes": ["W4A16"]}
     refused = compare(tmp_path / "out", **one)
     assert refused.code == NUMBERS

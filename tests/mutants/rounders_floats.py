@@ -9,7 +9,7 @@ import torch
 
 from qframe import Capabilities, Host, QuantizedWeight, RoundingProblem, Scheme, claims, rounding
 from qframe.errors import NonFiniteError
-from qframe.solve import grid_of
+from qframe.grids import grid_of
 from tests.mutants.rounder_reference import NEAREST, Nearest, mutants, twins
 
 __all__ = ["MUTANTS", "TWINS", "outputs"]

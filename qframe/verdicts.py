@@ -1,0 +1,89 @@
+"""What a quantized layer is told of: what it lost, and whether it keeps its claims."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from dataclasses import dataclass
+
+import torch
+
+from qframe import rounding
+from qframe.certificates import Certificate, Evidence, check_certificates, function_preserved
+from qframe.contracts import Event
+from qframe.fallbacks import claims_about
+from qframe.manifest import fingerprint
+from qframe.recipe import Method, Recipe
+from qframe.report.layers import LayerReport
+from qframe.report.measure import OutputErrors, clipped_share, sqnr_db
+from qframe.stored import StoredLayer
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """What is needed to complete a layer's report."""
+
+    evidence: Evidence
+    original: torch.Tensor
+    effective: torch.Tensor
+    running: StoredLayer
+    errors: OutputErrors
+    report: LayerReport
+
+
+def verdict(judged: Judged, recipe: Recipe, method: Method) -> list[Event]:
+    """Complete the report of a layer: what it lost, and whether it keeps its claims."""
+    clock = time.perf_counter()
+    report, problem = judged.report, judged.evidence.problem
+    original, effective = judged.original, judged.effective
+    report.source = fingerprint(original)
+    if judged.running.transform is not None:
+        report.rewritten = fingerprint(problem.weight)
+    if judged.running.transform is None:
+        change = torch.from_numpy(judged.evidence.change())
+    else:
+        change = effective - original
+    report.sqnr_db = sqnr_db(original, change)
+    low, high = (torch.from_numpy(ends).float() for ends in judged.evidence.ranges())
+    report.clipped = clipped_share(
+        problem.weight, judged.evidence.quantized, problem.grid, (low, high)
+    )
+    if judged.errors.moments:
+        nearest = rounding.to_nearest(dataclasses.replace(problem, weight=original))
+        found = judged.errors.relative(original, (effective, rounding.dequantize(nearest)))
+        report.error, report.rtn_error = found[0]
+        if len(found) > 1:
+            report.held_out_error, report.rtn_held_out_error = found[1]
+    report.seconds["measure"] = time.perf_counter() - clock
+
+    clock = time.perf_counter()
+    report.certificates, events = _certify(judged, recipe, method)
+    report.seconds["certify"] = time.perf_counter() - clock
+    return events
+
+
+def _certify(
+    judged: Judged, recipe: Recipe, method: Method
+) -> tuple[tuple[Certificate, ...], list[Event]]:
+    """Hold a layer, as it is stored, against what its method claims."""
+    evidence, running = judged.evidence, judged.running
+    problem = evidence.problem
+    certificates: tuple[Certificate, ...] = ()
+    if running.transform is not None:
+        certificates = (
+            function_preserved(
+                judged.original,
+                problem.weight,
+                running.transform,
+                running.kept,
+                handlers=len(method.handlers),
+            ),
+        )
+    certificates += evidence.certificates(claims_about(method.rounder, judged.report.method))
+    violated = [certificate for certificate in certificates if not certificate.holds]
+    if recipe.on_violated_certificate == "error":
+        check_certificates(problem.name, violated)
+    return certificates, [
+        Event(kind="certificate violated", layer=problem.name, message=str(certificate))
+        for certificate in violated
+    ]
