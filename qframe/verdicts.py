@@ -52,6 +52,7 @@ def verdict(judged: Judged, recipe: Recipe, method: Method) -> list[Event]:
         nearest = rounding.to_nearest(dataclasses.replace(problem, weight=original))
         found = judged.errors.relative(original, (effective, rounding.dequantize(nearest)))
         report.error, report.rtn_error = found[0]
+        report.drift = judged.errors.drift(original)
         if len(found) > 1:
             report.held_out_error, report.rtn_held_out_error = found[1]
     report.seconds["measure"] = time.perf_counter() - clock

@@ -254,6 +254,15 @@ def test_a_correction_of_nothing_is_gptq(tiny_llama, tmp_path):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_the_report_says_how_far_outputs_had_moved(tiny_llama, tmp_path):
+    layers = {layer.name: layer for layer in qronos(tiny_llama, tmp_path / "out").report.layers}
+    assert layers["model.layers.0.self_attn.q_proj"].drift == 0
+    last = layers["model.layers.1.mlp.down_proj"]
+    assert last.drift > last.error > 0
+    plain = qronos(tiny_llama, tmp_path / "plain", method="gptq").report.layers
+    assert all(layer.drift is None for layer in plain)
+
+
 def test_layers_that_overfit_are_judged_by_the_original_outputs(tiny_llama, tmp_path):
     made = qronos(tiny_llama, tmp_path / "out", on_overfit="rtn")
     for layer in made.report.layers:
@@ -281,5 +290,6 @@ def test_errors_are_those_of_the_original_outputs():
     whole = size(x @ w.T)
     assert found == math.sqrt(size(y @ w.T - x @ q.T) / whole)
     assert moved == math.sqrt(size(gap @ w.T) / whole)
+    assert errors.drift(w) == moved
     [[plain]] = OutputErrors([x.T @ x / 4]).relative(w, [q])
     assert plain == math.sqrt(size(x @ w.T - x @ q.T) / whole)

@@ -29,6 +29,9 @@ class LayerReport:
     tokens, `held_out_error` over tokens that nothing was fitted on; `rtn_...` is what rounding
     to nearest does on the same inputs and scheme. None without calibration.
 
+    drift          how far outputs had moved before the layer was quantized, as its inputs had:
+                   ||(Y - X)W|| / ||XW||, Y the inputs in the original network. Then errors are
+                   ||YW - XQ|| / ||XW||. None for methods that do not ask for Y
     sqnr_db        10 log10(||W||^2 / ||W - Q||^2), of the weights
     clipped        share of weights more than half a step outside the range of the codes
     tokens         calibration tokens that reached the layer
@@ -53,6 +56,7 @@ class LayerReport:
     held_out_error: float | None = None
     rtn_error: float | None = None
     rtn_held_out_error: float | None = None
+    drift: float | None = None
     sqnr_db: float = math.nan
     clipped: float = 0.0
     tokens: int = 0

@@ -47,6 +47,13 @@ class OutputErrors:
         """Return the same for the held-out tokens alone."""
         return OutputErrors(self.moments[1:], self.drifts[1:])
 
+    def drift(self, original: torch.Tensor) -> float | None:
+        """Return ||(Y - X) W^T|| / ||X W^T|| of the first set of tokens; None where no Y is known.
+
+        original   W, [rows, columns]
+        """
+        return self.relative(original, (original,))[0][0] if self.drifts else None
+
     def relative(
         self, original: torch.Tensor, quantized: Sequence[torch.Tensor]
     ) -> list[list[float]]:

@@ -216,11 +216,13 @@ def _columns(layers: Sequence[LayerReport]) -> dict[str, Callable[[LayerReport],
             columns["held out %"] = lambda m: percent(m.held_out_error)
             columns["RTN's "] = lambda m: percent(m.rtn_held_out_error)
         columns["gain"] = lambda m: times(_gain(m))
+        if _drifted(layers):
+            columns["moved %"] = lambda m: percent(m.drift)
     else:
         columns["shape"] = lambda m: f"{m.rows} x {m.columns}"
         columns["bits/weight"] = lambda m: f"{m.bits_per_weight:.3f}"
     columns["SQNR dB"] = lambda m: f"{m.sqnr_db:.1f}"
-    if any("damp" in m.info for m in layers):
+    if len({m.info.get("damp") for m in layers}) > 1:  # else it is what was asked for
         columns["damp"] = lambda m: _plain(m.info.get("damp", ""))
     if any("error" in m.inputs for m in layers):
         columns["inputs %"] = lambda m: percent(_number(m.inputs.get("error")))
@@ -236,6 +238,11 @@ def _columns(layers: Sequence[LayerReport]) -> dict[str, Callable[[LayerReport],
 
 def _legend(layers: Sequence[LayerReport]) -> str:
     more = ""
+    if _drifted(layers):
+        more += (
+            " Y are the layer's inputs in the original network; moved %: by how much its outputs "
+            "differ from those that it would have with them, ||(Y-X)W|| / ||XW||."
+        )
     if any("error" in layer.inputs for layer in layers):
         more += " Inputs %: what rounding the inputs alone loses, weights as they are stored."
     if any("kept_share" in layer.inputs for layer in layers):
@@ -245,7 +252,8 @@ def _legend(layers: Sequence[LayerReport]) -> str:
 
 def _errors_legend(layers: Sequence[LayerReport]) -> str:
     tokens = f"{max(m.tokens for m in layers):,}"
-    text = f"Errors are ||X(W-Q)|| / ||XW|| of a layer's output, on the {tokens} calibration tokens"
+    what = "||YW-XQ||" if _drifted(layers) else "||X(W-Q)||"
+    text = f"Errors are {what} / ||XW|| of a layer's output, on the {tokens} calibration tokens"
     rtn = "beside round-to-nearest's (RTN) on the same"
     if not _held_out(layers):
         return (
@@ -257,6 +265,10 @@ def _errors_legend(layers: Sequence[LayerReport]) -> str:
         f"{text} and on {held_out} held-out ones, {rtn}; gain is RTN's held-out error over the "
         f"method's, and below 1 it is marked {HARM}."
     )
+
+
+def _drifted(layers: Iterable[LayerReport]) -> bool:
+    return any(layer.drift is not None for layer in layers)
 
 
 def _held_out(layers: Iterable[LayerReport]) -> bool:

@@ -126,8 +126,9 @@ def test_numbers_of_threads_from_the_environment(run, tiny_llama, tmp_path, monk
 def test_the_table_shows_every_layer_beside_rtn(run, tiny_llama, tmp_path):
     shown = run("quantize", tiny_llama, "-o", tmp_path / "out", *GPTQ)
     assert shown.code == 0, shown.err
-    for word in ("error %", "RTN's", "held out %", "gain", "SQNR dB", "damp"):
+    for word in ("error %", "RTN's", "held out %", "gain", "SQNR dB"):
         assert word in shown.out
+    assert "damp" not in shown.out  # it is the same for all
     assert "model.layers.1.mlp.down_proj" in shown.out
     assert "quantized" in shown.out
     assert "bits per quantized weight" in shown.out

@@ -119,6 +119,15 @@ def test_any_number_can_be_shown(value):
     assert shown(run_summary(run_of(layers)))
 
 
+def test_dampings_are_shown_where_they_differ():
+    text = shown(run_summary(run_of(blocks(1)), all_layers=True))
+    assert "damp" not in text
+    raised = [*blocks(1), layer("raised", info={"damp": 0.1})]
+    text = shown(run_summary(run_of(raised), all_layers=True))
+    assert "damp" in text
+    assert "0.1" in text
+
+
 def test_tables_fit_on_a_screen_whatever_the_names():
     name = "model.decoder.layers.117.block_sparse_moe.experts.63.feed_forward.down_projection"
     layers = [layer(name), *blocks(MANY_LAYERS)]
