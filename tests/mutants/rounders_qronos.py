@@ -22,7 +22,7 @@ class Corrected:
     name = "corrected"
     needs = frozenset({"hessian", "mismatch"})
     capabilities = Capabilities()
-    claims = Qronos().claims
+    claims = Qronos(correction=1.0, dampening_frac=0.01).claims
     share, damp = 1.0, 0.01
 
     def round(self, problem, rng):
