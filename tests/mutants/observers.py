@@ -760,13 +760,14 @@ TWINS = (
 def outputs(plugin):
     """Return the values after a batch, three batches, and a merge."""
     rng = np.random.default_rng(0)
-    layer = LayerInfo(name="block.up", rows=4, columns=6)
-    found = []
+    layer, found = LayerInfo(name="block.up", rows=4, columns=6), []
+    width = 12 if getattr(plugin, "pairs", False) else 6
     for counts in ((32,), (32, 32, 32)):
         halves = [plugin.start(InputGroup(layers=(layer,))) for _ in range(2)]
         for statistic in halves:
             for count in counts:
-                statistic.update(torch.from_numpy(rng.normal(size=(count, 6)).astype(np.float32)))
+                x = rng.normal(size=(count, width)).astype(np.float32)
+                statistic.update(torch.from_numpy(x))
         found.append(np.asarray(halves[0].value()).copy())
         halves[0].merge(halves[1])
         found.append(np.asarray(halves[0].value()).copy())

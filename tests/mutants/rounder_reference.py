@@ -13,6 +13,7 @@ import torch
 
 from qframe import Capabilities, QuantizedWeight, Scheme, claims, rounding
 from qframe.errors import NonFiniteError
+from qframe_conformance.kinds import correlated_inputs, hessian_of, original_inputs
 from qframe_conformance.strategies import correlated, rounding_problem
 from tests.mutants.mutant import Mutant, Twin
 
@@ -145,7 +146,14 @@ def ordinary_problems(needs):
     ):
         rng = np.random.default_rng(seed)
         weight = rng.normal(size=(16, 64))
-        yield rounding_problem(weight, scheme, correlated(rng, 64) if needs else None)
+        problem = rounding_problem(weight, scheme, correlated(rng, 64) if needs else None)
+        if "mismatch" in needs:
+            x = correlated_inputs(rng, 64)
+            moved = (2 / len(x)) * (original_inputs(x) - x).T @ x
+            statistics = {"hessian": hessian_of(x), "mismatch": moved}
+            values = {name: torch.from_numpy(value) for name, value in statistics.items()}
+            problem = dataclasses.replace(problem, statistics=values)
+        yield problem
 
 
 def outputs(plugin):
