@@ -34,14 +34,7 @@ def second_moments(problem: RoundingProblem) -> torch.Tensor:
 
     Raises UncalibratedLayerError where the rounder did not ask for it.
     """
-    try:
-        hessian: torch.Tensor = problem.statistics[SECOND_MOMENTS]
-    except KeyError:
-        raise UncalibratedLayerError(
-            f"layer {problem.name!r}: this claim is about the output error, which needs the "
-            f"statistic {SECOND_MOMENTS!r}; name it in `needs`"
-        ) from None
-    return hessian.double()
+    return _statistic(problem, SECOND_MOMENTS, "the output error")
 
 
 def mismatch(problem: RoundingProblem) -> torch.Tensor:
@@ -49,14 +42,18 @@ def mismatch(problem: RoundingProblem) -> torch.Tensor:
 
     Raises UncalibratedLayerError where the rounder did not ask for it.
     """
+    return _statistic(problem, MISMATCH, "the outputs of the original network")
+
+
+def _statistic(problem: RoundingProblem, name: str, about: str) -> torch.Tensor:
     try:
-        moved: torch.Tensor = problem.statistics[MISMATCH]
+        found: torch.Tensor = problem.statistics[name]
     except KeyError:
         raise UncalibratedLayerError(
-            f"layer {problem.name!r}: this claim is about the outputs of the original network, "
-            f"which needs the statistic {MISMATCH!r}; name it in `needs`"
+            f"layer {problem.name!r}: this claim is about {about}, which needs the statistic "
+            f"{name!r}; name it in `needs`"
         ) from None
-    return moved.double()
+    return found.double()
 
 
 def processing_order(quantized: QuantizedWeight, columns: int) -> npt.NDArray[np.int64]:

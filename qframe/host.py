@@ -162,8 +162,8 @@ class Host:
         """Return the names of all objects of a kind, sorted."""
         return sorted(name for this, name in self._objects if this == kind)
 
-    def is_pairs(self, observer: str) -> bool:
-        """Return whether an observer looks at inputs in the original network as well."""
+    def wants_pairs(self, observer: str) -> bool:
+        """Return whether an observer looks at inputs in the original network as well (`pairs`)."""
         return bool(getattr(self.get("observer", observer), "pairs", False))
 
     def origin(self, kind: str, name: str) -> PluginRecord:

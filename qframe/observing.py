@@ -81,7 +81,7 @@ class Watch:
         found = {}
         for name in sorted(needs):
             if name not in known:
-                seen = pairs if self._host.is_pairs(name) else chunks
+                seen = pairs if self._host.wants_pairs(name) else chunks
                 found[name] = self._observe(name, group, seen).value()
             else:
                 found[name] = known[name].value()

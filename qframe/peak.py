@@ -60,7 +60,7 @@ def peak_memory(job: Job) -> dict[str, int]:
         tokens = round(samples) * window_of(job)
         inputs = sum({network.layers[n].columns for n in job.plan.schemes})
         peak["embeddings"] = carried
-        passes = 1 + any(map(job.host.is_pairs, job.method.needs))  # one of the original network
+        passes = 1 + any(map(job.host.wants_pairs, job.method.needs))  # one of the original network
         peak["activations"] = 4 * passes * tokens * (inputs + (ACTIVATION_COPIES - 1) * widest)
         peak["statistics"] = passes * STATISTICS_BYTES * widest * widest
     peak |= {"kept by the allocator": round(KEPT_SHARE * sum(peak.values()))}

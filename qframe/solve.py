@@ -110,7 +110,7 @@ class Solver:
     @property
     def pairs(self) -> bool:
         """Whether the method asks for inputs in the original network, beside those it gets."""
-        return any(self._host.is_pairs(name) for name in self._method.needs)
+        return any(self._host.wants_pairs(name) for name in self._method.needs)
 
     def __enter__(self) -> Self:
         return self

@@ -15,7 +15,7 @@ from qframe_conformance import check_plugin
 from qframe_conformance.kinds import INPUTS, hessian_of, original_inputs
 from qframe_conformance.strategies import rounding_problem
 from qframe_plugins.rounders.gptq import GPTQ
-from qframe_plugins.rounders.qronos import CORRECTIONS, Qronos
+from qframe_plugins.rounders.qronos import CORRECTIONS, Qronos, relative_change
 
 RNG = np.random.default_rng(0)  # it takes no random numbers
 W4 = Scheme(num_bits=4, group_size=8)
@@ -141,3 +141,36 @@ def test_what_is_not_finite_is_named():
         Qronos().round(dataclasses.replace(drawn, statistics=statistics), RNG)
     with pytest.raises(UncalibratedLayerError, match="no calibration tokens"):
         Qronos().round(dataclasses.replace(drawn, tokens=0), RNG)
+
+
+@pytest.mark.parametrize("size", [2.0**-60, 2.0**40])
+def test_what_auto_takes_does_not_depend_on_the_size_of_inputs(size):
+    """Losses in float32 would underflow, or overflow."""
+    scheme = Scheme(num_bits=8, group_size=None, strategy="channel")
+    drawn, _ = problem(scheme=scheme, moved=lambda x: x + np.roll(x, 1, axis=1) / 16)
+    auto = Qronos(correction="auto", dampening_frac=1 / 100)
+    rescaled = dataclasses.replace(
+        drawn,
+        statistics={name: value * size**2 for name, value in drawn.statistics.items()},
+        held_out={name: value * size**2 for name, value in drawn.held_out.items()},
+    )
+    one, other = (auto.round(each, RNG) for each in (drawn, rescaled))
+    assert one.info["correction"] == other.info["correction"] == 1.0
+    assert torch.equal(one.codes, other.codes)
+
+
+def test_what_is_told_does_not_depend_on_threads():
+    """So large that torch would split a sum among them."""
+    drawn, _ = problem(rows=512, columns=512)
+    before, told = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            told.append(dict(Qronos().round(drawn, RNG).info))
+    finally:
+        torch.set_num_threads(before)
+    assert told[0] == told[1] == told[2]
+    weight = drawn.weight
+    assert told[0]["moved"] > 0
+    assert relative_change(weight, weight) == relative_change(weight * 0, weight) == 0
+    assert relative_change(weight, 2 * weight) == 1

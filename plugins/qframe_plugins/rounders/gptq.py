@@ -35,6 +35,7 @@ from qframe.errors import HessianError, UncalibratedLayerError, UnsupportedError
 
 if TYPE_CHECKING:
     import numpy as np
+    import numpy.typing as npt
     import torch
 
     from qframe_plugins.kernels.numba_cpu.cholesky import Feedback
@@ -117,22 +118,13 @@ class GPTQ:
         import torch
 
         from qframe import rounding
-        from qframe.weights import check_finite
         from qframe_plugins.kernels.numba_cpu import gptq as solver
 
         weight, scheme, grid = problem.weight, problem.scheme, problem.grid
-        if problem.tokens == 0:
-            raise UncalibratedLayerError(
-                f"layer {problem.name!r} saw no calibration tokens, which gptq needs; give it "
-                f"another method with an override, or text that reaches it"
-            )
-        check_finite(weight, f"layer {problem.name!r}: its weight")
-        hessian, dead = revive(problem.statistics["hessian"])
-        rows, columns = weight.shape
-        order = torch.arange(columns)
-        if self.actorder is not None:
-            order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-        feedback, damp = factorize(hessian, order, self.dampening_frac, self.dampening_cap, problem)
+        factor = Factor.of(
+            problem, self.name, self.dampening_frac, self.dampening_cap, self.actorder is not None
+        )
+        order, columns = factor.order, weight.shape[1]
         permuted = weight[:, order].contiguous().numpy()
         # A column's group goes by its place in the processing order, or by where it is stored.
         index = rounding.group_index(columns, scheme)
@@ -142,7 +134,7 @@ class GPTQ:
         if scheme.strategy == "group" and not (self.actorder == "static" or self.static_groups):
             codes, scales, zeros = solver.solve_dynamic(
                 permuted,
-                feedback,
+                factor.feedback,
                 scheme.group_width(columns),
                 grid.qmin,
                 grid.qmax,
@@ -159,25 +151,14 @@ class GPTQ:
             scale, zero_point = rounding.fit_scales(grouped, scheme, grid, name=problem.name)
             codes = solver.solve_static(
                 permuted,
-                feedback,
+                factor.feedback,
                 scale.numpy(),
                 zero_point.numpy(),
                 index[order].numpy(),
                 grid.qmin,
                 grid.qmax,
             )
-        stored = torch.empty((rows, columns), dtype=torch.int16)
-        stored[:, order] = torch.from_numpy(codes)
-
-        return QuantizedWeight(
-            codes=stored,
-            scale=scale,
-            zero_point=zero_point,
-            group_index=index,
-            order=order.to(torch.int32),
-            info={"damp": damp, "dead_columns": int(dead.sum())},
-            events=damping_raised(damp, self.dampening_frac, problem),
-        )
+        return factor.quantized(codes, scale, zero_point, index)
 
     def _round_best(self, problem: RoundingProblem, rng: np.random.Generator) -> QuantizedWeight:
         """Return the codes of the damping with the least output error on held-out tokens."""
@@ -196,41 +177,102 @@ class GPTQ:
         return tried[losses.index(min(losses))]  # the first of equals
 
 
-def factorize(
-    hessian: torch.Tensor, order: torch.Tensor, damp: float, cap: float, problem: RoundingProblem
-) -> tuple[Feedback, float]:
-    """Return the feedback of the damped Hessian in this order, and the damping that worked.
+@dataclass(frozen=True, eq=False)
+class Factor:
+    """The damped Hessian of a layer, factorized in processing order.
 
-    damp   is tried first, as a share of the mean of the diagonal, then tenfold at a time up to cap
-
-    Raises HessianError when none makes it positive definite.
+    name       of the layer
+    hessian    [columns, columns] float64, dead diagonals replaced, not damped
+    dead       [columns] bool: no token ever excited the column
+    order      [columns] int64: the order in which columns are rounded
+    feedback   what errors are fed back with
+    wanted     the damping that was asked for, and `damp`, the one that worked
     """
-    from qframe_plugins.kernels.numba_cpu import cholesky
 
-    mean = float(hessian.diagonal().mean())
-    tried: list[str] = []
-    while True:
-        try:
-            feedback = cholesky.feedback(hessian.numpy(), damp=damp * mean, order=order.numpy())
-            return feedback, damp
-        except cholesky.NotPositiveDefiniteError:
-            tried.append(f"{damp:g}")
-        if damp >= cap:
-            raise HessianError(
-                f"layer {problem.name!r}: the Hessian of {problem.tokens} tokens and "
-                f"{len(hessian)} columns is not positive definite with any dampening_frac "
-                f"of {', '.join(tried)}; use more calibration text or a higher "
-                f"dampening_cap"
+    name: str
+    hessian: torch.Tensor
+    dead: torch.Tensor
+    order: torch.Tensor
+    feedback: Feedback
+    wanted: float
+    damp: float
+
+    @classmethod
+    def of(
+        cls, problem: RoundingProblem, method: str, damp: float, cap: float, falling: bool
+    ) -> Factor:
+        """Factorize the Hessian of a problem, after a look at what it is given with.
+
+        method    for messages
+        damp      is tried first, as a share of the mean of the diagonal, then tenfold at a time up
+                  to cap
+        falling   order columns by falling diagonal; else left to right
+
+        Raises UncalibratedLayerError without tokens, NonFiniteError for a weight that is not
+        finite, and HessianError when no damping makes the Hessian positive definite.
+        """
+        import torch
+
+        from qframe.weights import check_finite
+        from qframe_plugins.kernels.numba_cpu import cholesky
+
+        if problem.tokens == 0:
+            raise UncalibratedLayerError(
+                f"layer {problem.name!r} saw no calibration tokens, which {method} needs; give it "
+                f"another method with an override, or text that reaches it"
             )
-        damp = min(damp * 10, cap)
+        check_finite(problem.weight, f"layer {problem.name!r}: its weight")
+        hessian, dead = revive(problem.statistics["hessian"])
+        order = torch.arange(len(hessian))
+        if falling:
+            order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+        mean, wanted = float(hessian.diagonal().mean()), damp
+        tried: list[str] = []
+        while True:
+            try:
+                feedback = cholesky.feedback(hessian.numpy(), damp=damp * mean, order=order.numpy())
+                return cls(problem.name, hessian, dead, order, feedback, wanted, damp)
+            except cholesky.NotPositiveDefiniteError:
+                tried.append(f"{damp:g}")
+            if damp >= cap:
+                raise HessianError(
+                    f"layer {problem.name!r}: the Hessian of {problem.tokens} tokens and "
+                    f"{len(hessian)} columns is not positive definite with any dampening_frac "
+                    f"of {', '.join(tried)}; use more calibration text or a higher "
+                    f"dampening_cap"
+                )
+            damp = min(damp * 10, cap)
 
+    def quantized(
+        self,
+        codes: npt.NDArray[np.int16],
+        scale: torch.Tensor,
+        zero_point: torch.Tensor,
+        index: torch.Tensor,
+        **info: float,
+    ) -> QuantizedWeight:
+        """Return the layer with codes [rows, columns] in processing order, as they are stored.
 
-def damping_raised(damp: float, wanted: float, problem: RoundingProblem) -> tuple[Event, ...]:
-    """Return the event that says so, where more damping was used than wanted."""
-    if damp <= wanted:
-        return ()
-    message = f"dampening_frac {wanted:g} failed, {damp:g} was used"
-    return (Event(kind="damping raised", layer=problem.name, message=message),)
+        index   [columns], the group of each column
+        info    more to tell than the damping and how many columns are dead
+        """
+        import torch
+
+        stored = torch.empty(codes.shape, dtype=torch.int16)
+        stored[:, self.order] = torch.from_numpy(codes)
+        events: tuple[Event, ...] = ()
+        if self.damp > self.wanted:
+            message = f"dampening_frac {self.wanted:g} failed, {self.damp:g} was used"
+            events = (Event(kind="damping raised", layer=self.name, message=message),)
+        return QuantizedWeight(
+            codes=stored,
+            scale=scale,
+            zero_point=zero_point,
+            group_index=index,
+            order=self.order.to(torch.int32),
+            info={"damp": self.damp, "dead_columns": int(self.dead.sum()), **info},
+            events=events,
+        )
 
 
 def revive(hessian: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

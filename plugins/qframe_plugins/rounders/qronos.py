@@ -30,14 +30,16 @@ Where the paper is silent, or this is simpler:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
 from qframe import Capabilities, QuantizedWeight, RoundingProblem, claims, hookimpl
-from qframe.errors import HessianError, UncalibratedLayerError, UnsupportedError
+from qframe.errors import HessianError, UnsupportedError
+from qframe_plugins.rounders.gptq import Factor
 
 if TYPE_CHECKING:
     import numpy as np
@@ -88,59 +90,38 @@ class Qronos:
         not finite, HessianError when no damping up to the cap makes the Hessian positive definite,
         and UnsupportedError for correction="auto" when no tokens are held out.
         """
+        if self.correction == "auto" and not self.needs <= problem.held_out.keys():
+            raise UnsupportedError(
+                f"layer {problem.name!r}: correction='auto' is chosen on held-out tokens, and "
+                f"there are none; give held_out_fraction more than 0, or correction a number"
+            )
+        factor = Factor.of(
+            problem, self.name, self.dampening_frac, self.dampening_cap, self.actorder is not None
+        )
         if self.correction == "auto":
-            return self._round_best(problem, rng)
-        import torch
+            return self._best(problem, [self._round(problem, factor, s) for s in CORRECTIONS])
+        return self._round(problem, factor, self.correction)
 
+    def _round(self, problem: RoundingProblem, factor: Factor, share: float) -> QuantizedWeight:
+        """Return the codes for a share of the correction."""
         from qframe import rounding
-        from qframe.weights import check_finite
         from qframe_plugins.kernels.numba_cpu import gptq as solver
-        from qframe_plugins.rounders.gptq import damping_raised, factorize, revive
 
         weight, scheme, grid = problem.weight, problem.scheme, problem.grid
-        if problem.tokens == 0:
-            raise UncalibratedLayerError(
-                f"layer {problem.name!r} saw no calibration tokens, which qronos needs; give it "
-                f"another method with an override, or text that reaches it"
-            )
-        check_finite(weight, f"layer {problem.name!r}: its weight")
-        hessian, dead = revive(problem.statistics["hessian"])
-        columns = weight.shape[1]
-        order = torch.arange(columns)
-        if self.actorder is not None:
-            order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-        feedback, damp = factorize(hessian, order, self.dampening_frac, self.dampening_cap, problem)
-        aim = weight
-        if self.correction:
-            aim = self._aim(problem, hessian, damp, self.correction)
-            check_finite(aim, f"layer {problem.name!r}: what its weight should become")
-        index = rounding.group_index(columns, scheme)
+        aim = self._aim(problem, factor.hessian, factor.damp, share)
+        index = rounding.group_index(weight.shape[1], scheme)
         scale, zero_point = rounding.fit_scales(weight, scheme, grid, name=problem.name)
         codes = solver.solve_static(
-            aim[:, order].contiguous().numpy(),
-            feedback,
+            aim[:, factor.order].contiguous().numpy(),
+            factor.feedback,
             scale.numpy(),
             zero_point.numpy(),
-            index[order].numpy(),
+            index[factor.order].numpy(),
             grid.qmin,
             grid.qmax,
         )
-        stored = torch.empty(weight.shape, dtype=torch.int16)
-        stored[:, order] = torch.from_numpy(codes)
-        return QuantizedWeight(
-            codes=stored,
-            scale=scale,
-            zero_point=zero_point,
-            group_index=index,
-            order=order.to(torch.int32),
-            info={
-                "damp": damp,
-                "dead_columns": int(dead.sum()),
-                "correction": self.correction,
-                "moved": float((aim - weight).norm() / weight.norm().clamp(min=1e-30)),
-            },
-            events=damping_raised(damp, self.dampening_frac, problem),
-        )
+        moved = relative_change(weight, aim)
+        return factor.quantized(codes, scale, zero_point, index, correction=share, moved=moved)
 
     def _aim(
         self, problem: RoundingProblem, hessian: torch.Tensor, damp: float, share: float
@@ -152,7 +133,10 @@ class Qronos:
         import torch
 
         from qframe import parallel
+        from qframe.weights import check_finite
 
+        if not share:
+            return problem.weight
         damped = hessian.clone()
         damped.diagonal().add_(damp * damped.diagonal().mean())
         with parallel.one_torch_thread():
@@ -164,28 +148,34 @@ class Qronos:
                 )
             weight = problem.weight.double()
             pull = (weight @ problem.statistics["mismatch"].double()).T
-            return (weight + share * torch.cholesky_solve(pull, lower).T).float()
+            aim = (weight + share * torch.cholesky_solve(pull, lower).T).float()
+        check_finite(aim, f"layer {problem.name!r}: what its weight should become")
+        return aim
 
-    def _round_best(self, problem: RoundingProblem, rng: np.random.Generator) -> QuantizedWeight:
-        """Return the codes of the correction with the least output error on held-out tokens."""
+    def _best(self, problem: RoundingProblem, tried: list[QuantizedWeight]) -> QuantizedWeight:
+        """Return what has the least output error on held-out tokens, the first of equals."""
         from qframe import parallel, rounding
         from qframe.hessian import energy, total
 
-        held_out = problem.held_out
-        if not {"hessian", "mismatch"} <= held_out.keys():
-            raise UnsupportedError(
-                f"layer {problem.name!r}: correction='auto' is chosen on held-out tokens, and "
-                f"there are none; give held_out_fraction more than 0, or correction a number"
-            )
-        weight, hessian = problem.weight, held_out["hessian"].float()
-        tried = [replace(self, correction=each).round(problem, rng) for each in CORRECTIONS]
+        weight, held_out = problem.weight, problem.held_out
+        hessian = held_out["hessian"]
+        size = float(hessian.diagonal().max()) or 1.0  # what is compared cannot overflow
+        moment, mismatch = ((each / size).float() for each in (hessian, held_out["mismatch"]))
         with parallel.one_torch_thread():
-            towards = weight @ held_out["mismatch"].float()
+            towards = weight @ mismatch
             losses = []
             for quantized in tried:  # ||Y W^T - X Q^T||^2 but for a constant
                 change = rounding.dequantize(quantized) - weight
-                losses.append(energy(change, hessian) - 2 * total(towards * change))
-        return tried[losses.index(min(losses))]  # the first of equals
+                losses.append(energy(change, moment) - 2 * total(towards * change))
+        return tried[losses.index(min(losses))]
+
+
+def relative_change(weight: torch.Tensor, aim: torch.Tensor) -> float:
+    """Return ||A - W|| / ||W||, the same whatever the number of threads; 0 where W is 0."""
+    from qframe.hessian import total
+
+    change, size = (total(each.double().square()) for each in (aim - weight, weight))
+    return math.sqrt(change / size) if size > 0 else 0.0
 
 
 @hookimpl
