@@ -9,7 +9,7 @@ second forward pass, and the memory of its activations.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -33,7 +33,7 @@ class OriginalPass:
         self._meetings = steps.meetings(inputs, kwargs, self._passes)
         self._stop: Stop | None = None
         self._arrivals: dict[int, Arrival] = {}
-        self._beside: dict[str, set[int]] = {}
+        self._group: frozenset[str] = frozenset()
 
     def arrivals(self, stop: Stop, chunks: Collection[int]) -> Mapping[int, Arrival]:
         """Return what the chunks bring to a stop where the quantized pass waits.
@@ -47,17 +47,17 @@ class OriginalPass:
             raise UnsupportedError(
                 f"before {stop.kind} {stop.name!r}: the method asks for the inputs of the network "
                 f"that is not quantized, whose pass takes another way: it waits {where}. A layer "
-                f"that runs more than once, or that only some tokens reach, is not possible; "
+                f"that runs again after others, or that only some tokens reach, is not possible; "
                 f"ignore these layers, or use a method that does not ask"
             )
         return self._arrivals
 
-    def advance(self, beside: Collection[str] = ()) -> None:
+    def advance(self, group: Iterable[str] = ()) -> None:
         """Let the chunks go on to their next stop, through the weights as they are now.
 
-        beside   layers at which they need not stop, once each: they read the input of this stop
+        group   layers at which they need not stop: their weights are still the original ones
         """
-        self._beside = {name: set(self._arrivals) for name in beside}
+        self._group = frozenset(group)
         self._go_on()
 
     def close(self) -> None:
@@ -70,11 +70,7 @@ class OriginalPass:
             self._stop, self._arrivals = next(self._meetings)
 
     def _passes(self, stop: Stop, number: int, arrival: Arrival) -> bool:
-        left = self._beside.get(stop.name, set())
-        if stop.kind != "layer" or number not in left:
-            return False
-        left.remove(number)
-        return True
+        return stop.kind == "layer" and stop.name in self._group
 
 
 def check_pairs(

@@ -178,7 +178,7 @@ class Walk:
         )
         del originals
         if self._original is not None and len(self.reports) < len(self._plan.schemes):
-            self._original.advance(self._expected)
+            self._original.advance(member.name for member in group.layers)
         for member in group.layers:
             module = self._network.module.get_submodule(member.name)
             solved = self._pending[member.name]

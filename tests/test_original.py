@@ -7,14 +7,18 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 import qframe
-from qframe import CalibrationData, Capabilities, Host, hookimpl
+from qframe import CalibrationData
 from qframe.errors import UnsupportedError
+from qframe.peak import peak_memory
+from qframe.pipeline import plan_job
 from qframe.report.measure import Drift, OutputErrors
 from qframe.verification import verify
+from tests.needy import host_needing
 
 W4 = {"num_bits": 4, "group_size": 16}
 
@@ -63,30 +67,6 @@ class Witness:
         return kept
 
 
-def host_with(witness):
-    @dataclass(frozen=True)
-    class Needy:
-        name: str = "needy"
-        needs: frozenset = frozenset({"witness"})
-        capabilities: Capabilities = field(default=Capabilities())
-
-        def round(self, problem, rng):
-            return Host.discover().get("rounder", "rtn").round(problem, rng)
-
-    class Plugin:
-        @hookimpl
-        def qframe_observers(self):
-            return [witness]
-
-        @hookimpl
-        def qframe_rounders(self):
-            return [Needy()]
-
-    host = Host.discover()
-    host.add(Plugin(), "witness")
-    return host
-
-
 NEEDY = {"method": "needy", "scheme": W4, "calibration": {"compute_dtype": "float32"}}
 
 
@@ -118,7 +98,7 @@ def test_pairs_are_the_inputs_of_both_networks(tiny_llama, tmp_path):
         NEEDY,
         out=tmp_path / "out",
         calibration=token_data(),
-        host=host_with(witness),
+        host=host_needing("witness", witness),
         threads=2,
     )
     groups = sorted(witness.seen)
@@ -151,13 +131,22 @@ def test_nothing_is_left_of_it(tiny_llama, tmp_path):
 
 
 class Twice(nn.Module):
+    """Runs a layer twice in a row."""
+
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        self.one, self.two = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.one, self.two, self.three = (nn.Linear(16, 16) for _ in range(3))
 
     def forward(self, x):
-        return self.two(self.one(self.one(x)))
+        return self.three(self.two(self.one(self.one(x))))
+
+
+class Again(Twice):
+    """Runs a layer, another, and the first one again."""
+
+    def forward(self, x):
+        return self.three(self.one(self.two(self.one(x))))
 
 
 class Routed(nn.Module):
@@ -175,7 +164,7 @@ class Routed(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("network", "layer"), [(Twice, "one"), (Routed, "left")], ids=["runs-twice", "routed"]
+    ("network", "layer"), [(Again, "three"), (Routed, "left")], ids=["runs-again", "routed"]
 )
 def test_networks_that_have_no_such_pairs_are_refused(network, layer):
     data = CalibrationData.from_tensors(inputs(1, 3, 200, 16))
@@ -183,6 +172,44 @@ def test_networks_that_have_no_such_pairs_are_refused(network, layer):
     with pytest.raises(UnsupportedError, match=rf"'{layer}'.*ignore"):
         qframe.quantize(network(), recipe, calibration=data)
     assert qframe.quantize(network(), {**recipe, "method": "gptq"}, calibration=data).report
+
+
+def test_a_layer_that_runs_twice_in_a_row_does_so_with_its_original_weight_in_the_original():
+    witness, batches = Witness(), inputs(1, 3, 20, 16)
+    data = CalibrationData.from_tensors(batches)
+    qframe.quantize(
+        Twice(),
+        {**NEEDY, "ignore": []},
+        calibration=data,
+        host=host_needing("witness", witness),
+        threads=1,
+    )
+    network = Twice()
+    there = inputs_of_layers(network, batches, ["two", "three"])
+    for name in ("two", "three"):
+        x, y = witness.seen[name][0].value().chunk(2, 1)
+        assert torch.equal(y, there[name])
+        assert not torch.equal(x, y)
+
+
+def test_rewritten_layers_have_pairs_of_rewritten_inputs(tiny_llama, tmp_path):
+    """The first group's inputs have not moved, whatever is done to them."""
+    witness = Witness()
+    qframe.quantize(
+        tiny_llama,
+        {**NEEDY, "method": "smoothquant+hadamard+needy"},
+        out=tmp_path / "out",
+        calibration=token_data(),
+        host=host_needing("witness", witness),
+    )
+    plain = inputs_of_layers(
+        AutoModelForCausalLM.from_pretrained(tiny_llama, dtype="float32").eval(),
+        [tokens(1), tokens(2)],
+        ["model.layers.0.self_attn.q_proj"],
+    )
+    first = witness.seen["model.layers.0.self_attn.q_proj"][0].value()
+    assert torch.equal(*first.chunk(2, 1))
+    assert not torch.equal(first.chunk(2, 1)[1], plain["model.layers.0.self_attn.q_proj"])
 
 
 def test_methods_that_do_not_ask_get_no_second_pass():
@@ -268,6 +295,44 @@ def test_layers_that_overfit_are_judged_by_the_original_outputs(tiny_llama, tmp_
     for layer in made.report.layers:
         fell = layer.method != "qronos"
         assert fell == (layer.held_out_error >= layer.rtn_held_out_error)
+
+
+def test_errors_of_the_tokens_held_out_are_those_of_fitted_tokens_turned_round(tiny_llama):
+    """Rounding to nearest is the same on any text, so the two sets of errors change places."""
+    one, other = [(tokens(1),), (tokens(2),)], [(tokens(3),), (tokens(4),)]
+    found = []
+    for fitted, held_out in ((one, other), (other, one)):
+        network = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype="float32").eval()
+        made = qframe.quantize(
+            network,
+            NEEDY,
+            calibration=CalibrationData(inputs=fitted, held_out=held_out),
+            host=host_needing("mismatch"),
+        )
+        found.append([(m.error, m.held_out_error) for m in made.report.layers])
+    assert [(b, a) for a, b in found[0]] == found[1]
+    assert all(a != b for a, b in found[0])
+
+
+@pytest.mark.parametrize(("method", "share"), [("gptq", 1), ("qronos", 2)])
+def test_the_second_pass_is_in_the_memory_that_is_predicted(tiny_llama, method, share):
+    parts = [
+        peak_memory(plan_job(tiny_llama, {"method": each, "scheme": W4}))
+        for each in ("gptq", method)
+    ]
+    for what in ("activations", "statistics"):
+        assert parts[1][what] == share * parts[0][what]
+
+
+def test_a_kept_statistic_of_another_shape_is_named(tiny_llama, tmp_path):
+    qronos(tiny_llama, tmp_path / "out", keep_statistics=True)
+    name = "model.layers.0.self_attn.q_proj.mismatch"
+    [file] = (tmp_path / "out").glob("qframe_statistics*.safetensors")
+    tensors = load_file(file)
+    tensors[name] = tensors[name][:, :-1].contiguous()
+    save_file(tensors, file)
+    found = [p for p in verify(tmp_path / "out", reference=tiny_llama).problems if p.name == name]
+    assert any("is [64, 63], expected [64, 64]" in problem.message for problem in found)
 
 
 # Output errors --------------------------------------------------------------------------------

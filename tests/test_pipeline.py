@@ -37,6 +37,7 @@ from qframe.errors import (
 )
 from qframe.model import find_layers
 from qframe.stored import QuantizedLinear
+from tests.needy import host_needing
 
 W4 = {"num_bits": 4, "group_size": 16}
 
@@ -173,32 +174,12 @@ def test_layers_that_read_one_input_are_observed_together(llama, tmp_path):
             started.append(tuple(layer.name.rpartition(".")[2] for layer in group.layers))
             return Host.discover().get("observer", "absmax").start(group)
 
-    @dataclass(frozen=True)
-    class Needy:
-        name: str = "needy"
-        needs: frozenset = frozenset({"counting"})
-        capabilities: Capabilities = field(default=Capabilities())
-
-        def round(self, problem, rng):
-            return Host.discover().get("rounder", "rtn").round(problem, rng)
-
-    class Plugin:
-        @hookimpl
-        def qframe_observers(self):
-            return [Counting()]
-
-        @hookimpl
-        def qframe_rounders(self):
-            return [Needy()]
-
-    host = Host.discover()
-    host.add(Plugin(), "needy")
     qframe.quantize(
         llama,
         {"method": "needy", "scheme": W4},
         out=tmp_path / "out",
         calibration=token_data(),
-        host=host,
+        host=host_needing("counting", Counting()),
     )
     block = [
         ("q_proj", "k_proj", "v_proj"),

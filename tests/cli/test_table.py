@@ -119,6 +119,14 @@ def test_any_number_can_be_shown(value):
     assert shown(run_summary(run_of(layers)))
 
 
+def test_the_legend_says_which_errors_these_are():
+    for changes, words in (({}, "||X(W-Q)||"), ({"drift": 0.07}, "||YW-XQ||")):
+        text = shown(run_summary(run_of(blocks(1, **changes)), all_layers=True))
+        assert words in text
+        assert ("moved %" in text) == bool(changes)
+        assert ("7.00" in text) == bool(changes)
+
+
 def test_dampings_are_shown_where_they_differ():
     text = shown(run_summary(run_of(blocks(1)), all_layers=True))
     assert "damp" not in text

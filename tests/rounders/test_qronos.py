@@ -143,7 +143,7 @@ def test_what_is_not_finite_is_named():
         Qronos().round(dataclasses.replace(drawn, tokens=0), RNG)
 
 
-@pytest.mark.parametrize("size", [2.0**-60, 2.0**40])
+@pytest.mark.parametrize("size", [2.0**-80, 2.0**63])
 def test_what_auto_takes_does_not_depend_on_the_size_of_inputs(size):
     """Losses in float32 would underflow, or overflow."""
     scheme = Scheme(num_bits=8, group_size=None, strategy="channel")
@@ -160,17 +160,17 @@ def test_what_auto_takes_does_not_depend_on_the_size_of_inputs(size):
 
 
 def test_what_is_told_does_not_depend_on_threads():
-    """So large that torch would split a sum among them."""
-    drawn, _ = problem(rows=512, columns=512)
-    before, told = torch.get_num_threads(), []
+    """The matrices are so large that torch splits a sum among them."""
+    rng = np.random.default_rng(0)
+    weight, aim = (torch.from_numpy(np.float32(rng.normal(size=(576, 1536)))) for _ in range(2))
+    before, told, split = torch.get_num_threads(), set(), set()
     try:
-        for threads in (1, 2, 3):
+        for threads in (1, 2, 3, 4):
             torch.set_num_threads(threads)
-            told.append(dict(Qronos().round(drawn, RNG).info))
+            told.add(relative_change(weight, aim))
+            split.add(float(weight.square().sum()))
     finally:
         torch.set_num_threads(before)
-    assert told[0] == told[1] == told[2]
-    weight = drawn.weight
-    assert told[0]["moved"] > 0
+    assert len(told) == 1 < len(split)
     assert relative_change(weight, weight) == relative_change(weight * 0, weight) == 0
     assert relative_change(weight, 2 * weight) == 1
