@@ -3,7 +3,7 @@
     python benchmarks/nightly.py --runs 10000 --workers 2 --log nightly.log
 
 A run is every installed plugin object that the suite has checks for, at the given profile, with one
-seed; nothing may fail. The log has a line for each hundred runs, and one for each failure. When it
+seed; nothing may fail. The log has a line for every ten runs, and one for each failure. When it
 is started again with the same log it goes on after the last seed that it finished.
 """
 
@@ -76,7 +76,7 @@ def main() -> None:
             for theorem, ratio in ratios.items():
                 worst[theorem] = max(worst.get(theorem, 0.0), ratio)
             log.writelines(f"FAILED {line}\n" for line in failed)
-            if (seed + 1) % 100 == 0 or seed + 1 == arguments.runs:
+            if (seed + 1) % 10 == 0 or seed + 1 == arguments.runs:
                 state = {"runs": seed + 1, "checks": ran, "failed": failures}
                 ratios_text = json.dumps({k: round(v, 6) for k, v in sorted(worst.items())})
                 log.write(f"{json.dumps(state)} worst {ratios_text}\n")

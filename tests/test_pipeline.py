@@ -37,6 +37,7 @@ from qframe.errors import (
 )
 from qframe.model import find_layers
 from qframe.stored import QuantizedLinear
+from tests.folds.nets import Stack
 from tests.needy import host_needing
 
 W4 = {"num_bits": 4, "group_size": 16}
@@ -471,17 +472,6 @@ class Sharing(nn.Module):
     def forward(self, x):
         y = self.one(x) + self.two(x.clone() if self.apart else x)
         return self.last(self.two(y) if self.again else y)
-
-
-class Stack(nn.Module):
-    def __init__(self, *blocks):
-        super().__init__()
-        self.layers = nn.ModuleList(blocks)
-
-    def forward(self, x):
-        for block in self.layers:
-            x = block(x)
-        return x
 
 
 @pytest.mark.parametrize("threads", [1, 2])

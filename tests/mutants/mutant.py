@@ -51,3 +51,24 @@ class Twin:
     kind: str
     why: str
     make: Callable[[], Any]
+
+
+def wrong_statistics(
+    observer: Callable[[Any], Any], correct: Callable[[], Any], prefix: str = ""
+) -> Callable[[str, Any, str, str], Mutant]:
+    """Return what makes a mutant of (name, class of statistics, the check, the bug).
+
+    observer   makes an observer of such a class; `correct`, the right one
+    """
+
+    def wrong(name: str, statistic: Any, killed_by: str, bug: str) -> Mutant:
+        return Mutant(
+            name=f"{prefix}{name}",
+            kind="observer",
+            bug=bug,
+            make=lambda: observer(statistic),
+            correct=correct,
+            killed_by=killed_by,
+        )
+
+    return wrong

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from qframe.claims import Counts
-from tests.mutants.mutant import Mutant, Twin
+from tests.mutants.mutant import Twin, wrong_statistics
 from tests.mutants.observers import Watcher, outputs
 from tests.mutants.observers_percentile import Binned
 from tests.mutants.observers_reach import EXACT
@@ -126,15 +126,7 @@ def right():
     return watcher(Counted)
 
 
-def _wrong(name, statistic, killed_by, bug):
-    return Mutant(
-        name=name,
-        kind="observer",
-        bug=bug,
-        make=lambda: watcher(statistic),
-        correct=right,
-        killed_by=killed_by,
-    )
+_wrong = wrong_statistics(watcher, right)
 
 
 def _right(name, statistic, why):

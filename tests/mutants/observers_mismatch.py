@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from qframe.claims import CrossMoments, Mergeable, Reproducible, SignBlind
-from tests.mutants.mutant import Mutant, Twin
+from tests.mutants.mutant import Twin, wrong_statistics
 from tests.mutants.observers import outputs
 
 __all__ = ["MUTANTS", "TWINS", "outputs"]
@@ -132,17 +132,7 @@ class OneByOne(Moved):
         return found
 
 
-def _wrong(name, statistic, killed_by, bug):
-    return Mutant(
-        name=f"mismatch_{name}",
-        kind="observer",
-        bug=bug,
-        make=lambda: Watcher(statistic),
-        correct=Watcher,
-        killed_by=killed_by,
-    )
-
-
+_wrong = wrong_statistics(Watcher, Watcher, "mismatch_")
 VALUE = "statistic_value"
 MUTANTS = (
     _wrong("transposed", Transposed, VALUE, "x (y - x)^T is summed."),

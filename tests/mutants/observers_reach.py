@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from qframe.claims import Mergeable, Reach, Reproducible, SignBlind
-from tests.mutants.mutant import Mutant, Twin
+from tests.mutants.mutant import Twin, wrong_statistics
 from tests.mutants.observers import Watcher, outputs
 
 __all__ = ["MUTANTS", "TWINS", "outputs"]
@@ -148,17 +148,7 @@ def right():
     return Finder(Top)
 
 
-def _wrong(name, statistic, killed_by, bug):
-    return Mutant(
-        name=name,
-        kind="observer",
-        bug=bug,
-        make=lambda: Finder(statistic),
-        correct=right,
-        killed_by=killed_by,
-    )
-
-
+_wrong = wrong_statistics(Finder, right)
 MUTANTS = (
     _wrong(
         "reach_not_magnitude",

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from qframe.claims import Mergeable, Reproducible, TokensSeen
-from tests.mutants.mutant import Mutant, Twin
+from tests.mutants.mutant import Twin, wrong_statistics
 from tests.mutants.observers import outputs
 
 __all__ = ["MUTANTS", "TWINS", "outputs"]
@@ -123,17 +123,7 @@ class KeepsViews(Chosen):
         return self.tokens[0][1][None] if len(self.tokens) == 1 else super().value()
 
 
-def _wrong(name, statistic, killed_by, bug):
-    return Mutant(
-        name=f"sample_{name}",
-        kind="observer",
-        bug=bug,
-        make=lambda: Sampler(statistic),
-        correct=Sampler,
-        killed_by=killed_by,
-    )
-
-
+_wrong = wrong_statistics(Sampler, Sampler, "sample_")
 MUTANTS = (
     _wrong("first_ones", FirstOnes, "order_of_tokens", "The first tokens are the sample."),
     _wrong("last_ones", LastOnes, "order_of_tokens", "The last tokens are the sample."),
