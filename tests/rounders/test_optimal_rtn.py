@@ -129,6 +129,32 @@ def test_no_other_float32_scale_that_is_tried_is_better(drawn, data):
         assert (losses(drawn, other) >= allowed).all()
 
 
+@given(problems(scale_dtype="float32"), st.integers(-2, 2))
+def test_it_does_not_stay_next_to_the_best(drawn, away):
+    """A start a step away leaves so little to gain that a piece is easily taken for a worse one."""
+    made = run(drawn)
+    if not made.codes.numel():
+        return
+    start = (made.scale.numpy().view(np.int32) + np.int32(away)).view(np.float32)
+    start = np.where((start > 0) & (start < np.inf), start, made.scale.numpy())
+    scheme, width = drawn.scheme, drawn.scheme.group_width(drawn.weight.shape[1])
+    codes, scale, zero_point = map(
+        torch.from_numpy,
+        best_scales(
+            drawn.weight.numpy(),
+            start,
+            made.zero_point.numpy(),
+            width,
+            drawn.grid.qmin,
+            drawn.grid.qmax,
+            symmetric=scheme.symmetric,
+            scale_dtype="float32",
+        ),
+    )
+    again = dataclasses.replace(made, codes=codes, scale=scale, zero_point=zero_point)
+    assert (losses(drawn, again) <= losses(drawn, made)).all()
+
+
 @given(problems())
 def test_what_it_claims_holds(drawn):
     certificates = Evidence(drawn, run(drawn)).certificates(OptimalRTN.claims)

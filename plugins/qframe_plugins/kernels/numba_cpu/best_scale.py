@@ -153,7 +153,7 @@ def _best(w, s, z, grid, sums):  # type: ignore[no-untyped-def]
             start, stop = max(np.int64(0), qmin + k + 1 - lowest), points
         for point in range(start, stop):
             a, b = sums[0, point], sums[1, point]
-            if b > 0 and a * a >= (energy + slack - best) * b:
+            if b > 0 and a * a >= (energy - slack - best) * b:
                 best, s, z = _improve(
                     w, a, b, bottom, sums[2, point], energy, slack, best, s, z, lowest + point, grid
                 )
