@@ -27,6 +27,7 @@ from qframe.calibration import CalibrationData
 from qframe.claims.handlers import Rewriting, root_of_loss
 from qframe.errors import FallbackError, UncalibratedLayerError
 from qframe_conformance import check_plugin
+from qframe_conformance.outlier_cases import HandlerCase
 from qframe_plugins.outliers.awq import AWQ, PART
 from qframe_plugins.outliers.smoothquant import RANGE, SmoothQuant
 from tests.mutants import handlers as reference
@@ -153,6 +154,25 @@ def test_a_candidate_whose_scales_cannot_be_stored_is_none():
     assert bool(torch.isfinite(made.input_scale).all())
     layer = dataclasses.replace(given.layers["q"], weight=made.weights["q"])
     assert bool(torch.isfinite(rounding.to_nearest(layer).scale).all())
+
+
+@pytest.mark.parametrize("power", [2.0**-40, 2.0**-5, 2.0**4, 2.0**40])
+def test_losses_that_a_float32_could_not_hold_decide_alike_for_all_sizes_of_weights(power):
+    """The channel that has weights is 10^18 times as quiet as the one that has none."""
+    weight = torch.tensor([[0.06286511, 0.0], [0.32021132, 0.0], [-0.2678347, 0.0]])
+    case = HandlerCase(
+        AWQ(),
+        weights={"block.q": weight},
+        inputs=np.array([[1.1310397e-18, 3.7883239]], np.float32),
+        scheme=Scheme(group_size=8, scale_dtype="bfloat16"),
+        seed=0,
+        loud=(),
+        quiet=(),
+        poison=None,
+    )
+    times = case.again({"block.q": weight * power})
+    assert torch.equal(times.input_scale, case.rewrite.input_scale)
+    assert torch.equal(times.weights["block.q"], case.rewrite.weights["block.q"] * power)
 
 
 # SmoothQuant ----------------------------------------------------------------------------------
