@@ -214,14 +214,14 @@ def energy(delta: torch.Tensor, moment: torch.Tensor) -> float:
     delta    [rows, columns] float32
     moment   M, [columns, columns] float32, symmetric: its upper triangle will do, half of the work
 
-    It is computed from delta times the power of two that makes its largest number about 2^32: so
+    It is computed from delta times the power of two that makes its largest number about 2^34: so
     neither small nor large weights leave the range of float32, and a power of two times delta has
     4 times that power as much energy, to the last bit.
     """
     if not delta.numel():
         return 0.0
     largest = max(abs(float(end)) for end in delta.aminmax())
-    exponent = 32 - math.frexp(largest)[1]
+    exponent = 34 - math.frexp(largest)[1]
     # The power itself may be none of float32's.
     pieces = ((rows.double() * 2.0**exponent).float() for rows in delta.split(ROWS_AT_ONCE))
     found = sum(total(_upper_products(rows, moment).mul_(rows)) for rows in pieces)

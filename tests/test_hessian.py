@@ -30,7 +30,7 @@ def test_energy_is_the_squared_error_whatever_its_size(drawn):
     delta, moment = (each.double().numpy() for each in drawn)
     n = delta.shape[1]
     size, length = (np.abs(delta) @ np.abs(moment) * np.abs(delta)).sum(), np.abs(delta).sum(1)
-    lost = bounds.ETA["float32"] * (n * (1 + 2 * length) + n / 2**30 * length**2).sum()
+    lost = bounds.ETA["float32"] * (n * (1 + 2 * length) + n / 2**31 * length**2).sum()
     exact = ((delta @ moment) * delta).sum()
     own = 2 * bounds.gamma(2 * n + len(delta) + 4, bounds.UNIT["float32"]) * size
     assert abs(energy(*drawn) - max(exact, 0.0)) <= own + lost

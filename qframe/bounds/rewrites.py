@@ -122,10 +122,10 @@ def search_slack(
     dtype     of the sums: two of as many products as columns, and one over rows
 
     Products that underflow add eta each, as does an H that is stored in the dtype. The sums may be
-    those of e times a power of two that makes no |e| of less than 2^31 smaller.
+    those of e times a power of two that makes no |e| of less than 2^33 smaller.
     """
     sums, n = as_array(lengths), columns
-    lost = ETA[dtype] * (n * (1 + 2 * sums) + (1 + n / 2**30) * sums**2).sum()
+    lost = ETA[dtype] * (n * (1 + 2 * sums) + (1 + n / 2**31) * sums**2).sum()
     length = 2 * n + len(sums) + 4
     return as_array(
         gamma(4) * np.sqrt(as_array(weighed))
