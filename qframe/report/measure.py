@@ -65,7 +65,7 @@ class OutputErrors:
             if self.drifts:  # ||(Y - X) W^T + X (W - Q)^T||^2
                 drift = self.drifts[number]
                 moved, towards = energy(original, drift.moments), original @ drift.cross
-                both = [2 * total(towards * (original - q)) for q in quantized]
+                both = [2 * total(towards.double() * (original - q)) for q in quantized]
                 errors = [max(e + b + moved, 0.0) for e, b in zip(errors, both, strict=True)]
             found.append([math.sqrt(e / whole) if whole > 0 else 0.0 for e in errors])
         return found

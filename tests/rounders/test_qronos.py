@@ -159,6 +159,19 @@ def test_what_auto_takes_does_not_depend_on_the_size_of_inputs(size):
     assert torch.equal(one.codes, other.codes)
 
 
+@pytest.mark.parametrize("size", [2.0**-75, 2.0**70])
+def test_what_auto_takes_does_not_depend_on_the_size_of_weights(size):
+    scheme = Scheme(num_bits=8, group_size=None, strategy="channel", scale_dtype="float32")
+    drawn, _ = problem(scheme=scheme, moved=lambda x: x + np.roll(x, 1, axis=1) / 16)
+    auto = Qronos(correction="auto", dampening_frac=1 / 100)
+    one, other = (
+        auto.round(dataclasses.replace(drawn, weight=drawn.weight * times), RNG)
+        for times in (1.0, size)
+    )
+    assert one.info["correction"] == other.info["correction"] == 1.0
+    assert torch.equal(one.codes, other.codes)
+
+
 def test_what_is_told_does_not_depend_on_threads():
     """The matrices are so large that torch splits a sum among them."""
     rng = np.random.default_rng(0)

@@ -166,7 +166,7 @@ class Qronos:
             losses = []
             for quantized in tried:  # ||Y W^T - X Q^T||^2 but for a constant
                 change = rounding.dequantize(quantized) - weight
-                losses.append(energy(change, moment) - 2 * total(towards * change))
+                losses.append(energy(change, moment) - 2 * total(towards.double() * change))
         return tried[losses.index(min(losses))]
 
 
