@@ -22,15 +22,16 @@ from pathlib import Path
 import torch
 
 from qframe import Host
-from qframe.host import KINDS
 from qframe_conformance import check_plugin
-from qframe_conformance.suite import MODULES
+from qframe_conformance.target import all_targets
 
 
 def objects(only: Sequence[str]) -> list[tuple[str, str]]:
     """Return (kind, name) of every installed object that can be checked, or of those named."""
-    host = Host.discover()
-    found = [(kind, name) for kind in KINDS if kind in MODULES for name in host.names(kind)]
+    targets, problems = all_targets()
+    if problems:
+        raise SystemExit("\n".join(problems))
+    found = [(target.kind or "", target.name) for target in targets]
     if unknown := set(only) - {name for _, name in found}:
         raise SystemExit(f"--only: not installed, or without checks: {', '.join(sorted(unknown))}")
     return [(kind, name) for kind, name in found if not only or name in only]

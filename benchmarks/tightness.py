@@ -19,9 +19,8 @@ from pathlib import Path
 import torch
 
 from qframe import Host
-from qframe.host import KINDS
 from qframe_conformance import check_plugin
-from qframe_conformance.suite import MODULES
+from qframe_conformance.target import all_targets
 
 ROOT = Path(__file__).parent.parent
 DOCUMENT = ROOT / "docs" / "tightness.md"
@@ -30,8 +29,10 @@ Found = dict[str, tuple[float, str, str, str]]
 
 def subjects() -> list[tuple[str, str, int]]:
     """Return what is measured: (kind, name, -1) of the installed, (module, "", number) of twins."""
-    host = Host.discover()
-    found = [(kind, name, -1) for kind in KINDS if kind in MODULES for name in host.names(kind)]
+    targets, problems = all_targets()
+    if problems:
+        raise SystemExit("\n".join(problems))
+    found = [(target.kind or "", target.name, -1) for target in targets]
     sys.path.insert(0, str(ROOT))
     for file in sorted((ROOT / "tests" / "mutants").glob("*.py")):
         module = importlib.import_module(f"tests.mutants.{file.stem}")

@@ -123,6 +123,26 @@ def between_codes(
     return np.asarray(numbers * 2.0 ** int(rng.integers(-8, 3)), np.float32)
 
 
+def balanced(
+    rng: np.random.Generator, shape: Shape, grid: Grid, width: int, *, symmetric: bool
+) -> NDArray[np.float32]:
+    """Return weights whose best scale is next to that of their range; arguments as `on_grid`.
+
+    Each row is codes of `grid` times a number that is no power of two, with pairs of equal codes
+    one of which is as much above it as the other one is below: the errors of a pair, up to a
+    quarter of a step, do not move the least squares of the scale.
+    """
+    steps, ends = _steps(rng, shape, grid, width, symmetric=symmetric)
+    free = np.flatnonzero(~ends[0]) if len(ends) else np.empty(0, np.int64)
+    one, other = free[:-1:2], free[1::2]
+    same_group = one // width == other // width
+    one, other = one[same_group], other[same_group]
+    off = (rng.random((shape[0], len(one))) - 0.5) / 2
+    steps[:, other] = steps[:, one] - off
+    steps[:, one] += off
+    return np.asarray(steps * (1 + rng.random((shape[0], 1))), np.float32)
+
+
 def _steps(
     rng: np.random.Generator, shape: Shape, grid: Grid, width: int, *, symmetric: bool
 ) -> tuple[Float64, NDArray[np.bool_]]:

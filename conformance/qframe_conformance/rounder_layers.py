@@ -8,7 +8,7 @@ shrinks to one row of the first kind that still fails, and to few columns.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from functools import cache, partial
 from typing import Any, Final
 
@@ -17,6 +17,7 @@ import torch
 from hypothesis import strategies as st
 
 from qframe import Capabilities, Grid, InputGroup, LayerInfo, RoundingProblem, Scheme
+from qframe.claims import FittedScale, has_claim
 from qframe_conformance import kinds
 from qframe_conformance.engine import Scenario
 from qframe_conformance.kinds import Float64, Kind
@@ -56,7 +57,34 @@ def scenarios(rounder: Any) -> list[Scenario]:
             seeds = st.integers(2 * number + 1, 2 * number + 2)
             made = seeds.map(partial(tall_layer, rounder, fitting[-1]))
             found.append(Scenario(f"{THREADS}-{strategy}", made, THREADS))
+    if has_claim(rounder, FittedScale):
+        found += nearly_fitted(rounder, declared)
     return found
+
+
+def nearly_fitted(rounder: Any, declared: Collection[Scheme]) -> Iterator[Scenario]:
+    """Yield scenarios whose best scales are next to those of the range, with little to gain.
+
+    That is where a search that leaves out what cannot be better leaves out too much.
+    """
+    for kind in declared:
+        if kind.strategy != "group" or kind.type != "int":
+            continue
+        scheme, grid = scheme_of(
+            kind.num_bits, kind.symmetric, kind.strategy, 13, "full", "float32"
+        )
+        if not is_declared(rounder, scheme):
+            continue
+        made = _SEEDS.map(partial(_balanced_layer, rounder, scheme, grid))
+        sides = "symmetric" if kind.symmetric else "asymmetric"
+        yield Scenario(f"nearly-fitted-{kind.format_name}-{sides}", made, scheme)
+
+
+def _balanced_layer(rounder: Any, scheme: Scheme, grid: Grid, seed: int) -> RounderCase:
+    rng = np.random.default_rng(seed)
+    weight = kinds.balanced(rng, (8, 26), grid, 13, symmetric=scheme.symmetric)
+    x = kinds.white_inputs(rng, 26) if rounder.needs else None
+    return RounderCase(rounder, problem_of(weight, scheme, grid, rounder.needs, x), seed)
 
 
 def all_schemes() -> list[Scheme]:

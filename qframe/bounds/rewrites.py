@@ -111,7 +111,12 @@ def sample_slack(size: float, columns: int, outputs: int) -> float:
 
 
 def search_slack(
-    weighed: Numbers, missed: Numbers, lengths: Numbers, columns: int, dtype: str = "float32"
+    weighed: Numbers,
+    missed: Numbers,
+    lengths: Numbers,
+    columns: int,
+    largest: float,
+    dtype: str = "float32",
 ) -> Array:
     """B4.c: how far the computed root of an output error may lie from the root itself.
 
@@ -119,13 +124,15 @@ def search_slack(
     missed    the same for v = |W - Q|
     lengths   sum |W - Q| of each row
     columns   of a row
+    largest   of the diagonal of H
     dtype     of the sums: two of as many products as columns, and one over rows
 
     Products that underflow add eta each, as does an H that is stored in the dtype. The sums may be
-    those of e times a power of two that makes no |e| of less than 2^33 smaller.
+    those of e times a power of two that makes no |e| of less than 2^33 smaller, and of H over its
+    largest number.
     """
     sums, n = as_array(lengths), columns
-    lost = ETA[dtype] * (n * (1 + 2 * sums) + (1 + n / 2**31) * sums**2).sum()
+    lost = (n * (1 + 2 * sums) + (1 + n / 2**31) * sums**2).sum() * ETA[dtype] * max(1.0, largest)
     length = 2 * n + len(sums) + 4
     return as_array(
         gamma(4) * np.sqrt(as_array(weighed))

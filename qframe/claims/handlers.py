@@ -316,4 +316,6 @@ def root_of_loss(rewriting: Rewriting, sums: str) -> tuple[float, float]:
 def _slack(rewriting: Rewriting, size: Float64, error: Float64, sums: str) -> float:
     """Return B4.c's sigma for |W| + |Q| and |W - Q|, both [rows, columns]."""
     weighed, missed = (((a @ rewriting.magnitude) * a).sum() for a in (size, error))
-    return float(bounds.search_slack(weighed, missed, error.sum(1), size.shape[1], sums))
+    largest = float(rewriting.hessian.diagonal().max(initial=0))
+    lengths, columns = error.sum(1), size.shape[1]
+    return float(bounds.search_slack(weighed, missed, lengths, columns, largest, sums))

@@ -197,6 +197,17 @@ class SubnormalScalesFlushed(Sweep):
         return found[found >= 2.0**-14]
 
 
+class LittleIsNothing(Sweep):
+    """Allows for rounding on the wrong side: what is better by no more than that is left out."""
+
+    def best(self, w, scale, zero, scheme, grid):
+        self.slack = 16 * (len(w) * (grid.qmax - grid.qmin) + len(w) + 8) * 2.0**-53 * float(w @ w)
+        return super().best(w, scale, zero, scheme, grid)
+
+    def better(self, loss, least):
+        return loss < least - self.slack
+
+
 # Right ----------------------------------------------------------------------------------------
 
 
@@ -221,6 +232,7 @@ KILLED_BY = {
     CodesOfTheRange: "half_step",
     ClippedNotCounted: "no_worse_than_nearest",
     SubnormalScalesFlushed: "fitted_scale",
+    LittleIsNothing: "fitted_scale",
 }
 
 MUTANTS = mutants(KILLED_BY)

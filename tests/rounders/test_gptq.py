@@ -441,7 +441,7 @@ def test_automatic_damping_does_best_on_held_out_tokens(drawn, seed, options):
         weighed, missed = (float((a @ moment.abs() * a).sum()) for a in sizes)
         lengths, columns = sizes[1].sum(1).numpy(), weight.shape[1]
         return float(loss.clamp(min=0).sqrt()), bounds.search_slack(
-            weighed, missed, lengths, columns, "float32"
+            weighed, missed, lengths, columns, float(moment.diagonal().max()), "float32"
         )
 
     found, sigma = root_of_loss(made)
