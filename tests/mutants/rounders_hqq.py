@@ -120,7 +120,7 @@ class HalfQuadratic:
 
     def objective(self, weight, scale, zero, unit):
         gaps = np.abs(weight - scale * self.steps(weight, scale, zero)) / unit
-        return np.cumsum(gaps**POWER, -1)[..., -1:]
+        return np.cumsum(gaps, -1)[..., -1:]
 
     def better(self, loss, least):
         return loss < least
@@ -141,7 +141,7 @@ class StartForgotten(HalfQuadratic):
 
 
 class SquaresCompared(HalfQuadratic):
-    """Compares squares of errors where the objective has another power."""
+    """Compares squares of errors, which clipping raises."""
 
     def objective(self, weight, scale, zero, unit):
         return np.square((weight - scale * self.steps(weight, scale, zero)) / unit).sum(

@@ -1,4 +1,4 @@
-"""HQQ keeps its objective at or below that of round-to-nearest, and is what its formulas say."""
+"""HQQ has no larger sum of errors than round-to-nearest, and does as its formulas say."""
 
 import dataclasses
 
@@ -35,7 +35,7 @@ def run(drawn, **options):
     return HQQ(**options).round(drawn, RNG)
 
 
-@given(problems(), st.sampled_from([0.3, 0.7, 1.0]), st.sampled_from([1.0, 10.0]))
+@given(problems(), st.sampled_from([0.3, 0.7, 1.0]), st.sampled_from([0.1, 10.0]))
 def test_what_it_claims_holds_with_any_options(drawn, power, beta):
     rounder = HQQ(lp_norm=power, beta=beta)
     certificates = Evidence(drawn, rounder.round(drawn, RNG)).certificates(rounder.claims)
@@ -54,12 +54,12 @@ def test_without_iterations_scales_are_those_of_the_range_or_next_to_them():
 
 
 @pytest.mark.parametrize("num_bits", [2, 3, 4])
-def test_the_objective_of_ordinary_weights_falls(num_bits):
+def test_the_errors_of_ordinary_weights_fall(num_bits):
     """It would hold of a search that never finds anything that nothing gets worse."""
     weight = np.random.default_rng(num_bits).standard_t(5, (16, 256))
     drawn = rounding_problem(weight, Scheme(num_bits=num_bits, group_size=64, symmetric=False))
     found = [
-        (drawn.weight.double() - rounding.dequantize(each)).abs().pow(0.7).sum(1)
+        (drawn.weight.double() - rounding.dequantize(each)).abs().sum(1)
         for each in (run(drawn), rounding.to_nearest(drawn))
     ]
     assert bool((found[0] < found[1]).all())
@@ -138,7 +138,7 @@ def test_the_kernel_refuses_scales_that_do_not_fit():
             symmetric=True,
             scale_dtype="float16",
             power=0.7,
-            beta=10.0,
+            beta=0.1,
             kappa=1.01,
             iterations=20,
         )

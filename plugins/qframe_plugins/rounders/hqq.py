@@ -4,15 +4,19 @@ Source: Badri and Shaji, Half-Quadratic Quantization of Large Machine Learning M
 2023. The objective is sum |w - q|^p with p < 1, which few large errors disturb less than a sum of
 squares. An auxiliary error e takes the power (shrinkage, eq. (4)), and the grid is fitted to w - e
 in closed form (eq. (6)), in turns.
-Error:  codes are the nearest ones (docs/bounds.md, B1.b); the objective of a row is at most that of
-        round-to-nearest, on the scheme's scales and on those of the range (B10.e).
+Error:  codes are the nearest ones (docs/bounds.md, B1.b); the sum of |w - q| of a row is at most
+        that of round-to-nearest, on the scheme's scales and on those of the range (B10.e).
 
 Where this departs from the paper:
   * zero points are integers, as everywhere in qframe, and stored in num_bits. So the real one that
     the paper's alternation gives is taken down and up, and for each of the two the scale is fitted
-    by the same alternation; the best of these, and of what round-to-nearest has, stays;
+    by the same alternation;
+  * of these, and of what round-to-nearest has, the least sum |w - q| stays, by which the published
+    solver stops: a power p < 1 of it clips so much that a network is worse than with RTN;
   * shrinkage is in steps of the group, not in units of the weights: what is found does not depend
-    on how large weights are, and `beta` means the same everywhere.
+    on how large weights are, and `beta` means the same everywhere. The published beta, 10 in units
+    of the weights, is 10 s^(2-p) in steps of s, about 0.1: errors below some steps are all
+    taken for rounding, and only weights that are clipped far are left to e.
 """
 
 from __future__ import annotations
@@ -34,13 +38,13 @@ class HQQ:
     """Round to nearest on half-quadratic scales and zero points.
 
     lp_norm      p of the objective
-    beta         weight of the quadratic term, in steps
+    beta         weight of the quadratic term, for errors in steps of the group
     kappa        what it grows by with every iteration
     iterations   at most, of either alternation
     """
 
     lp_norm: Annotated[float, Field(gt=0, le=1)] = 0.7
-    beta: Annotated[float, Field(gt=0)] = 10.0
+    beta: Annotated[float, Field(gt=0)] = 0.1
     kappa: Annotated[float, Field(ge=1)] = 1.01
     iterations: Annotated[int, Field(ge=0)] = 20
 
@@ -50,16 +54,13 @@ class HQQ:
         init=False, default=Capabilities(strategies=frozenset({"channel", "group"}))
     )
 
-    @property
-    def claims(self) -> tuple[object, ...]:
-        """The start is among what is compared, with the power of the objective."""
-        return (
-            claims.HalfStep(),
-            claims.NoWorsePower(self.lp_norm),
-            claims.NoWorsePower(self.lp_norm, observer="minmax"),
-            claims.ScaleEquivariant(),
-            claims.SignSymmetric(),
-        )
+    claims = (
+        claims.HalfStep(),
+        claims.NoWorsePower(1.0),
+        claims.NoWorsePower(1.0, observer="minmax"),
+        claims.ScaleEquivariant(),
+        claims.SignSymmetric(),
+    )
 
     def round(self, problem: RoundingProblem, rng: np.random.Generator) -> QuantizedWeight:
         """Return the nearest codes on the scales that were found.

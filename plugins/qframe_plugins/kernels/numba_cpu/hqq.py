@@ -2,8 +2,8 @@
 
 Source: Badri and Shaji, Half-Quadratic Quantization of Large Machine Learning Models, 2023, eq. (4)
         (shrinkage) and eq. (6) (zero point), and the published solver's constants.
-Error:  the objective sum |w - s k|^p of a group, in float64, is at most that of the scale and zero
-        point it starts from (docs/bounds.md, B10.e).
+Error:  the sum |w - s k| of a group, in float64, is at most that of the scale and zero point it
+        starts from (docs/bounds.md, B10.e).
 
 Everything is in steps of the group's first scale, so that weights times 2^k give the same codes.
 """
@@ -42,7 +42,7 @@ def half_quadratic(
     kappa: float,
     iterations: int,
 ) -> tuple[Int16, Float32, Int16]:
-    """Return (codes, scale, zero point) of the least objective that was met, for every group.
+    """Return (codes, scale, zero point) of the least sum of errors that was met, for every group.
 
     weight       [rows, columns] float32, finite
     first        (scale float32, zero point int16), [rows, groups]: where the search starts
@@ -100,10 +100,10 @@ def _share_rows(counter, weight, width, grid, options, first, first_zero, scale,
 
 @kernel
 def _search(w, first, first_zero, kept, kept_zero, grid, options):  # type: ignore[no-untyped-def]
-    """Return the scale and zero point of least objective that was met; (kept, ...) else."""
+    """Return the scale and zero point of the least sum of errors met; (kept, ...) else."""
     s, z = kept, kept_zero
-    best = _objective(w, s, z, first, grid, options[0])
-    trial = _objective(w, first, first_zero, first, grid, options[0])
+    best = _errors(w, s, z, grid)
+    trial = _errors(w, first, first_zero, grid)
     if trial < best:
         best, s, z = trial, first, first_zero
     if grid[2]:
@@ -115,19 +115,18 @@ def _search(w, first, first_zero, kept, kept_zero, grid, options):  # type: igno
         below, above = neighbours(_scale(w, first, zero, grid, options), grid[3])
         for stored in (above, below):
             if 0 < stored < np.inf:
-                trial = _objective(w, stored, zero, first, grid, options[0])
+                trial = _errors(w, stored, zero, grid)
                 if trial < best:
                     best, s, z = trial, stored, zero
     return s, z
 
 
 @kernel
-def _objective(w, s, z, unit, grid, power):  # type: ignore[no-untyped-def]
-    """Return sum |(w - s k) / unit|^p with the nearest k."""
+def _errors(w, s, z, grid):  # type: ignore[no-untyped-def]
+    """Return sum |w - s k| with the nearest k."""
     total = 0.0
     for j in range(len(w)):
-        gap = np.float64(w[j]) - s * nearest_steps(w[j], s, grid[0] - z, grid[1] - z)
-        total += (abs(gap) / unit) ** power
+        total += abs(np.float64(w[j]) - s * nearest_steps(w[j], s, grid[0] - z, grid[1] - z))
     return total
 
 
