@@ -1,6 +1,7 @@
 """How near do correct plugins come to what is allowed? Writes docs/tightness.md.
 
     python benchmarks/tightness.py --seeds 20
+    python benchmarks/tightness.py --seeds 20 --only awq chopped    # what else the page says stays
 
 A bound that nothing comes near says little. For each theorem the largest error / allowed is taken
 over the installed plugins and the correct twins of tests/mutants, over seeds of the default
@@ -13,6 +14,7 @@ import argparse
 import importlib
 import re
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -27,8 +29,11 @@ DOCUMENT = ROOT / "docs" / "tightness.md"
 Found = dict[str, tuple[float, str, str, str]]
 
 
-def subjects() -> list[tuple[str, str, int]]:
-    """Return what is measured: (kind, name, -1) of the installed, (module, "", number) of twins."""
+def subjects(only: Sequence[str] = ()) -> list[tuple[str, str, int]]:
+    """Return what is measured: (kind, name, -1) of the installed, (module, name, number) of twins.
+
+    only   their names; all where there are none
+    """
     targets, problems = all_targets()
     if problems:
         raise SystemExit("\n".join(problems))
@@ -37,8 +42,10 @@ def subjects() -> list[tuple[str, str, int]]:
     for file in sorted((ROOT / "tests" / "mutants").glob("*.py")):
         module = importlib.import_module(f"tests.mutants.{file.stem}")
         if hasattr(module, "MUTANTS") and hasattr(module, "outputs"):
-            found += [(module.__name__, "", i) for i in range(len(module.TWINS))]
-    return found
+            found += [(module.__name__, twin.name, i) for i, twin in enumerate(module.TWINS)]
+    if unknown := set(only) - {name for _, name, _ in found}:
+        raise SystemExit(f"--only: no such plugin or twin: {', '.join(sorted(unknown))}")
+    return [each for each in found if not only or each[1] in only]
 
 
 def measure(job: tuple[tuple[str, str, int], int]) -> Found:
@@ -48,7 +55,7 @@ def measure(job: tuple[tuple[str, str, int], int]) -> Found:
         kind, plugin = first, Host.discover().get(first, name)
     else:
         twin = importlib.import_module(first).TWINS[number]
-        kind, plugin, name = twin.kind, twin.make(), f"{twin.name} (twin)"
+        kind, plugin, name = twin.kind, twin.make(), f"{name} (twin)"
     report = check_plugin(plugin, kind=kind, seed=seed, shrink=False)
     return {
         theorem: (record.ratio or 0.0, record.check, f"{kind} {name}", record.scenario)
@@ -60,9 +67,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME")
     arguments = parser.parse_args()
-    jobs = [(s, seed) for s in subjects() for seed in range(arguments.seeds)]
-    best: Found = {}
+    jobs = [(s, seed) for s in subjects(arguments.only) for seed in range(arguments.seeds)]
+    best = written(arguments.seeds) if arguments.only else {}
     initial = {"initializer": torch.set_num_threads, "initargs": (1,)}
     with ProcessPoolExecutor(arguments.workers, **initial) as pool:
         for found in pool.map(measure, jobs, chunksize=4):
@@ -72,6 +80,18 @@ def main() -> None:
     DOCUMENT.write_text(document(best, arguments.seeds), encoding="utf-8")
     for theorem, entry in sorted(best.items()):
         print(f"{theorem:6} {entry[0]:.4f} {entry[1]} {entry[2]} {entry[3]}")
+
+
+def written(seeds: int) -> Found:
+    """Return what the document says; it must be of as many seeds."""
+    text = DOCUMENT.read_text(encoding="utf-8")
+    if f"{seeds} seeds" not in text:
+        raise SystemExit(f"--only: {DOCUMENT.name} is not of {seeds} seeds; write all of it")
+    rows = [line.strip("|").split(" | ") for line in text.splitlines() if line.startswith("| B")]
+    return {
+        theorem.strip(): (float(ratio), check.strip("`"), plugin, scenario.strip())
+        for theorem, _, ratio, check, plugin, scenario in rows
+    }
 
 
 def document(best: Found, seeds: int) -> str:

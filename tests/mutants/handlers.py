@@ -789,6 +789,20 @@ class Reciprocal(AWQ):
         return Rewrite(weights={n: w / inverse for n, w in weights.items()}, input_scale=scale)
 
 
+class Chopped(AWQ):
+    """Cuts products off, as some hardware does: one rounding of up to two units."""
+
+    def applied(self, weights, scale):
+        found = {}
+        for name, weight in weights.items():
+            exact = weight.double() * scale.double()  # 24 bits times 24 bits are 48
+            nearest = exact.float()
+            above = nearest.double().abs() > exact.abs()
+            chopped = torch.where(above, torch.nextafter(nearest, torch.zeros(())), nearest)
+            found[name] = chopped
+        return Rewrite(weights=found, input_scale=scale)
+
+
 class SinglePrecision(AWQ):
     """Compares losses in float32, and takes the last of equal ones."""
 
@@ -842,6 +856,7 @@ TWINS = (
         "Scales rounded to powers of two; they round other channels' roots otherwise.",
     ),
     _right("reciprocal", Reciprocal, "W' has two roundings in place of one."),
+    _right("chopped", Chopped, "Products are cut off, which is no more than two roundings."),
     _right(
         "single_precision",
         lambda: SinglePrecision(claims=(FunctionPreserving(), *LOOSE)),
