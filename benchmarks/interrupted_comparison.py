@@ -25,7 +25,7 @@ from qframe.embedded import model_folder
 
 METHODS = ("rtn", "gptq", "hqq", "awq+gptq")
 SCHEMES = ("W8A16", "W4A16", "W3A16")
-MEASURED = ("seconds", "peak_memory")  # of the machine, not of the network
+MEASURED = ("seconds", "seconds_scoring", "peak_memory")  # of the machine, not of the network
 
 
 def command(out: Path) -> list[str]:
@@ -48,9 +48,7 @@ def run(out: Path, log: Path, seconds: float | None) -> tuple[int, int]:
     """Run the command; return (exit code, cells begun). It is killed after so many seconds."""
     before = log.stat().st_size if log.exists() else 0
     with log.open("ab") as said:
-        process = subprocess.Popen(
-            command(out), stdout=said, stderr=said, start_new_session=True, env={**os.environ}
-        )
+        process = subprocess.Popen(command(out), stdout=said, stderr=said, start_new_session=True)
         try:
             process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -60,10 +58,13 @@ def run(out: Path, log: Path, seconds: float | None) -> tuple[int, int]:
     return process.returncode, sum(line.endswith(": quantizing") for line in text.splitlines())
 
 
-def figures(out: Path) -> list[dict[str, Any]]:
-    """Return the rows of the table, without what measures the machine."""
-    rows = json.loads((out / "results.json").read_text(encoding="utf-8"))["cells"]
-    return [{key: row[key] for key in row if not key.startswith(MEASURED)} for row in rows]
+def figures(out: Path) -> dict[str, Any]:
+    """Return what a comparison found, without what measures the machine."""
+    found: dict[str, Any] = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    for cell in found["cells"]:
+        for key in MEASURED:
+            del cell[key]
+    return found
 
 
 def main() -> None:

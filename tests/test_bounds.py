@@ -125,3 +125,13 @@ def test_a_worst_case_of_half_steps_attains_b10_b():
     assert found == reach
     assert bounds.ratio(found, bounds.output_bound(reach, 1.0, 0.0, 8)) <= 1
     assert bounds.ratio(found, bounds.output_bound(reach, 1 / 2, 0.0, 8)) > 1
+
+
+def test_a_search_may_compare_with_a_large_hessian_over_its_largest_number():
+    """One weight is off by 2^-75, H is 2^30: over 2^30, what is compared underflows to 0."""
+    off, largest = 2.0**-75, 2.0**30
+    compared = np.float32(off) * np.float32(off)
+    energy = off * off * largest
+    slack = bounds.search_slack(4 * energy, energy, [off], 1, largest)
+    assert compared == 0
+    assert bounds.ratio(np.sqrt(energy) - 0, slack) <= 1

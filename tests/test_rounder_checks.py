@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from qframe import Capabilities, InputGroup, LayerInfo, Scheme, bounds, rounding
+from qframe import Capabilities, Grid, InputGroup, LayerInfo, Scheme, bounds, rounding
 from qframe.errors import HessianError, NonFiniteError, UncalibratedLayerError
 from qframe_conformance import check_plugin, kinds
 from qframe_conformance.checks import checks_of
@@ -64,6 +64,23 @@ def test_weights_between_codes_are_ties_and_their_neighbours():
     away = np.abs(np.abs(weight[:, 1:] / power) % 1 - 1 / 2)
     assert np.count_nonzero(away == 0) > 0 < np.count_nonzero(away)
     assert bounds.ratio(away, 2 * bounds.UNIT["float32"] * (grid.qmax + 1)) <= 1
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_scale_of_the_range_fits_balanced_weights_but_for_rounding(symmetric):
+    """And yet there are errors, by which other scales are worse."""
+    grid, rng = Grid(-7, 7), np.random.default_rng(0)
+    weight = kinds.balanced(rng, (20, 30), grid, 13, symmetric=symmetric).astype(np.float64)
+    for first in (0, 13, 26):
+        w = weight[:, first : first + 13]
+        s = bounds.ideal_scale(w.min(1), w.max(1), grid, symmetric=symmetric)[:, None]
+        k = np.rint(w / s)
+        squares = (k**2).sum(1)
+        moved = np.abs((w * k).sum(1) / squares - s[:, 0])
+        unit = 2 * bounds.UNIT["float32"]  # of each weight, and of those that the range is of
+        allowed = unit * ((np.abs(w) + s * np.abs(k)) * np.abs(k)).sum(1) / squares
+        assert bounds.ratio(moved, allowed) <= 1
+        assert np.abs(w / s - k).max() > 1 / 5
 
 
 @pytest.mark.parametrize("columns", [1, 2, 3, 5, 12, 17])

@@ -130,14 +130,19 @@ def balanced(
 
     Each row is codes of `grid` times a number that is no power of two, with pairs of equal codes
     one of which is as much above it as the other one is below: the errors of a pair, up to a
-    quarter of a step, do not move the least squares of the scale.
+    quarter of a step, do not move the least squares of the scale. Pairs of the least or largest
+    code have none, so that the range stays. A symmetric grid has to be its own mirror image, or
+    its end would be half a step off.
     """
     steps, ends = _steps(rng, shape, grid, width, symmetric=symmetric)
     free = np.flatnonzero(~ends[0]) if len(ends) else np.empty(0, np.int64)
     one, other = free[:-1:2], free[1::2]
     same_group = one // width == other // width
     one, other = one[same_group], other[same_group]
-    off = (rng.random((shape[0], len(one))) - 0.5) / 2
+    codes = steps[:, one]
+    low, high = (end(steps, axis=1, initial=0)[:, None] for end in (np.min, np.max))
+    inside = (codes > low) & (codes < high)
+    off = np.where(inside, (rng.random(codes.shape) - 0.5) / 2, 0)
     steps[:, other] = steps[:, one] - off
     steps[:, one] += off
     return np.asarray(steps * (1 + rng.random((shape[0], 1))), np.float32)

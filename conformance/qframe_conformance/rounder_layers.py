@@ -32,6 +32,7 @@ THREADS: Final = "threads"
 """Subjects of the scenarios that are not about layers of one scheme."""
 
 NAME = "block.up"
+BALANCED = 13  # columns of a group: an end or two of its range, pairs, perhaps one more
 TALL = (2048, 17)  # so many weights that torch splits them among threads
 
 
@@ -70,8 +71,9 @@ def nearly_fitted(rounder: Any, declared: Collection[Scheme]) -> Iterator[Scenar
     for kind in declared:
         if kind.strategy != "group" or kind.type != "int":
             continue
+        rule = "restricted" if kind.symmetric else "full"  # the range ends on a code
         scheme, grid = scheme_of(
-            kind.num_bits, kind.symmetric, kind.strategy, 13, "full", "float32"
+            kind.num_bits, kind.symmetric, kind.strategy, BALANCED, rule, "float32"
         )
         if not is_declared(rounder, scheme):
             continue
@@ -82,8 +84,9 @@ def nearly_fitted(rounder: Any, declared: Collection[Scheme]) -> Iterator[Scenar
 
 def _balanced_layer(rounder: Any, scheme: Scheme, grid: Grid, seed: int) -> RounderCase:
     rng = np.random.default_rng(seed)
-    weight = kinds.balanced(rng, (8, 26), grid, 13, symmetric=scheme.symmetric)
-    x = kinds.white_inputs(rng, 26) if rounder.needs else None
+    used = Grid(-grid.qmax, grid.qmax) if scheme.symmetric else grid
+    weight = kinds.balanced(rng, (8, 2 * BALANCED), used, BALANCED, symmetric=scheme.symmetric)
+    x = kinds.white_inputs(rng, 2 * BALANCED) if rounder.needs else None
     return RounderCase(rounder, problem_of(weight, scheme, grid, rounder.needs, x), seed)
 
 

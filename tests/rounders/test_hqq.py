@@ -65,6 +65,18 @@ def test_the_errors_of_ordinary_weights_fall(num_bits):
     assert bool((found[0] < found[1]).all())
 
 
+@pytest.mark.parametrize("num_bits", [2, 3, 4])
+def test_the_defaults_do_not_clip_what_squares_cannot_bear(num_bits):
+    """With a beta of 10 steps, most of each error is left to e, and squared errors grow."""
+    weight = np.random.default_rng(num_bits).standard_t(5, (16, 256))
+    drawn = rounding_problem(weight, Scheme(num_bits=num_bits, group_size=64, symmetric=False))
+    found = [
+        (drawn.weight.double() - rounding.dequantize(each)).square().sum(1)
+        for each in (run(drawn), rounding.to_nearest(drawn))
+    ]
+    assert bool((found[0] < found[1]).all())
+
+
 def test_the_zero_point_is_the_mean_of_eq_6():
     """With beta so small that every error is shrunk to 0, a shift of the grid is found."""
     from qframe_plugins.kernels.numba_cpu.hqq import _zero_point

@@ -12,11 +12,12 @@ Where this departs from the paper:
     the paper's alternation gives is taken down and up, and for each of the two the scale is fitted
     by the same alternation;
   * of these, and of what round-to-nearest has, the least sum |w - q| stays, by which the published
-    solver stops: a power p < 1 of it clips so much that a network is worse than with RTN;
+    solver stops, and not the least power of it;
   * shrinkage is in steps of the group, not in units of the weights: what is found does not depend
     on how large weights are, and `beta` means the same everywhere. The published beta, 10 in units
-    of the weights, is 10 s^(2-p) in steps of s, about 0.1: errors below some steps are all
-    taken for rounding, and only weights that are clipped far are left to e.
+    of the weights, is 10 s^(2-p) in steps of s, 0.1 for an s of 0.03. Shrinkage leaves something
+    to e from beta^(-1/(2-p)) on, 5.9 steps: only of weights that are clipped far. For all others
+    both solvers fit least squares.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 class HQQ:
     """Round to nearest on half-quadratic scales and zero points.
 
-    lp_norm      p of the objective
+    lp_norm      p of the power that shrinkage is for
     beta         weight of the quadratic term, for errors in steps of the group
     kappa        what it grows by with every iteration
     iterations   at most, of either alternation
