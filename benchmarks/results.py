@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from planted import LINE, planted
+
 from qframe.embedded import model_folder
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "results.md"
@@ -33,6 +35,7 @@ class Table:
     name      of the table, for promises
     title     what it shows
     methods, schemes, options   of the command
+    planted   whether the network has outlier features planted
     """
 
     name: str
@@ -40,6 +43,7 @@ class Table:
     methods: Sequence[str]
     schemes: Sequence[str]
     options: Sequence[str] = ()
+    planted: bool = False
 
     def arguments(self, model: str, store: str, limit: int) -> list[str]:
         """Return the command's arguments."""
@@ -80,9 +84,35 @@ TABLES = (
     ),
     Table(
         "activations",
-        "Weights and activations of 8 bits",
+        "Weights and activations of eight bits",
+        (
+            "rtn",
+            "llm_int8",
+            "llm_int8:outliers=dynamic",
+            "smoothquant",
+            "smoothquant:alpha=search",
+            "hadamard",
+        ),
+        ("W8A8",),
+    ),
+    Table(
+        "planted",
+        "The same with outlier features planted",
         ("rtn", "llm_int8", "smoothquant", "hadamard"),
         ("W8A8",),
+        planted=True,
+    ),
+    Table(
+        "other activations",
+        "Stored scales, FP8, and weights of four bits",
+        ("rtn", "hadamard"),
+        ("W8A8_STATIC", "FP8_DYNAMIC", "FP8", "W4A8"),
+    ),
+    Table(
+        "formats",
+        "Formats of weights that are not integers, rounded to nearest",
+        ("rtn",),
+        ("MXFP8", "MXFP4", "NVFP4", "NF4", "TERNARY"),
     ),
 )
 
@@ -205,6 +235,18 @@ PROMISES = (
         over(loss("activations", "W8A8", "llm_int8"), loss("activations", "W8A8", "rtn")),
     ),
     Promise(
+        "Outlier features, planted, are the end of plain W8A8: perplexity, at least 50 % above",
+        -0.5,
+        negative(loss("planted", "W8A8", "rtn")),
+        "{:+.2%}",
+    ),
+    Promise(
+        "... and nothing to LLM.int8()",
+        0.005,
+        loss("planted", "W8A8", "llm_int8"),
+        "{:+.2%}",
+    ),
+    Promise(
         "The best method at 2 bits: KL over RTN's, which is of no use",
         0.5,
         least("two bits", "W2A16", TABLES[3].methods[1:]),
@@ -249,6 +291,7 @@ def document(found: Mapping[str, Mapping[str, Any]], limit: int) -> str:
         f"of `{calibration['name']}`.",
         f"Scored on {protocol['windows']} windows of {protocol['window']} tokens of the rest.",
         "A small model loses more by quantization than a large one.",
+        f"PLANTED is that network with outlier features, by `benchmarks/planted.py`: {LINE}.",
         "",
         "| promise | at most | measured | |",
         "|---|--:|--:|---|",
@@ -266,7 +309,9 @@ def document(found: Mapping[str, Mapping[str, Any]], limit: int) -> str:
         lines.append(f"| {promise.words} | {most} | {measured} | {holds} |")
     for table in TABLES:
         result = found[table.name]
-        command = shlex.join(["qframe", *table.arguments("MODEL", "CMP", limit)])
+        command = shlex.join(
+            ["qframe", *table.arguments("PLANTED" if table.planted else "MODEL", "CMP", limit)]
+        )
         lines += ["", f"## {table.title}", "", "```text", command, "```", ""]
         lines += [
             "| scheme | method | bits/weight | perplexity | mean KL | top-1 % | certificates |",
@@ -294,7 +339,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=DOCUMENT)
     given = parser.parse_args()
     model = given.model or str(model_folder())
-    found = {table.name: run(table, model, given.store, given.limit) for table in TABLES}
+    models = {False: model, True: str(Path(given.store) / "planted")}
+    planted(Path(model), Path(models[True]))
+    found = {t.name: run(t, models[t.planted], given.store, given.limit) for t in TABLES}
     given.out.write_text(document(found, given.limit), encoding="utf-8")
     print(given.out)
 
