@@ -12,25 +12,26 @@ single layers are held against KL with that layer rounded and all others as they
 from __future__ import annotations
 
 import argparse
-import gc
 import math
 import statistics
 import tempfile
-import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from kept import kept
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from qframe import Recipe, load
-from qframe.allocation import Allocation
 from qframe.calibration import prepare
+from qframe.comparison.identity import evaluation_identity, model_identity
 from qframe.demo import CALIBRATION_SAMPLES, GROUP_SIZE, WINDOW, recipe_of
 from qframe.embedded import model_folder
-from qframe.evaluation import Score, evaluate, windows_of
+from qframe.evaluation import evaluate, windows_of
 from qframe.fisher import Rounded
 from qframe.host import Host
 from qframe.model import Network, set_weight
@@ -49,17 +50,26 @@ SCALES = 16 / GROUP_SIZE  # bits of a weight
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """What one recipe gave; `allocation` is None for a uniform one."""
+    """What one recipe gave.
 
-    name: str
+    score      KL divergence, mean and p99
+    predicted  sum over layers, and that of as many bits everywhere
+    counts     bits -> layers
+    tried      allocation -> KL of the network rounded to nearest; `chosen` is one of them
+
+    The last four are empty for a uniform recipe.
+    """
+
     bits: float
-    score: Score
-    allocation: Allocation | None
-    seconds: float
+    score: dict[str, float]
+    predicted: list[float]
+    counts: dict[str, int]
+    tried: dict[str, float]
+    chosen: str
 
 
 @torch.no_grad()
-def alone(folder: Path, every: int, windows: int) -> dict[int, list[float]]:
+def alone(folder: Path, every: int, windows: int) -> dict[str, list[float]]:
     """Return bits -> predicted over measured KL of single layers, on text of the calibration."""
     host = Host.discover()
     network = Network.from_folder(ModelFolder(folder))
@@ -76,7 +86,7 @@ def alone(folder: Path, every: int, windows: int) -> dict[int, list[float]]:
     text = [window for (window,) in windows_to_measure(data.inputs)[:windows]]
     rounded = Rounded({name: network.weight(name) for name in names}, schemes, host)
     reference = evaluated(network.module, text)
-    ratios: dict[int, list[float]] = {bits: [] for bits in ALONE}
+    ratios: dict[str, list[float]] = {str(bits): [] for bits in ALONE}
     for name in names:
         module, weight = network.module.get_submodule(name), network.weight(name)
         changes = zip(ALONE, found.losses[name], rounded.changes(name), strict=True)
@@ -86,8 +96,8 @@ def alone(folder: Path, every: int, windows: int) -> dict[int, list[float]]:
                 float((p.exp() * (p - q)).sum(-1).mean())
                 for p, q in zip(reference, evaluated(network.module, text), strict=True)
             ]
-            ratios[bits].append(predicted / statistics.fmean(measured))
-            print(f"{name} at {bits} bits: {ratios[bits][-1]:.2f}", flush=True)
+            ratios[str(bits)].append(predicted / statistics.fmean(measured))
+            print(f"{name} at {bits} bits: {ratios[str(bits)][-1]:.2f}", flush=True)
         set_weight(module, weight)
     return ratios
 
@@ -97,7 +107,7 @@ def evaluated(network: nn.Module, windows: list[torch.Tensor]) -> list[torch.Ten
     return [torch.log_softmax(network(w, use_cache=False).logits[0], -1) for w in windows]
 
 
-def alone_table(ratios: Mapping[int, list[float]]) -> list[str]:
+def alone_table(ratios: Mapping[str, list[float]]) -> list[str]:
     """Return what `alone` found as lines of Markdown."""
     lines = ["| bits | layers | median | off by a factor of, typically | least | most |"]
     lines.append("|--:|--:|--:|--:|--:|--:|")
@@ -127,18 +137,29 @@ def recipes(methods: list[str], targets: list[float]) -> dict[str, Recipe]:
     return found
 
 
-def made(folder: Path, recipe: Recipe) -> tuple[nn.Module, float, Allocation | None, float]:
-    """Return the network, its bits per weight, how they were given, and the seconds it took."""
+def made(
+    folder: Path, recipe: Recipe, reference: nn.Module, windows: torch.Tensor
+) -> dict[str, Any]:
+    """Quantize, and score what comes out; return the fields of a row."""
     with tempfile.TemporaryDirectory() as temporary:
-        out, started = Path(temporary) / "out", time.perf_counter()
+        out = Path(temporary) / "out"
         report = quantize(folder, recipe, out=out).report
-        seconds = time.perf_counter() - started
-        size = sum(layer.rows * layer.columns for layer in report.layers)
-        bits = sum(layer.bits_per_weight * layer.rows * layer.columns for layer in report.layers)
-        return load(out, dequantize=True), bits / size, report.allocation, seconds
+        score = evaluate({"it": load(out, dequantize=True)}, reference, windows)["it"]
+    size = sum(layer.rows * layer.columns for layer in report.layers)
+    bits = sum(layer.bits_per_weight * layer.rows * layer.columns for layer in report.layers)
+    found = report.allocation
+    row = Row(
+        bits=bits / size,
+        score=score.record(),
+        predicted=[found.predicted, found.uniform[max(found.uniform)]] if found else [],
+        counts={str(bits): n for bits, n in found.counts().items()} if found else {},
+        tried=dict(found.tried) if found else {},
+        chosen=found.chosen if found else "",
+    )
+    return asdict(row)
 
 
-def document(rows: list[Row], ratios: Mapping[int, list[float]], protocol: str) -> str:
+def document(rows: Mapping[str, Row], ratios: Mapping[str, list[float]], protocol: str) -> str:
     """Return docs/mixed_precision.md."""
     lines = [
         "# What mixed precision gains",
@@ -147,18 +168,15 @@ def document(rows: list[Row], ratios: Mapping[int, list[float]], protocol: str) 
         "in nats, on text that nothing was measured on. Predicted: the sum over layers, to second",
         "order and rounded to nearest; in brackets as many bits everywhere.",
         "",
-        "| recipe | bits/weight | mean KL | p99 KL | predicted | layers x bits | seconds |",
-        "|---|--:|--:|--:|--:|---|--:|",
+        "| recipe | bits/weight | mean KL | p99 KL | predicted | layers x bits |",
+        "|---|--:|--:|--:|--:|---|",
     ]
-    for row in rows:
-        predicted, counts = "", ""
-        if row.allocation is not None:
-            uniform = row.allocation.uniform
-            predicted = f"{row.allocation.predicted:.3f} ({uniform[max(uniform)]:.3f})"
-            counts = ", ".join(f"{n} x {bits}" for bits, n in row.allocation.counts().items())
+    for name, row in rows.items():
+        predicted = "{:.3f} ({:.3f})".format(*row.predicted) if row.predicted else ""
+        counts = ", ".join(f"{n} x {bits}" for bits, n in row.counts.items())
         lines.append(
-            f"| {row.name} | {row.bits:.3f} | {row.score.kl_mean:.3f} | {row.score.kl_p99:.2f} | "
-            f"{predicted} | {counts} | {row.seconds:.0f} |"
+            f"| {name} | {row.bits:.3f} | {row.score['kl_mean']:.3f} | {row.score['kl_p99']:.2f} | "
+            f"{predicted} | {counts} |"
         )
     lines += [
         "",
@@ -170,10 +188,10 @@ def document(rows: list[Row], ratios: Mapping[int, list[float]], protocol: str) 
         "| recipe | tried | KL |",
         "|---|---|--:|",
     ]
-    for row in rows:
-        for way, loss in (row.allocation.tried if row.allocation else {}).items():
-            mark = "**" if row.allocation and way == row.allocation.chosen else ""
-            lines.append(f"| {row.name} | {mark}{way}{mark} | {mark}{loss:.3f}{mark} |")
+    for name, row in rows.items():
+        for way, loss in row.tried.items():
+            mark = "**" if way == row.chosen else ""
+            lines.append(f"| {name} | {mark}{way}{mark} | {mark}{loss:.3f}{mark} |")
     if ratios:
         lines += [
             "",
@@ -195,19 +213,25 @@ def main() -> None:
     parser.add_argument("--targets", nargs="+", type=float, default=[4.25, 3.25])
     parser.add_argument("--out", type=Path, default=DOCUMENT)
     parser.add_argument("--every", type=int, default=8, help="single layer; 0: none")
+    parser.add_argument("--store", type=Path, help="folder that keeps finished measurements")
     given = parser.parse_args()
     folder = model_folder()
     windows, protocol = windows_of(folder, length=WINDOW, limit=given.windows)
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    ratios = alone(folder, given.every, windows=2) if given.every else {}
-    rows = []
+    identity = {
+        "model": model_identity(ModelFolder(folder)),
+        "windows": evaluation_identity(protocol, windows),
+    }
+    ratios = {}
+    if given.every:
+        said = {**identity, "bits": ALONE, "every": given.every}
+        ratios = kept(given.store, "alone", said, partial(alone, folder, given.every, windows=2))
+    rows: dict[str, Row] = {}
     for name, recipe in recipes(given.methods, given.targets).items():
-        network, bits, allocation, seconds = made(folder, recipe)
-        score = evaluate({name: network}, reference, windows)[name]
-        rows.append(Row(name=name, bits=bits, score=score, allocation=allocation, seconds=seconds))
-        print(f"{name}: {bits:.3f} bits, mean KL {score.kl_mean:.4f}, {seconds:.0f} s", flush=True)
-        del network
-        gc.collect()
+        said = {**identity, "recipe": recipe.model_dump(mode="json")}
+        work = partial(made, folder, recipe, reference, windows)
+        rows[name] = Row(**kept(given.store, name, said, work))
+        print(f"{name}: {rows[name].bits:.3f} bits, {rows[name].score}", flush=True)
         given.out.write_text(document(rows, ratios, protocol.line()), encoding="utf-8")
 
 

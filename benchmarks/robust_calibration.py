@@ -17,19 +17,25 @@ import dataclasses
 import sysconfig
 import tempfile
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import sympy
 import torch
+from kept import kept
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from qframe import Recipe, load
+from qframe.calibration import read_text
+from qframe.comparison.identity import evaluation_identity, model_identity
+from qframe.comparison.store import digest
 from qframe.demo import CALIBRATION_SAMPLES, GROUP_SIZE, WINDOW, recipe_of
 from qframe.embedded import model_folder
-from qframe.evaluation import Protocol, Score, evaluate, windows_of
+from qframe.evaluation import Protocol, evaluate, windows_of
 from qframe.pipeline import quantize
+from qframe.weights import ModelFolder
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "robust_calibration.md"
 AUTOMATIC: Mapping[str, Any] = {"options": {"dampening_frac": "auto"}, "on_overfit": "rtn"}
@@ -78,22 +84,35 @@ def dataset(name: str, folder: Path) -> str:
     return name if name == "topics" else str(folder / f"{name}.txt")
 
 
-def quantized(
-    model: Path, method: str, changes: Mapping[str, Any], sources: tuple[str, ...]
-) -> nn.Module:
-    fields = recipe_of(method, 4).model_dump(exclude_unset=True)
-    if sources:
-        changes = {**changes, "calibration": {**fields["calibration"], "dataset": sources}}
-    recipe = Recipe.parse({**fields, **changes}, "robust calibration")
+def measured(
+    model: Path,
+    recipe: Recipe,
+    reference: nn.Module,
+    texts: Mapping[str, tuple[torch.Tensor, Protocol]],
+) -> dict[str, dict[str, float]]:
+    """Return column -> score of the network that the recipe makes."""
     with tempfile.TemporaryDirectory() as temporary:
         out = Path(temporary) / "out"
         quantize(model, recipe, out=out)
-        return load(out, dequantize=True)
+        network = {"it": load(out, dequantize=True)}
+    return {
+        column: evaluate(network, reference, windows)["it"].record()
+        for column, (windows, _) in texts.items()
+    }
 
 
-def document(found: Mapping[str, tuple[Mapping[str, Score], Protocol]]) -> str:
-    """Return docs/robust_calibration.md; `found` maps evaluation text to scores by run."""
-    columns = list(found)
+def recipe_for(method: str, changes: Mapping[str, Any], sources: tuple[str, ...]) -> Recipe:
+    fields = recipe_of(method, 4).model_dump(exclude_unset=True)
+    if sources:
+        changes = {**changes, "calibration": {**fields["calibration"], "dataset": sources}}
+    return Recipe.parse({**fields, **changes}, "robust calibration")
+
+
+def document(
+    found: Mapping[str, Mapping[str, Mapping[str, float]]], protocols: Mapping[str, Protocol]
+) -> str:
+    """Return docs/robust_calibration.md; `found` maps a run to its score by evaluation text."""
+    columns = list(protocols)
     lines = [
         "# GPTQ on text of another kind",
         "",
@@ -105,45 +124,64 @@ def document(found: Mapping[str, tuple[Mapping[str, Score], Protocol]]) -> str:
     ]
 
     def row(method: str, sources: str, setting: str, key: str) -> str:
-        cells = " | ".join(f"{scores[key].kl_mean:.3f}" for scores, _ in found.values())
+        cells = " | ".join(f"{found[key][column]['kl_mean']:.3f}" for column in columns)
         return f"| {method} | {sources} | {setting} | {cells} |"
 
-    lines.append(row("RTN", "", "", "rtn"))
+    lines.append(row("RTN", "", "", key((), "rtn")))
     lines += [row("GPTQ", " and ".join(s), setting, key(s, setting)) for s, setting in RUNS]
     lines += ["", f"Symmetric, groups of {GROUP_SIZE}, {CALIBRATION_SAMPLES} windows of {WINDOW}"]
     lines += ["tokens of calibration, of two kinds half of each."]
-    for column, (_, protocol) in found.items():
+    for column, protocol in protocols.items():
         lines += ["", f"{column.capitalize()}: {protocol.line()}."]
     return "\n".join(lines) + "\n"
 
 
+def hashes(folder: Path, sources: tuple[str, ...]) -> dict[str, str]:
+    """Return source -> sha256 of its documents."""
+    return {name: digest(read_text(dataset(name, folder))) for name in sources}
+
+
 def key(sources: tuple[str, ...], setting: str) -> str:
-    return f"{'+'.join(sources)} {setting}"
+    return " ".join(filter(None, ["+".join(sources), setting]))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--windows", type=int, default=16, help="of each evaluation text")
+    parser.add_argument("--store", type=Path, help="folder that keeps finished measurements")
     given = parser.parse_args()
     model = model_folder()
     reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     with tempfile.TemporaryDirectory() as temporary:
-        texts = Path(temporary)
-        write_texts(texts)
-        networks = {"rtn": quantized(model, "rtn", {}, ())}
-        for sources, setting in RUNS:
-            names = tuple(dataset(name, texts) for name in sources)
-            networks[key(sources, setting)] = quantized(model, "gptq", SETTINGS[setting], names)
-            print(f"{key(sources, setting)}: quantized", flush=True)
-        found = {}
+        folder = Path(temporary)
+        write_texts(folder)
+        texts = {}
         for column, name in (("documentation", "topics"), ("code", "code-evaluation")):
-            text = dataset(name, texts)
+            text = dataset(name, folder)
             windows, protocol = windows_of(model, text, length=WINDOW, limit=given.windows)
-            protocol = dataclasses.replace(protocol, text=name)
-            found[column] = (evaluate(networks, reference, windows), protocol)
-            for run, score in found[column][0].items():
-                print(f"{column}, {run or 'full precision'}: {score.kl_mean:.4f}", flush=True)
-    DOCUMENT.write_text(document(found), encoding="utf-8")
+            texts[column] = windows, dataclasses.replace(protocol, text=name)
+        identity = {
+            "model": model_identity(ModelFolder(model)),
+            **{c: evaluation_identity(each[1], each[0]) for c, each in texts.items()},
+        }
+        runs = [((), "rtn"), *RUNS]
+        found = {}
+        for sources, setting in runs:
+            recipe = recipe_for(
+                "gptq" if sources else "rtn",
+                SETTINGS.get(setting, {}),
+                tuple(dataset(name, folder) for name in sources),
+            )
+            fields = recipe.model_dump(mode="json", exclude={"calibration": {"dataset"}})
+            said = {**identity, "recipe": fields, "sources": hashes(folder, sources)}
+            name = key(sources, setting)
+            found[name] = kept(
+                given.store, name, said, partial(measured, model, recipe, reference, texts)
+            )
+            for column, score in found[name].items():
+                print(f"{name}, on {column}: {score['kl_mean']:.4f}", flush=True)
+    protocols = {column: protocol for column, (_, protocol) in texts.items()}
+    DOCUMENT.write_text(document(found, protocols), encoding="utf-8")
 
 
 if __name__ == "__main__":
