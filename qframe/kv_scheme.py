@@ -26,16 +26,20 @@ DEFAULT_METHOD = "kivi"
 DEFAULT_PRESET = "KV4"
 KV_PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     name: {
-        kind: {"num_bits": bits, "axis": axis, "group_size": size, "residual_length": residual}
-        for kind, axis, size in (("key", "channel", keys), ("value", "token", values))
+        "key": {"axis": "channel", "group_size": keys, **both},
+        "value": {"axis": "token", "group_size": values, "symmetric": bits == 8, **both},
     }
     for name, bits, keys, values, residual in (
         ("KV8", 8, 128, None, 32),
         ("KV4", 4, 64, 64, 32),
         ("KV2", 2, 32, 32, 128),
     )
+    for both in ({"num_bits": bits, "residual_length": residual},)
 }
-"""KIVI's setting, keys per channel and values per token, for 8, 4 and 2 bits."""
+"""KIVI's setting, keys per channel and values per token, for 8, 4 and 2 bits.
+
+With 8 bits values have no offset: their channels lie about 0, and a token of 64 is smaller by 3 %.
+"""
 
 
 class KVScheme(Strict):
