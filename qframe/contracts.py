@@ -7,7 +7,7 @@ the field's words: a linear layer has `rows` outputs and `columns` inputs, its w
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
@@ -234,16 +234,25 @@ class Observer(Protocol):
 # Rewriting ------------------------------------------------------------------------------------
 
 
+def as_it_is(scale: torch.Tensor) -> torch.Tensor:
+    """Return the scale: where nothing before the layers can divide by it."""
+    return scale
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RewriteProblem:
     """Rewrite the layers that read one input tensor, together.
 
-    layers   layer name -> its rounding problem as it stands. All have the same columns, and the
-             same statistics: those of the observers named in the handler's `needs`. Do not change
-             a weight.
+    layers     layer name -> its rounding problem as it stands. All have the same columns, and the
+               same statistics: those of the observers named in the handler's `needs`. Do not change
+               a weight.
+    foldable   input scale [columns] -> the one that it becomes where a module before the layers
+               can divide by it, as nearly as that module's dtype allows; elsewhere the same. A
+               handler that compares scales should compare these: whatever it returns becomes one.
     """
 
     layers: Mapping[str, RoundingProblem]
+    foldable: Callable[[torch.Tensor], torch.Tensor] = as_it_is
 
     @property
     def name(self) -> str:

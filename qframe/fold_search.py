@@ -1,16 +1,19 @@
-"""Which norms can take up the scale of their layers' input: found by structure, then tried.
+"""Which norms and layers can take up the scale of a group's input: found, then tried.
 
-By structure: a module that returned the very tensor which the layers of a group read, and has
-nothing but a weight for each channel, and perhaps a bias. Tried: its weight is multiplied by powers
-of two and the columns of the layers by their inverses, which rounds nothing, so a block in which
-only these layers read the norm returns the same bits. A router that reads the same tensor, a
-residual, a layer that is not quantized, a norm that multiplies by 1 + w: all of them show.
+A norm is found by structure: a module that returned the very tensor which the layers of the group
+read, and has nothing but a weight for each channel, and perhaps a bias. A layer is found by what it
+does (`qframe.feeder_search`): multiply its rows, and channels of the input are multiplied.
+
+Tried: weights are multiplied by powers of two and the columns of the group's layers by their
+inverses, which rounds nothing, so a block in which nothing else reads what was multiplied returns
+the same bits. A router that reads the same tensor, a residual, a layer that is not quantized, and a
+norm that multiplies by 1 + w all show.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,18 +31,30 @@ from qframe.model import Network, get_weight, set_weight
 # neighbours, and three goes into no power of two: heads and groups of channels do not repeat.
 EXPONENTS = (1, -1, 2)
 
-NO_NORM = "is not the output of a norm"
+NOTHING = "comes from neither a norm nor a quantized layer that could divide"
 UNSEEN = "was not seen when norms were looked for"
 OUTSIDE = "is that of a layer outside all blocks"
-TIED = "comes from a norm that shares its weight"
-AGAIN = "comes from a norm that runs more than once"
-IDLE = "comes from a norm in a block of which not everything ran"
+TIED = "comes from something that shares its weight"
+AGAIN = "comes from something that runs more than once"
+IDLE = "is that of a block of which not everything ran"
 ZERO = "is zero in a channel wherever it was looked at"
-STATE = "comes from a norm in a block that may keep or change what it is given"
+STATE = "is that of a block that may keep or change what it is given"
 OTHERS = "is read by something else, or its norm does not simply multiply by its weight"
 """Why a scale stays at run time: each goes on a sentence about the input that it is of."""
 
 Place = tuple[str, int]  # a module, and how many times it ran before
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Source:
+    """Where the input of a group may come from.
+
+    name   of a module, within the block or in full; "" for none that is known
+    rows   [columns] int64, which row of a layer each channel is; None for a norm
+    """
+
+    name: str = ""
+    rows: torch.Tensor | None = None
 
 
 @dataclass(slots=True)
@@ -63,12 +78,25 @@ class Run:
         found = (n for n, some in self.norms.items() if any(each is tensor for each in some))
         return next(found, "")
 
-    def same(self, other: Run, but: Sequence[str]) -> bool:
-        """Return whether everything has the same bits as in another run, but for some norms."""
+    def input_of(self, layer: str) -> torch.Tensor | None:
+        """Return what a layer, given by its full name, read when it first ran; None if never."""
+        return next((x for name, x in self.inputs if name == layer), None)
+
+    def between(self, first: str, last: str) -> list[str]:
+        """Return the leaves that returned from the one to the other, without the last, in order."""
+        places = [name for name, _ in self.returned]
+        return places[places.index(first) : places.index(last)]
+
+    def same(self, other: Run, but: Container[str]) -> bool:
+        """Return whether everything has the same bits as in another run.
+
+        but   norms whose tensor may differ, whoever returned it, and leaves
+        """
         if self.returned.keys() != other.returned.keys():
             return False
         return all(
-            (source and source in but)
+            place[0] in but
+            or (source and source in but)
             or (digest is not None and digest == other.returned[place][1])
             for place, (source, digest) in self.returned.items()
         )
@@ -109,28 +137,30 @@ def find(
     name: str,
     steps: Lockstep,
     arrival: Arrival,
-    groups: Sequence[tuple[InputGroup, str]],
+    groups: Sequence[tuple[InputGroup, Source]],
     run: Run | None,
-) -> dict[str, Fold | str]:
-    """Return for each group of a block, by its name, its norm, or why it has none.
+) -> dict[str, Fold | Source | str]:
+    """Return for each group of a block, by its name, its norm or layer, or why it has none.
 
     name      of the block, whose weights are in memory and are there again afterwards
     arrival   what the block is tried on
-    groups    and for each the module, within the block, that returned its input; "" for none
+    groups    and for each where its input seems to come from, by the name within the block
     run       of the block on this arrival, with digests, where there has been one
     """
     block = network.blocks[name]
-    found: dict[str, Fold | str] = {}
+    found: dict[str, Fold | Source | str] = {}
     trials: dict[str, _Trial] = {}
-    for group, norm in groups:
-        found[group.name] = _fold(network, name, norm, group.columns)
-        if isinstance(found[group.name], Fold):
+    for group, source in groups:
+        found[group.name] = candidate = _candidate(network, name, source, group.columns)
+        if not isinstance(candidate, str):
             layers = tuple(network.module.get_submodule(m.name) for m in group.layers)
-            trials[group.name] = _Trial(norm, block.get_submodule(norm), layers)
+            module = block.get_submodule(source.name)
+            trials[group.name] = _Trial(group.name, source, module, layers)
     if not trials:
         return found
     given = digest((arrival.args, dict(arrival.kwargs)))
     before = run or look(steps, block, arrival)
+    prefix = f"{name}." if name else ""
     for group_name, trial in list(trials.items()):
         wrong = STATE if given is None else _unfit(block, before, trial)
         if wrong:
@@ -138,9 +168,10 @@ def find(
             del trials[group_name]
 
     def changes(some: Sequence[_Trial]) -> bool:
+        but = {leaf for trial in some for leaf in _differing(block, before, trial, prefix)}
         with _scaled(some):
             after = look(steps, block, arrival)
-        return not after.same(before, [trial.norm for trial in some])
+        return not after.same(before, but)
 
     if trials and changes(list(trials.values())):
         for group_name, trial in trials.items():
@@ -153,23 +184,27 @@ def find(
 
 @dataclass(frozen=True, slots=True)
 class _Trial:
-    """A norm by its name within the block, and the layers that read what it returned."""
+    """A group by its name, where its input comes from, that module, and the group's layers."""
 
-    norm: str
+    group: str
+    source: Source
     module: nn.Module
     layers: tuple[nn.Module, ...]
 
 
-def _fold(network: Network, block: str, norm: str, columns: int) -> Fold | str:
-    """Return a module of a block as a fold, or why it is none."""
-    full = f"{block}.{norm}".lstrip(".")
-    parameters = network.module.get_submodule(full)._parameters if norm else {}
+def _candidate(network: Network, block: str, source: Source, columns: int) -> Fold | Source | str:
+    """Return a module of a block as something that might divide, or why it cannot."""
+    full = f"{block}.{source.name}".lstrip(".")
+    parameters = network.module.get_submodule(full)._parameters if source.name else {}
     names = [f"{full}.{key}" for key, value in parameters.items() if value is not None]
     weight = parameters.get("weight")
-    if weight is None or tuple(weight.shape) != (columns,):
-        return NO_NORM
+    fits = source.rows is not None or (weight is not None and tuple(weight.shape) == (columns,))
+    if not (names and fits):
+        return NOTHING
     if any(network.is_shared(parameter) for parameter in names):
         return TIED
+    if source.rows is not None:
+        return Source(full, source.rows)
     bias = network.own(f"{full}.bias") if f"{full}.bias" in names else None
     fold = Fold(full, network.own(f"{full}.weight"), bias)
     return fold.objection() or fold
@@ -188,37 +223,71 @@ def may_be_norm(module: nn.Module) -> bool:
 
 def _unfit(block: nn.Module, run: Run, trial: _Trial) -> str:
     """Return why a trial would tell nothing, "" where it does."""
-    outputs = run.norms.get(trial.norm, [])
-    if len(outputs) != 1:
+    x = run.input_of(trial.group)
+    times = sum(name == trial.source.name for name, _ in run.returned)
+    if times != 1 or x is None:
         return AGAIN
     for name, module in block.named_modules():
         lists = isinstance(module, (nn.ParameterList, nn.ParameterDict))  # which never run
         own = any(True for _ in module.parameters(recurse=False))
         if own and not lists and name not in run.ran:
             return IDLE
-    weight = trial.module._parameters["weight"]
-    moved = outputs[0].reshape(-1, outputs[0].shape[-1]).ne(0).any(0)
-    return "" if weight is None or bool((moved | (weight == 0)).all()) else ZERO
+    moved = x.reshape(-1, x.shape[-1]).ne(0).any(0)
+    if trial.source.rows is None:
+        weight = trial.module._parameters["weight"]
+        moved = moved if weight is None else moved | (weight == 0)
+    return "" if bool(moved.all()) else ZERO
+
+
+def _differing(block: nn.Module, run: Run, trial: _Trial, prefix: str) -> list[str]:
+    """Return what may return other bits while a trial is on, given by its name in the block.
+
+    A norm, whoever hands its tensor on; or a layer and the activations between it and the group.
+    """
+    if trial.source.rows is None:
+        return [trial.source.name]
+    leaves = run.between(trial.source.name, trial.group.removeprefix(prefix))
+    found = [leaf for leaf in leaves if not _has_parameters(block, leaf)]
+    return [trial.source.name, *found]
+
+
+def _has_parameters(block: nn.Module, name: str) -> bool:
+    return any(True for _ in block.get_submodule(name).parameters())
 
 
 @contextmanager
 def _scaled(trials: Sequence[_Trial]) -> Iterator[None]:
-    """Multiply norms by powers of two and their layers by the inverses, for a while."""
+    """Divide norms and rows of layers by powers of two, and multiply the groups' columns."""
     kept: list[tuple[nn.Module, Mapping[str, nn.Parameter | None]]] = []
     try:
         for trial in trials:
             kept += [(m, dict(m._parameters)) for m in (trial.module, *trial.layers)]
-            for key, value in trial.module._parameters.items():
-                if value is not None:
-                    scaled = value.detach() / _powers(len(value)).to(value.dtype)
-                    trial.module._parameters[key] = nn.Parameter(scaled, requires_grad=False)
+            rows = trial.source.rows
+            if rows is None:
+                for key, value in trial.module._parameters.items():
+                    if value is not None:
+                        scaled = value.detach() / _powers(len(value)).to(value.dtype)
+                        trial.module._parameters[key] = nn.Parameter(scaled, requires_grad=False)
+            else:
+                multiply_rows(trial.module, 1 / _powers(len(get_weight(trial.module))))
             for layer in trial.layers:
                 weight = get_weight(layer)
-                set_weight(layer, weight * _powers(weight.shape[1]).to(weight.dtype))
+                powers = _powers(weight.shape[1] if rows is None else int(rows.max()) + 1)
+                powers = powers if rows is None else powers[rows]
+                set_weight(layer, weight * powers.to(weight.dtype))
         yield
     finally:
-        for module, parameters in kept:
+        for module, parameters in reversed(kept):  # one may be changed twice
             module._parameters.update(parameters)
+
+
+def multiply_rows(layer: nn.Module, factors: torch.Tensor) -> None:
+    """Multiply the rows of a linear layer, and its bias, [rows] powers of two."""
+    weight, bias = get_weight(layer), layer._parameters.get("bias")
+    set_weight(layer, weight * factors[:, None].to(weight.dtype))
+    if bias is not None:
+        scaled = bias.detach() * factors.to(bias.dtype)
+        layer._parameters["bias"] = nn.Parameter(scaled, requires_grad=False)
 
 
 def _powers(columns: int) -> torch.Tensor:

@@ -14,8 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
+import numpy as np
 import torch
+
+from qframe.stored import StoredLayer
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Of norms that can be folded into: every number of them is a float32 number."""
@@ -24,17 +28,45 @@ SMALLEST = torch.finfo(torch.float32).tiny  # a scale below it would have lost d
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class FoldedNorm:
-    """A norm that divides by a scale.
+class Division:
+    """By what the rows of a layer are divided, and which channel of an input each is.
 
-    name      of the module
-    scale     s', [columns] float32, positive: what the layers are to be rewritten with
-    tensors   parameter name, in full -> its values, [columns] in the norm's own dtype
+    exponents   [rows of the layer] int64, e: a row is divided by 2^e
+    rows        [columns] int64, the row of each channel
+    """
+
+    exponents: torch.Tensor
+    rows: torch.Tensor
+
+    @property
+    def scale(self) -> torch.Tensor:
+        """What the layers that read the input are rewritten with: 2^e, [columns] float32."""
+        return torch.from_numpy(np.ldexp(np.float32(1), self.exponents[self.rows].numpy()))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Folded:
+    """A norm, or a layer, that divides by a scale.
+
+    name       of the module
+    scale      s', [columns] float32, positive: what the layers are to be rewritten with
+    tensors    parameter name, in full -> its values, in their own dtype
+    division   of a layer, None for a norm; with
+    stored     the layer
     """
 
     name: str
     scale: torch.Tensor
     tensors: Mapping[str, torch.Tensor]
+    division: Division | None = None
+    stored: StoredLayer | None = None
+
+
+class Divider(Protocol):
+    """What returns the input of a group and can divide it: `Fold` and `qframe.feeders.Feeder`."""
+
+    def folded(self, scale: torch.Tensor) -> Folded:
+        """Return it dividing by a scale, [columns] float32, positive and finite."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,7 +92,7 @@ class Fold:
             return f"comes from a norm with a bias in {_name(self.bias.dtype)}"
         return ""
 
-    def folded(self, scale: torch.Tensor) -> FoldedNorm:
+    def folded(self, scale: torch.Tensor) -> Folded:
         """Return the norm that divides by a scale, as nearly as its dtype allows.
 
         scale   s, [columns] float32, positive and finite
@@ -73,7 +105,7 @@ class Fold:
         tensors = {f"{self.name}.weight": stored}
         if self.bias is not None:
             tensors[f"{self.name}.bias"] = divided(self.bias, left)
-        return FoldedNorm(self.name, left, tensors)
+        return Folded(self.name, left, tensors)
 
 
 def scale_between(weight: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ of every file. Nothing in it depends on time, machine or thread count.
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import hashlib
 import json
@@ -14,12 +15,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
-from pydantic import Field
+from pydantic import Base64Bytes, Field, field_validator
 
 from qframe.certificates import Certificate
 from qframe.contracts import Grid
 from qframe.errors import RecipeError, VerifyError, WeightsError
+from qframe.folds import Division
 from qframe.recipe import Recipe
 from qframe.report.layers import LayerReport, words_for_infinities
 from qframe.scheme import Scheme
@@ -28,7 +32,7 @@ from qframe.strict import Strict
 from qframe.weights import ModelFolder, read_json
 
 MANIFEST = "qframe.json"
-MANIFEST_VERSION = 4
+MANIFEST_VERSION = 5
 STATISTICS = "qframe_statistics"  # the stem of the files that --keep-statistics writes
 ORDER = "processing_order"  # after a layer's name: the order of its columns, in those files
 
@@ -101,7 +105,8 @@ class LayerRecord(Strict):
     source        sha256 of the weight that it was made of, [rows, columns] float32
     rewritten     the same of what the outlier handlers made of that; None without any
     input_group   the first layer of those that read the same input; names the kept statistics
-    folded        the norm that divides by the scale of that input; None where none does
+    folded        the norm, or the layer before it, that divides by the scale of that input; None
+                  where nothing does
     tokens        calibration tokens behind the statistics
     info          what the rounder told, e.g. {"damp": 0.01}
     clipped       share of weights more than half a step outside the range of the codes
@@ -150,6 +155,49 @@ def layer_record(
     return finite
 
 
+class DivisionRecord(Strict):
+    """By what the rows of a layer are divided, and which channels of an input they are.
+
+    exponents   of 2, of each row: int8, in base64
+    rows        of each channel of the input: int32, little-endian, in base64; None for all rows in
+                their order
+    """
+
+    exponents: Base64Bytes
+    rows: Base64Bytes | None = None
+
+    @field_validator("rows")
+    @classmethod
+    def _whole_numbers(cls, rows: bytes | None) -> bytes | None:
+        if rows is not None and len(rows) % 4:
+            raise ValueError(f"int32 have 4 bytes each, these are {len(rows)}")
+        return rows
+
+    @classmethod
+    def of(cls, division: Division) -> dict[str, str | None]:
+        """Return it as plain values."""
+        exponents = division.exponents.numpy().astype("<i1")
+        rows = division.rows.numpy().astype("<i4")
+        in_order = np.array_equal(rows, np.arange(len(exponents)))
+        return {
+            "exponents": _base64(exponents),
+            "rows": None if in_order else _base64(rows),
+        }
+
+    def division(self) -> Division:
+        """Return it as the object that it was."""
+        exponents = np.frombuffer(self.exponents, dtype="<i1").astype(np.int64)
+        if self.rows is None:
+            rows = np.arange(len(exponents))
+        else:
+            rows = np.frombuffer(self.rows, dtype="<i4").astype(np.int64)
+        return Division(torch.from_numpy(exponents), torch.from_numpy(rows))
+
+
+def _base64(values: npt.NDArray[Any]) -> str:
+    return base64.b64encode(values.tobytes()).decode()
+
+
 class PluginRecord(Strict):
     """Which plugin provided an object of the run."""
 
@@ -171,6 +219,7 @@ class EventRecord(Strict):
 class Manifest(Strict):
     """The whole of qframe.json.
 
+    divisions    of layers whose rows divide by the scale of another layer's input
     tensors      of the model, by name
     statistics   that were kept, by name: GROUP.OBSERVER, and LAYER.processing_order
     files        name -> sha256, of every file but this one
@@ -184,6 +233,7 @@ class Manifest(Strict):
     calibration: Mapping[str, Any] | None
     events: tuple[EventRecord, ...]
     layers: Mapping[str, LayerRecord]
+    divisions: Mapping[str, DivisionRecord]
     tensors: Mapping[str, TensorRecord]
     statistics: Mapping[str, TensorRecord]
     files: Mapping[str, str]

@@ -6,6 +6,7 @@ All of it is arithmetic on shapes; nothing is loaded. One GB is 10^9 bytes.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,7 +127,7 @@ class FolderSize:
     """The bytes of a quantized folder, part by part.
 
     quantized   codes, scales, zero points and the like
-    carried     tensors that are stored as they were: embeddings, norms, what was ignored
+    carried     tensors that no codes stand for: embeddings, norms, what was ignored
     headers     of the safetensors files
     others      configuration, tokenizer, manifest and report
     """
@@ -228,6 +229,8 @@ def _quantized_tensors(job: Job, layer: str, scheme: Scheme | None = None) -> It
 
 def _carried_tensors(job: Job, folder: ModelFolder) -> Iterator[_Tensor]:
     """Yield the tensors of the folder that no quantized layer stands for."""
+    from qframe.weights import DTYPE_NAMES
+
     network = job.network
     replaced = {
         network.stored_name(f"{layer}.weight")
@@ -235,8 +238,13 @@ def _carried_tensors(job: Job, folder: ModelFolder) -> Iterator[_Tensor]:
         if not network.is_tied(layer)
     }
     for name, tensor in folder.tensors.items():
-        if name not in replaced:
+        if name in replaced:
+            continue
+        dtype = network.carried_dtype(name)
+        if dtype is None:
             yield _Tensor(name, tensor.dtype, tensor.shape, tensor.bytes)
+        else:
+            yield _Tensor(name, DTYPE_NAMES[dtype], tensor.shape, 2 * math.prod(tensor.shape))
 
 
 def _header_bytes(tensors: Sequence[_Tensor]) -> int:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from qframe.contracts import LayerInfo
-from qframe.errors import ModelError
+from qframe.errors import ModelError, NonFiniteError
 from qframe.weights import ModelFolder, check_finite
 
 
@@ -47,6 +47,7 @@ class Network:
         self._stored = stored_names(self.module, self.folder.tensors if self.folder else {})
         self._tied = {n for n, times in Counter(self._stored.values()).items() if times > 1}
         self._shared: dict[str, nn.Parameter] = {}
+        self._cast: dict[str, torch.dtype] = {}  # name in the files -> the dtype it is stored in
         self._paths = {child: name for name, child in self.module.named_modules()}
         self._lock = threading.Lock()
 
@@ -126,11 +127,51 @@ class Network:
             self._shared[name] = loaded
         return loaded
 
+    def cast(self, dtype: torch.dtype, quantized: Container[str]) -> None:
+        """Let all parameters be stored in another dtype, but weights of layers that are quantized.
+
+        From now on they have the values that this dtype has for them. A module in memory keeps its
+        dtypes, and gets the values.
+
+        dtype       of 16 bits
+        quantized   names of layers. A weight that another module has as well is that module's
+
+        Raises NonFiniteError for a number that does not fit the dtype, here or when it is read.
+        """
+        own = {f"{layer}.weight" for layer in self.layers if layer in quantized}
+        left = {n for p, n in self._stored.items() if p not in own}
+        self._cast = dict.fromkeys(left, dtype)
+        if self.folder is None:
+            for name, parameter in self.module.named_parameters():
+                values = self.carried(self._stored[name], parameter.detach())
+                parameter.data = values.to(parameter.dtype)
+
+    def carried(self, name: str, values: torch.Tensor) -> torch.Tensor:
+        """Return a tensor as it is stored where no codes stand for it.
+
+        name   in the files
+        """
+        dtype = self._cast.get(name)
+        if dtype is None or not values.is_floating_point():
+            return values
+        found = values.to(dtype)
+        if not bool(torch.isfinite(found).all()):
+            check_finite(values, f"tensor {name!r}")
+            raise NonFiniteError(
+                f"tensor {name!r}: its largest number, {float(values.abs().max()):.4g}, does not "
+                f"fit carried_dtype {str(dtype).removeprefix('torch.')!r}; use 'bfloat16', or none"
+            )
+        return found
+
+    def carried_dtype(self, name: str) -> torch.dtype | None:
+        """Return the dtype that a tensor is cast to, by its name in the files; None for its own."""
+        return self._cast.get(name)
+
     def read(self, name: str) -> torch.Tensor:
         """Return a parameter from the folder as float32."""
         if self.folder is None:
             raise ModelError("this network lives in memory and has no folder to read from")
-        return self.folder.read(name).to(torch.float32)
+        return self.carried(name, self.folder.read(name)).to(torch.float32)
 
     def weight(self, layer: str) -> torch.Tensor:
         """Return the weight of a layer, [rows, columns] float32, checked to be finite."""
@@ -156,11 +197,14 @@ class Network:
         return self._stored[parameter] in self._tied
 
     def own(self, parameter: str) -> torch.Tensor:
-        """Return a parameter in its own dtype: that of the files, or of the module in memory."""
+        """Return a parameter in the dtype that it is stored in.
+
+        That of the files, or of the module in memory, where it is not cast.
+        """
         name = self._stored[parameter]
         if self.folder is not None:
-            return self.folder.read(name)
-        return self.module.get_parameter(parameter).detach()
+            return self.carried(name, self.folder.read(name))
+        return self.carried(name, self.module.get_parameter(parameter).detach())
 
 
 def stored_names(module: nn.Module, stored: Container[str]) -> dict[str, str]:

@@ -28,7 +28,7 @@ from qframe.contracts import Event
 from qframe.errors import CalibrationError, FallbackError, RecipeError
 from qframe.grids import grid_of, input_grid_of
 from qframe.host import Host
-from qframe.manifest import MANIFEST_VERSION, layer_record
+from qframe.manifest import MANIFEST_VERSION, DivisionRecord, layer_record
 from qframe.memory import calibrates
 from qframe.mixed import decide
 from qframe.model import Network, left_weights
@@ -89,6 +89,8 @@ def plan_job(
     network = _as_network(model)
     plan = resolve(recipe, network.layers)
     check_supported(method, plan, host)
+    if recipe.carried_dtype is not None:
+        network.cast(getattr(torch, recipe.carried_dtype), plan.schemes)
     if recipe.keep_statistics and not method.rounder.needs:
         raise RecipeError(
             f"keep_statistics: method {recipe.method!r} rounds without statistics, so there is "
@@ -169,6 +171,7 @@ def quantize(
             calibration=None if calibration is None else dict(calibration.source),
             allocation=allocation,
             folding=way.folding(),
+            divisions=way.divisions,
             seconds={"total": time.perf_counter() - started},
         )
         check_fallbacks(report, job.recipe)
@@ -264,6 +267,7 @@ def _write_records(writer: CheckpointWriter, job: Job, report: RunReport) -> dic
                 )
                 for layer in report.layers
             },
+            "divisions": {n: DivisionRecord.of(each) for n, each in report.divisions.items()},
         }
     )
 

@@ -85,6 +85,8 @@ class Recipe(Strict):
                        `qframe verify` can recompute every certificate
     fold_scales        let norms divide by the scales of outlier handlers, where that is found to
                        change nothing (`qframe.folds`); else layers divide, when they run
+    carried_dtype      float16 or bfloat16: what parameters are stored in that no codes stand for,
+                       as embeddings and norms; None for their own dtypes
     kv_cache_scheme    how keys and values are to be stored when the network generates: a preset's
                        name, or the fields of a KVCacheScheme; None for as they come. It changes no
                        weight, and is kept for those who run the network
@@ -111,6 +113,7 @@ class Recipe(Strict):
     on_violated_certificate: Literal["warn", "error"] = "error"
     keep_statistics: bool = False
     fold_scales: bool = True
+    carried_dtype: Literal["float16", "bfloat16"] | None = None
     kv_cache_scheme: KVCacheScheme | None = None
     target_bits: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     candidate_bits: (

@@ -17,9 +17,9 @@ from torch import nn
 
 from qframe.certificates import Certificate, Evidence, applicable, function_preserved
 from qframe.contracts import Event, QuantizedWeight, RoundingProblem
+from qframe.dividers import Dividers
 from qframe.errors import QframeError, UncalibratedLayerError
 from qframe.fallbacks import FALLBACK, HOST_EVENTS, OVERFIT, claims_about
-from qframe.folded_norms import FoldedNorms
 from qframe.hessian import MISMATCH, SECOND_MOMENTS
 from qframe.host import Host
 from qframe.manifest import ORDER, Manifest, fingerprint
@@ -58,8 +58,11 @@ def recompute(
     else:
         folder = ModelFolder(reference)
         report.reference, network = str(folder.path), Network.from_folder(folder)
-    norms = FoldedNorms(report, manifest, source, network)
-    bench = _Bench(report, manifest, kept, norms, host, threads)
+    dtype = manifest.recipe.carried_dtype
+    if dtype is not None:
+        network.cast(getattr(torch, dtype), manifest.layers)
+    dividers = Dividers(report, manifest, source, network)
+    bench = _Bench(report, manifest, kept, dividers, host, threads)
     for name, layer in layers.items():
         wrong = _other_source(network, name, layer)
         if wrong:
@@ -69,7 +72,7 @@ def recompute(
             return
         bench.certify(name, layer, network.weight(name))
         network.release(network.module.get_submodule(name))
-    _check_carried(report, manifest, network, norms)
+    _check_carried(report, manifest, network, dividers)
 
 
 def _other_source(network: Network, name: str, layer: FoundLayer) -> str:
@@ -84,11 +87,11 @@ def _other_source(network: Network, name: str, layer: FoundLayer) -> str:
 
 
 def _check_carried(
-    report: VerifyReport, manifest: Manifest, network: Network, norms: FoldedNorms
+    report: VerifyReport, manifest: Manifest, network: Network, dividers: Dividers
 ) -> None:
     """Compare every tensor that is no part of a quantized layer with the reference's."""
     own = {f"{layer}.{part}".lstrip(".") for layer in manifest.layers for part in PARTS}
-    own |= norms.tensors  # which have been looked at, and are not the reference's
+    own |= dividers.tensors  # which have been looked at, and are not the reference's
     there: Collection[str]
     read: Callable[[str], torch.Tensor]
     if network.folder is not None:
@@ -102,7 +105,7 @@ def _check_carried(
             report.add("reference", name, "is not in the reference")
             continue
         report.carried += 1
-        if fingerprint(read(name)) != manifest.tensors[name].sha256:
+        if fingerprint(network.carried(name, read(name))) != manifest.tensors[name].sha256:
             report.add("tensor", name, "differs from the reference's")
     replaced = {network.stored_name(f"{layer}.weight".lstrip(".")) for layer in manifest.layers}
     for name in there:
@@ -118,11 +121,11 @@ class _Bench:
         report: VerifyReport,
         manifest: Manifest,
         kept: ModelFolder,
-        norms: FoldedNorms,
+        dividers: Dividers,
         host: Host,
         threads: int,
     ) -> None:
-        self._report, self._manifest, self._kept, self._norms = report, manifest, kept, norms
+        self._report, self._manifest, self._kept, self._dividers = report, manifest, kept, dividers
         self._threads = threads
         self._group = ""
         self._statistics: dict[str, Any] = {}
@@ -135,19 +138,25 @@ class _Bench:
         weight   the original one, [rows, columns] float32
         """
         found: list[Certificate] = []
-        transform, norm = layer.stored.transform, layer.record.folded
-        if norm is not None:
-            scale = self._norms.scale(norm)
+        stored = self._dividers.undivided(name, layer.stored)
+        if stored is None:
+            self._leave(name, set(), "its rows do not say what they were divided by")
+            return
+        layer = dataclasses.replace(layer, stored=stored)
+        transform, divider = layer.stored.transform, layer.record.folded
+        if divider is not None:
+            scale = self._dividers.scale(divider)
             if scale is None:
-                self._leave(name, set(), f"the norm {norm!r} does not say what it was scaled with")
+                why = f"the norm {divider!r} does not say what it was divided by"
+                self._leave(name, set(), why)
                 return
             transform = dataclasses.replace(transform or InputTransform(), scale=scale)
         if transform is not None:
             rewritten = transform.rewrite(weight)
             if fingerprint(rewritten) != layer.record.rewritten:
                 why = "the rewritten weight is not W transformed, bit for bit, nor stored"
-                if norm is not None:
-                    self._norms.blame(norm, name)
+                if divider is not None:
+                    self._dividers.blame(divider, name)
                 self._leave(name, set(), why)
                 return
             handlers = sum(p.kind == "outlier handler" for p in self._manifest.plugins)

@@ -33,7 +33,7 @@ from qframe.errors import (
     UncalibratedLayerError,
 )
 from qframe.fallbacks import FALLBACK, OVERFIT, Fallbacks, massive_token
-from qframe.folds import Fold, FoldedNorm
+from qframe.folds import Divider, Folded
 from qframe.grids import grid_of, input_grid_of
 from qframe.host import Host
 from qframe.inputs import GroupInputs
@@ -58,7 +58,7 @@ class Solved:
     """A layer after quantization: what is stored, what it computes with, what is reported.
 
     running      the same as `stored` for the input as it comes in the calibration pass, where no
-                 norm divides by a scale
+                 module before it divides by a scale
     multiplied   what the layer multiplies with, [rows, columns] float32
     effective    the same for plain inputs, were they not rounded
     """
@@ -72,23 +72,23 @@ class Solved:
 
 @dataclass(slots=True)
 class _Rewrites:
-    """What outlier handlers put aside: weights in 16 bits, by layer; a norm; what they tell."""
+    """What handlers put aside: weights in 16 bits, by layer; what divides; what they tell."""
 
     kept: dict[str, torch.Tensor] = field(default_factory=dict)
     info: dict[str, float | int | str] = field(default_factory=dict)
-    norm: FoldedNorm | None = None
+    folded: Folded | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class SolvedGroup:
     """The layers of an input group by name, and what is kept of their statistics by name.
 
-    norm   that divides by the scale of their input, None where none does
+    folded   what divides by the scale of their input, None where nothing does
     """
 
     layers: Mapping[str, Solved]
     statistics: Mapping[str, torch.Tensor]
-    norm: FoldedNorm | None = None
+    folded: Folded | None = None
 
     @property
     def scaled(self) -> bool:
@@ -102,7 +102,7 @@ class Solver:
 
     def __init__(self, recipe: Recipe, method: Method, host: Host, threads: int) -> None:
         self._recipe, self._method, self._host, self.threads = recipe, method, host, threads
-        self.folds = recipe.fold_scales and method.scales  # whether norms are worth looking for
+        self.folds = recipe.fold_scales and method.scales  # whether it is worth looking into what
         self._watch, self._court = Watch(host), Court(threads)
         self.events: list[Event] = []
         self._falls = Fallbacks(recipe, self.events)
@@ -124,20 +124,20 @@ class Solver:
         weights: Mapping[str, torch.Tensor],
         schemes: Mapping[str, Scheme],
         inputs: GroupInputs,
-        fold: Fold | None = None,
+        divider: Divider | None = None,
     ) -> SolvedGroup:
         """Quantize the layers of a group; their reports are complete after `settle`.
 
         weights   layer name -> [rows, columns] float32
         inputs    empty for a data-free run
-        fold      the norm that takes up a scale of the input; None for none
+        divider   what takes up a scale of the input; None for nothing
         """
         clock = time.perf_counter()
         plain, beside = inputs, inputs.pairs()
         seen = self._watch.look(group, inputs, beside)
         errors = self._watch.output_errors(group, beside, seen)
         rewritten, transform, rewrites = self._rewrite(
-            group, weights, schemes, inputs, seen[0], fold
+            group, weights, schemes, inputs, seen[0], divider
         )
         if transform is not None:
             inputs = inputs.transformed(transform)
@@ -200,7 +200,7 @@ class Solver:
                 quantizers[scheme.input_activations] if scheme.input_activations else None,
             )
             stored = running
-            if transform is not None and rewrites.norm is not None:
+            if transform is not None and rewrites.folded is not None:
                 stored = dataclasses.replace(running, transform=transform.folded())
             multiplied = running.with_kept(rounding.dequantize(rounded))
             effective = running.plain(multiplied)
@@ -220,7 +220,7 @@ class Solver:
                     **input_errors(running, original, multiplied, plain.fitted),
                 },
                 input_group=group.name,
-                folded=None if rewrites.norm is None else rewrites.norm.name,
+                folded=None if rewrites.folded is None else rewrites.folded.name,
                 seconds={
                     "calibrate": shared_seconds,
                     "round": round_seconds,
@@ -234,7 +234,7 @@ class Solver:
                 kept[f"{layer.name}.{ORDER}"] = quantized.order.to(torch.int32)
             self.events.extend(quantized.events)
             solved[layer.name] = Solved(stored, running, multiplied, effective, report)
-        return SolvedGroup(solved, kept, rewrites.norm)
+        return SolvedGroup(solved, kept, rewrites.folded)
 
     def settle(self, still_waiting: int = 0) -> None:
         """Wait until the reports of all layers but the last few are complete.
@@ -253,16 +253,16 @@ class Solver:
         schemes: Mapping[str, Scheme],
         inputs: GroupInputs,
         known: Known,
-        fold: Fold | None,
+        divider: Divider | None,
     ) -> tuple[Mapping[str, torch.Tensor], InputTransform | None, _Rewrites]:
         """Let the outlier handlers rewrite the group, one after another.
 
-        known   statistics of the fitted inputs that have been observed already
-        fold    as for `solve`
+        known     statistics of the fitted inputs that have been observed already
+        divider   as for `solve`
 
-        A handler that needs statistics is not asked where no token reached the group. Where a norm
-        is to divide by the scale, the scale becomes one that its dtype can take up, before the
-        next handler sees what is left.
+        A handler that needs statistics is not asked where no token reached the group. Where a
+        module is to divide by the scale, the scale becomes one that it can take up, before the next
+        handler sees what is left.
         """
         originals = weights
         total: InputTransform | None = None
@@ -299,16 +299,17 @@ class Solver:
                         tokens=seen.tokens,
                     )
                     for name, weight in weights.items()
-                }
+                },
+                foldable=partial(_foldable, divider, None if total is None else total.scale),
             )
             rewrite = handler.rewrite(problem, self._rng(group.name))
             check_finite(rewrite.input_scale, f"{handler.name}: input_scale of {group.name!r}")
             before = None if total is None else total.scale
             total = (total or InputTransform()).then(rewrite, handler.name)
             rewritten = rewrite.weights
-            if fold is not None and total.scale is not None and total.scale is not before:
-                aside.norm = fold.folded(total.scale)
-                total = dataclasses.replace(total, scale=aside.norm.scale)
+            if divider is not None and total.scale is not None and total.scale is not before:
+                aside.folded = divider.folded(total.scale)
+                total = dataclasses.replace(total, scale=aside.folded.scale)
                 weights = {name: total.whole(weight) for name, weight in originals.items()}
                 rewritten = {name: total.rest(weight) for name, weight in weights.items()}
             if rewrite.kept is not None:
@@ -342,3 +343,14 @@ class Solver:
     def _rng(self, layer: str) -> np.random.Generator:
         """Return the generator of a layer: it depends on the seed and the name alone."""
         return np.random.default_rng([self._recipe.seed, zlib.crc32(layer.encode())])
+
+
+def _foldable(
+    divider: Divider | None, before: torch.Tensor | None, scale: torch.Tensor
+) -> torch.Tensor:
+    """Return what becomes of a scale [columns] that comes after another one; None for 1."""
+    if divider is None:
+        return scale
+    if before is None:
+        return divider.folded(scale).scale
+    return divider.folded(before * scale).scale / before

@@ -11,9 +11,11 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
 
+from qframe import scales
 from qframe.activations import InputQuantizer
 from qframe.contracts import Grid
 from qframe.errors import NonFiniteError, WeightsError
@@ -24,6 +26,8 @@ from qframe.transforms import STEP, TRANSFORM_PARTS, InputTransform
 KEPT_WEIGHT = "weight_kept"
 PARTS = (*WEIGHT_PARTS, KEPT_WEIGHT, *TRANSFORM_PARTS, STEP)
 """What a quantized layer may be stored as, after its name."""
+
+FAINTEST = 2.0**-100  # of a divided scale: float32 holds its products with all values of all grids
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -129,6 +133,39 @@ class StoredLayer:
         if kept is None:
             return values
         return values.index_copy(-1, kept, z.index_select(-1, kept).to(values.dtype))
+
+    def divided(self, exponents: torch.Tensor) -> StoredLayer:
+        """Return the layer with its rows divided by 2^exponents, [rows] int64.
+
+        Its codes are the same. It is exact where `can_divide` says so.
+        """
+        packed, kept = self.packed, self.kept
+        dtype, whole = packed.scheme.scale_dtype, packed.global_scale
+        scale = divided_rows(scales.read(packed.scale, dtype, whole), exponents)
+        return dataclasses.replace(
+            self,
+            packed=dataclasses.replace(packed, scale=scales.store(scale, dtype, whole)),
+            kept=None if kept is None else divided_rows(kept, exponents),
+        )
+
+    def can_divide(self, exponents: torch.Tensor) -> torch.Tensor:
+        """Return for each row whether dividing it by 2^exponents changes exponents alone."""
+        there = self.divided(exponents)
+        back = there.divided(-exponents)
+        packed = there.packed
+        scale = scales.read(packed.scale, packed.scheme.scale_dtype, packed.global_scale)
+        fits = torch.isfinite(scale) & (scale >= FAINTEST) & (scale <= 1 / FAINTEST)
+        same = fits & (back.packed.scale == self.packed.scale)
+        found = same.all(1)
+        if self.kept is not None and back.kept is not None:
+            found &= (back.kept == self.kept).all(1)
+        return found
+
+
+def divided_rows(values: torch.Tensor, exponents: torch.Tensor) -> torch.Tensor:
+    """Return values [rows, ...] divided by 2^exponents [rows], rounded to their own dtype."""
+    powers = torch.from_numpy(np.ldexp(1.0, -exponents.numpy()))
+    return (values.double() * powers.view(-1, *[1] * (values.ndim - 1))).to(values.dtype)
 
 
 def kept_weight(weight: torch.Tensor, kept: torch.Tensor, name: str) -> torch.Tensor:

@@ -317,7 +317,7 @@ def _layer_objection(layer: FoundLayer) -> str:
         return "its tensors and the manifest disagree on whether it was rewritten"
     transform = layer.stored.transform
     if record.folded is not None and transform is not None and transform.scale is not None:
-        return f"the norm {record.folded!r} divides by the scale of its input, and so does it"
+        return f"{record.folded!r} divides by the scale of its input, and so does it"
     index = layer.stored.packed.group_index
     if index is not None and scheme.strategy == "group" and columns:
         width = scheme.group_width(columns)
@@ -328,24 +328,41 @@ def _layer_objection(layer: FoundLayer) -> str:
 
 
 def _fold_objections(manifest: Manifest) -> dict[str, str]:
-    """Return layer -> what is wrong with the norm that divides by the scale of its input."""
-    said: dict[str, set[str | None]] = {}  # input group -> norms that its layers name
-    served: dict[str, set[str]] = {}  # norm -> input groups
+    """Return layer -> what is wrong with what divides by the scale of its input, or its own."""
+    said: dict[str, set[str | None]] = {}  # input group -> norms and layers that its layers name
+    served: dict[str, set[str]] = {}  # those -> input groups
     for record in manifest.layers.values():
         said.setdefault(record.input_group, set()).add(record.folded)
         served.setdefault(record.folded or "", set()).add(record.input_group)
     found = {}
     for name, record in manifest.layers.items():
-        weight = manifest.tensors.get(f"{record.folded}.weight")
         if len(said[record.input_group]) > 1:
-            found[name] = "layers that read its input disagree on which norm divides by its scale"
+            found[name] = "layers that read its input disagree on what divides by its scale"
         elif record.folded is None:
             continue
         elif len(served[record.folded]) > 1:
-            found[name] = f"the norm {record.folded!r} is said to divide for several inputs"
-        elif weight is None or weight.shape != (record.columns,):
-            found[name] = f"the norm {record.folded!r} has no weight [{record.columns}]"
+            found[name] = f"{record.folded!r} is said to divide for several inputs"
+        elif wrong := _divider_objection(manifest, record.folded, record.columns):
+            found[name] = wrong
+    for name in manifest.divisions:
+        if name not in served and name in manifest.layers:
+            found[name] = "its rows are said to be divided, and no layer reads them"
     return found
+
+
+def _divider_objection(manifest: Manifest, name: str, columns: int) -> str:
+    """Return what is wrong with a norm or a layer that divides, "" for nothing."""
+    record = manifest.divisions.get(name)
+    if record is None:
+        weight = manifest.tensors.get(f"{name}.weight")
+        fits = weight is not None and weight.shape == (columns,)
+        return "" if fits else f"the norm {name!r} has no weight [{columns}]"
+    layer, division = manifest.layers.get(name), record.division()
+    exponents, rows = division.exponents, division.rows
+    fits = layer is not None and len(exponents) == layer.rows and len(rows) == columns
+    if not fits or not bool(((rows >= 0) & (rows < len(exponents))).all()):
+        return f"{name!r} has no rows that its {columns} channels could be"
+    return ""
 
 
 def _check_config(report: VerifyReport, folder: Path, manifest: Manifest) -> None:

@@ -7,6 +7,7 @@ the pass goes on through the quantized layer. Without, the layers are taken one 
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,12 +17,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from qframe import fold_search
+from qframe import feeder_search, fold_search
 from qframe.calibration import Arrival, CalibrationData, Lockstep, Stop, layer_input
 from qframe.checkpoint import CheckpointWriter
 from qframe.contracts import Event, InputGroup
 from qframe.errors import ModelError
-from qframe.folds import Fold
+from qframe.feeders import Feeder
+from qframe.fold_search import Source
+from qframe.folds import Divider, Division, Fold, Folded
 from qframe.inputs import GroupInputs
 from qframe.model import Network, replace_module, set_weight
 from qframe.original import OriginalPass, check_pairs
@@ -48,7 +51,7 @@ class _Left:
 
     block: str
     layers: Mapping[str, Solved]
-    norms: Mapping[str, torch.Tensor]
+    divided: Mapping[str, torch.Tensor]
     seconds: float
 
 
@@ -67,7 +70,7 @@ class Walk:
         self._writer, self._progress = writer, progress
         self.reports: dict[str, LayerReport] = {}
         self._pending: dict[str, Solved] = {}
-        self._norms: dict[str, torch.Tensor] = {}  # parameters of the block's folded norms
+        self._divided: dict[str, torch.Tensor] = {}  # parameters of what divides in the block
         self._written: set[str] = set()
         self._blocks_left: set[str] = set()
         self._blocks_written: set[str] = set()
@@ -77,11 +80,13 @@ class Walk:
         self._original: OriginalPass | None = None
         self._clock = time.perf_counter()
         self._groups: dict[str, InputGroup] = {}
-        self._makes: dict[tuple[Any, ...], list[tuple[tuple[str, ...], str]]] = {}
+        self._makes: dict[tuple[Any, ...], list[tuple[tuple[str, ...], Source]]] = {}
         self._searched: set[str] = set()  # blocks whose groups are known
-        self._folds: dict[str, Fold | str] = {}  # name of a group -> its norm, or why it has none
+        # name of a group -> its norm, or the layer before it, or why it has none
+        self._folds: dict[str, Fold | Source | str] = {}
         self._folding = Folding(folded={}, left={})
-        self._norms_at_last: dict[str, torch.Tensor] = {}
+        self.divisions: dict[str, Division] = {}  # of layers whose rows are divided
+        self._divided_at_last: dict[str, torch.Tensor] = {}
         self._at_last: dict[str, StoredLayer] = {}  # layers of a module that lose their scales
         self._expected: dict[str, dict[int, torch.Tensor]] = {}
         self._before: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
@@ -200,18 +205,39 @@ class Walk:
                     )
                 )
             weights[layer.name] = self._network.weight(layer.name)
-        fold = self._folds.pop(group.name, fold_search.UNSEEN)
-        norm = fold if isinstance(fold, Fold) else None
-        solved = self._solver.solve(group, weights, self._plan.schemes, inputs, norm)
+        divider = self._divider(group.name)
+        given = None if isinstance(divider, str) else divider
+        solved = self._solver.solve(group, weights, self._plan.schemes, inputs, given)
         self._pending.update(solved.layers)
-        if solved.norm is not None:
-            self._norms.update(solved.norm.tensors)
-            self._folding.folded[group.name] = solved.norm.name
+        if solved.folded is not None:
+            self._fold(group.name, solved.folded)
         elif solved.scaled:
-            self._folding.left[group.name] = str(fold)
+            self._folding.left[group.name] = str(divider)
         self.reports.update({name: result.report for name, result in solved.layers.items()})
         if self._writer is not None:
             self._writer.add_statistics(solved.statistics)
+
+    def _divider(self, group: str) -> Divider | str:
+        """Return what can divide by a scale of a group's input, or why nothing can."""
+        fold = self._folds.pop(group, fold_search.UNSEEN)
+        if not isinstance(fold, Source):
+            return fold
+        solved = self._pending.get(fold.name)
+        if solved is None or fold.rows is None:
+            return fold_search.UNSEEN
+        bias = self._network.module.get_submodule(fold.name)._parameters.get("bias")
+        own = None if bias is None else self._network.own(f"{fold.name}.bias")
+        feeder = Feeder(fold.name, fold.rows, solved.stored, own)
+        return feeder.objection() or feeder
+
+    def _fold(self, group: str, folded: Folded) -> None:
+        """Take down what divides; nothing divides yet, as chunks may be anywhere in the block."""
+        self._divided.update(folded.tensors)
+        self._folding.folded[group] = folded.name
+        if folded.stored is not None and folded.division is not None:
+            before = self._pending[folded.name]
+            self._pending[folded.name] = dataclasses.replace(before, stored=folded.stored)
+            self.divisions[folded.name] = folded.division
 
     def _find_groups(self, name: str, steps: Lockstep, arrivals: Mapping[int, Arrival]) -> None:
         """Learn which layers of a block share an input, by watching the block run once.
@@ -245,16 +271,43 @@ class Walk:
             for norm, users in shared.values():  # one that runs twice belongs to its first
                 fresh = tuple(m for m in dict.fromkeys(users) if m not in seen)
                 seen.update(fresh)
-                groups.append((fresh, norm))
-            self._makes[make] = [(group, norm) for group, norm in groups if group]
+                groups.append((fresh, Source(norm)))
+            self._makes[make] = [(group, source) for group, source in groups if group]
+            if self._solver.folds:
+                self._makes[make] = [
+                    (members, source)
+                    if source.name
+                    else (members, self._feeder(name, steps, arrival, run, members))
+                    for members, source in self._makes[make]
+                ]
         found = []
-        for members, norm in self._makes[make]:
+        for members, source in self._makes[make]:
             group = InputGroup(layers=tuple(inside[short] for short in members))
-            found.append((group, norm))
+            found.append((group, source))
             for short in members:
                 self._groups[f"{prefix}{short}"] = group
         if self._solver.folds:
             self._folds |= fold_search.find(self._network, name, steps, arrival, found, run)
+
+    def _feeder(
+        self,
+        name: str,
+        steps: Lockstep,
+        arrival: Arrival,
+        run: fold_search.Run,
+        members: Sequence[str],
+    ) -> Source:
+        """Return the layer of a block whose rows are the channels of a group's input."""
+        prefix = f"{name}." if name else ""
+        return feeder_search.feeder(
+            steps,
+            self._network.blocks[name],
+            arrival,
+            run,
+            [f"{prefix}{short}" for short in members],
+            list(self._plan.schemes),
+            prefix,
+        )
 
     def _passes(self, stop: Stop, number: int, arrival: Arrival) -> bool:
         """Return whether a chunk may run a layer: it was quantized with its group, on this input.
@@ -306,11 +359,11 @@ class Walk:
         if self._block is None:
             return
         seconds = time.perf_counter() - self._clock
-        left = _Left(self._block, self._pending, self._norms, seconds)
+        left = _Left(self._block, self._pending, self._divided, seconds)
         if self._block:
             self._network.release(self._network.blocks[self._block])
         self._blocks_left.add(self._block)
-        self._pending, self._norms, self._expected = {}, {}, {}
+        self._pending, self._divided, self._expected = {}, {}, {}
         self._write_left(still_waiting=len(left.layers))
         self._left = left
 
@@ -322,7 +375,7 @@ class Walk:
             return
         for name, solved in left.layers.items():
             self._write_layer(name, solved)
-        self._write_norms(left.norms)
+        self._write_divided(left.divided)
         self._blocks_written.add(left.block)
         if self._progress is not None and left.layers:
             self._progress(
@@ -351,28 +404,31 @@ class Walk:
             if solved.stored is not solved.running:
                 self._at_last[name] = solved.stored
 
-    def _write_norms(self, norms: Mapping[str, torch.Tensor]) -> None:
-        """Write parameters of norms that divide; a module in memory gets them in the end."""
+    def _write_divided(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Write parameters of what divides; a module in memory gets them in the end."""
         if self._network.folder is None:
-            self._norms_at_last.update(norms)
+            self._divided_at_last.update(tensors)
         elif self._writer is not None:
-            stored = {self._network.stored_name(name): norm for name, norm in norms.items()}
+            stored = {self._network.stored_name(name): tensor for name, tensor in tensors.items()}
             self._writer.add(stored)
             self._written.update(stored)
 
     def _fold_module(self) -> None:
-        """Let the norms of a module divide instead of its layers.
+        """Let what was found divide, instead of the layers that read it.
 
         Not before the pass is over: a block may run again, and its chunks may be anywhere in it.
         """
         module = self._network.module
         for name, stored in self._at_last.items():
             bias = module.get_submodule(name)._buffers["bias"]
+            if bias is not None:
+                bias = self._divided_at_last.pop(f"{name}.bias".lstrip("."), bias).to(bias.dtype)
             module = replace_module(module, name, QuantizedLinear(stored, bias))
-        for name, values in self._norms_at_last.items():
+        for name, values in self._divided_at_last.items():
             owner, _, key = name.rpartition(".")
-            norm = nn.Parameter(values, requires_grad=False)
-            module.get_submodule(owner)._parameters[key] = norm
+            old = module.get_submodule(owner)._parameters[key]
+            norm = values if old is None else values.to(old.dtype)  # it is cast when it is stored
+            module.get_submodule(owner)._parameters[key] = nn.Parameter(norm, requires_grad=False)
 
     def _finish(self) -> None:
         """Leave the last block, and carry over every tensor no quantized layer stands for."""
@@ -384,7 +440,8 @@ class Walk:
         if self._network.folder is not None:
             for name in self._network.folder.tensors:
                 if name not in self._written:
-                    self._writer.add({name: self._network.folder.read(name)})
+                    found = self._network.folder.read(name)
+                    self._writer.add({name: self._network.carried(name, found)})
             return
         packed = {
             f"{name}.{key}".lstrip(".")
@@ -394,7 +451,7 @@ class Walk:
         }
         for name, tensor in self._network.module.state_dict().items():
             if name not in packed:
-                self._writer.add({name: tensor.clone()})
+                self._writer.add({name: self._network.carried(name, tensor).clone()})
 
 
 def load_on_demand(network: Network) -> list[Any]:

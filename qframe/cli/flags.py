@@ -259,8 +259,18 @@ class RecipeFlags:
         bool | None,
         typer.Option(
             "--fold-scales/--no-fold-scales",
-            help="Let norms divide by the scales of outlier handlers where that changes nothing, "
-            "or the layers when they run. Default: fold.",
+            help="Let norms, and the layers before, divide by the scales of outlier handlers where "
+            "that changes nothing, or the layers when they run. Default: fold.",
+            rich_help_panel=_LIMITS,
+        ),
+    ] = None
+    carried_dtype: Annotated[
+        str | None,
+        typer.Option(
+            "--carried-dtype",
+            metavar="float16|bfloat16",
+            help="What parameters are stored in that are not quantized, as embeddings and norms. "
+            "Default: their own dtypes.",
             rich_help_panel=_LIMITS,
         ),
     ] = None
@@ -280,6 +290,7 @@ class RecipeFlags:
             on_violated_certificate=self.on_violated_certificate,
             keep_statistics=self.keep_statistics,
             fold_scales=self.fold_scales,
+            carried_dtype=self.carried_dtype,
             kv_cache_scheme=self.kv_scheme,
             target_bits=self.target_bits,
             candidate_bits=parse_bits(self.candidate_bits),

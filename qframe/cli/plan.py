@@ -61,8 +61,8 @@ def plan_screen(job: Job, *, all_layers: bool) -> RenderableType:
         lines |= _predictions(job)
     if may_fold(job):
         lines["scales"] = (
-            "those of inputs that norms can divide by are not stored: bits and bytes are at most "
-            "these; which ones is known only in the run, which tries it"
+            "those of inputs that norms or layers can divide by are not stored: bits and bytes are "
+            "at most these; which ones is known only in the run, which tries it"
         )
     keeping = [handler.name for handler in job.method.handlers if getattr(handler, "keeps", False)]
     if keeping:

@@ -9,11 +9,14 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qframe.allocation import Allocation
 from qframe.certificates import Certificate
 from qframe.contracts import Event
+
+if TYPE_CHECKING:
+    from qframe.folds import Division
 
 SCHEMA_VERSION = 3
 _ELSEWHERE = frozenset({"source", "rewritten", "input_group", "certificates"})
@@ -42,7 +45,8 @@ class LayerReport:
     source         sha256 of the weight that it was made of, float32; `rewritten` of what the
                    outlier handlers made of that, None without any
     input_group    the first of the layers that read the same input
-    folded         the norm that divides by the scale of the layer's input, None where none does
+    folded         the norm, or the layer before it, that divides by the scale of the layer's input;
+                   None where nothing does
     seconds        by stage; not part of the checkpoint, which must not depend on time
     """
 
@@ -130,7 +134,7 @@ class Folding:
 
     Of layers that read the same input, the first stands for all.
 
-    folded   layer -> the norm that divides by the scale
+    folded   layer -> the norm, or the layer before it, that divides by the scale
     left     layer -> why the layers divide when they run; it goes on a sentence about the input
     """
 
@@ -145,7 +149,7 @@ class Folding:
         why = "; ".join(f"{count}, as the input {why}" for why, count in sorted(reasons.items()))
         return (
             f"{len(self.folded)} of {len(self.folded) + len(self.left)} input scales are folded "
-            f"into norms{f', the others stay in the layers: {why}' if why else ''}"
+            f"into norms and layers{f', the others stay in the layers: {why}' if why else ''}"
         )
 
 
@@ -155,6 +159,7 @@ class RunReport:
 
     allocation   how bits were given to layers, where the recipe had a target of them
     folding      what became of input scales, where there are some that were to be folded
+    divisions    of layers whose rows divide by such a scale; in the manifest, not in the report
     """
 
     layers: Sequence[LayerReport]
@@ -163,6 +168,7 @@ class RunReport:
     calibration: Mapping[str, Any] | None
     allocation: Allocation | None = None
     folding: Folding | None = None
+    divisions: Mapping[str, Division] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
 
     def fallbacks(self) -> list[Event]:

@@ -1,13 +1,16 @@
 """Folders whose norms divide: written, loaded, the same for all threads, and verified."""
 
+import base64
 import filecmp
 
+import numpy as np
 import pytest
 import torch
 import transformers
 
 import qframe
 from qframe import CalibrationData
+from qframe.errors import VerifyError
 from qframe.weights import ModelFolder
 from tests.folds.nets import (
     W4,
@@ -35,7 +38,8 @@ CALIBRATION = {"num_calibration_samples": 6, "max_seq_length": 24}
 
 @pytest.fixture(scope="module")
 def models(tiny, tmp_path_factory):
-    """Llama folders whose norms are not all ones, by the dtype of their norms."""
+    """Llama folders by the dtype of their norms, which are not all ones; and channels of the inputs
+    of o_proj and down_proj are of many sizes, so that their scales are."""
     made = {}
     for dtype in (torch.float32, torch.bfloat16):
         folder = tiny.write_llama(tmp_path_factory.mktemp("llama") / "model")
@@ -45,6 +49,9 @@ def models(tiny, tmp_path_factory):
             if "norm" in name:
                 values = 1 + torch.randn(tensors[name].shape, generator=generator)
                 tensors[name] = values.to(dtype)
+            if name.endswith(("v_proj.weight", "up_proj.weight")):
+                sizes = 2.0 ** torch.randint(-3, 4, (len(tensors[name]), 1), generator=generator)
+                tensors[name] *= sizes.to(tensors[name].dtype)
         save(folder, tensors)
         made[dtype] = folder
     return made
@@ -57,19 +64,19 @@ def run(model, method, out, **changes):
 
 
 NORMS = {f"model.layers.{i}.{n}_layernorm" for i in (0, 1) for n in ("input", "post_attention")}
+LAYERS = {f"model.layers.{i}.{n}_proj" for i in (0, 1) for n in ("self_attn.v", "mlp.up")}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_folder_keeps_the_norms_dtype_and_can_be_verified(models, tmp_path, method, dtype):
     result = run(models[dtype], method, tmp_path / "out")
-    assert set(result.report.folding.folded.values()) == NORMS
+    assert set(result.report.folding.folded.values()) == NORMS | LAYERS
     made, source = ModelFolder(tmp_path / "out"), ModelFolder(models[dtype])
     for norm in NORMS:
         assert made.tensors[f"{norm}.weight"].dtype == source.tensors[f"{norm}.weight"].dtype
         assert not torch.equal(made.read(f"{norm}.weight"), source.read(f"{norm}.weight"))
-    scaled = {n for n in made.tensors if n.endswith("input_scale")}
-    assert {n.split(".")[-2] for n in scaled} == {"o_proj", "down_proj"}
+    assert not [n for n in made.tensors if n.endswith("input_scale")]
     report = qframe.verify(tmp_path / "out", models[dtype])
     assert report.problems == []
     if method != "smoothquant+awq":  # where two products are rounded that only one makes again
@@ -99,7 +106,7 @@ def test_a_folder_and_the_module_in_memory_give_the_same_network(models, tmp_pat
     inputs = prepare(model, CalibrationSettings(**CALIBRATION))
     recipe = {"method": method, **METHODS[method]}
     result = qframe.quantize(module, recipe, calibration=inputs)
-    assert set(result.report.folding.folded.values()) == NORMS
+    assert set(result.report.folding.folded.values()) == NORMS | LAYERS
     tokens = torch.arange(40)[None]
     with torch.no_grad():
         assert torch.equal(loaded(tokens).logits, result.module(tokens).logits)
@@ -122,7 +129,7 @@ def test_a_module_in_bfloat16_keeps_its_norms_in_bfloat16(host):
     net = seeded(Stack(Block()), dtype=torch.bfloat16)
     products = {"compute_dtype": "bfloat16"}
     made = quantized(net, host, data(torch.bfloat16), calibration=products)
-    assert made.report.folding.folded == {"layers.0.one": "layers.0.norm"}
+    assert made.report.folding.folded["layers.0.one"] == "layers.0.norm"
     assert made.module.layers[0].norm.weight.dtype == torch.bfloat16
 
 
@@ -186,8 +193,8 @@ def test_the_reference_of_another_dtype_is_no_pair(models, folder):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"folded": None}, "disagree on which norm"),
-        ({"folded": "model.norm"}, "disagree on which norm"),
+        ({"folded": None}, "disagree on what divides"),
+        ({"folded": "model.norm"}, "disagree on what divides"),
     ],
 )
 def test_layers_of_an_input_must_agree_on_its_norm(folder, change, message):
@@ -213,7 +220,7 @@ def all_of(group, **changes):
         ("self_attn.q_proj", "model.layers.0.post_attention_layernorm", "for several inputs"),
         ("self_attn.q_proj", "model.layers.0.nowhere", "has no weight [64]"),
         ("self_attn.q_proj", "lm_head", "has no weight [64]"),
-        ("self_attn.o_proj", "model.norm", "divides by the scale of its input, and so does it"),
+        ("self_attn.o_proj", "model.norm", "and no layer reads them"),  # of v_proj
     ],
 )
 def test_norms_that_cannot_be_are_found_by_the_structure(folder, group, norm, message):
@@ -221,6 +228,84 @@ def test_norms_that_cannot_be_are_found_by_the_structure(folder, group, norm, me
     report = qframe.verify(folder)
     assert report.problems
     assert all(message in p.message for p in report.problems)
+
+
+def test_what_divides_does_so_alone(models, tmp_path):
+    out = tmp_path / "out"
+    run(models[torch.bfloat16], "awq", out, fold_scales=False)
+    rewrite_manifest(out, all_of("model.layers.0.self_attn.q_proj", folded="model.norm"))
+    report = qframe.verify(out)
+    assert len(report.problems) == 3
+    message = "'model.norm' divides by the scale of its input, and so does it"
+    assert {p.message for p in report.problems} == {message}
+
+
+def divisions(change):
+    def changed(manifest):
+        for layer, record in manifest["divisions"].items():
+            if layer.endswith("layers.0.self_attn.v_proj"):
+                change(record)
+
+    return changed
+
+
+def other(values, dtype, place, value):
+    found = np.frombuffer(base64.b64decode(values), dtype=dtype).copy()
+    found[place] = value
+    return base64.b64encode(found.tobytes()).decode()
+
+
+VALUES, OUT = (f"model.layers.0.self_attn.{n}_proj" for n in "vo")
+
+
+@pytest.mark.parametrize(
+    ("change", "name", "message"),
+    [
+        (lambda r: r.update(rows=other(r["rows"], "<i4", 5, 1000)), OUT, "has no rows that its 64"),
+        (lambda r: r.update(rows=other(r["rows"], "<i4", 5, -1)), OUT, "has no rows that its 64"),
+        (lambda r: r.update(rows=None), OUT, "has no rows that its 64"),
+        (lambda r: r.update(exponents="AAAA"), OUT, "has no rows that its 64"),
+        (lambda r: r.update(rows="AAAA"), None, "int32 have 4 bytes each"),
+    ],
+)
+def test_rows_that_cannot_be_are_found_by_the_structure(folder, change, name, message):
+    rewrite_manifest(folder, divisions(change))
+    if name is None:
+        with pytest.raises(VerifyError, match=message):
+            qframe.verify(folder)
+        return
+    problems = qframe.verify(folder).problems
+    assert [(p.kind, p.name) for p in problems] == [("layer", name)]
+    assert message in problems[0].message
+
+
+@pytest.mark.parametrize("exponent", [-1, 3, 100])
+def test_rows_that_were_divided_by_something_else_are_named(models, folder, exponent):
+    """Codes of v_proj are not the nearest to their weights then, and o_proj has another scale."""
+    rewrite_manifest(
+        folder, divisions(lambda r: r.update(exponents=other(r["exponents"], "<i1", 7, exponent)))
+    )
+    assert qframe.verify(folder).problems == []
+    report = qframe.verify(folder, models[torch.bfloat16])
+    said = [p.message for p in report.problems if p.name == VALUES]
+    assert said
+    assert (exponent == 100) == any("its scales cannot be what" in message for message in said)
+    assert report.exit_code != 0
+
+
+def test_channels_that_are_other_rows_are_named(models, folder):
+    """All of them feed one channel less or more than they did, with another exponent."""
+
+    def change(record):
+        rows = np.frombuffer(base64.b64decode(record["rows"]), dtype="<i4")
+        exponents = np.frombuffer(base64.b64decode(record["exponents"]), dtype="<i1")
+        unlike = np.flatnonzero(exponents != exponents[rows[0]])
+        record.update(rows=other(record["rows"], "<i4", 0, unlike[0]))
+
+    rewrite_manifest(folder, divisions(change))
+    report = qframe.verify(folder, models[torch.bfloat16])
+    assert [(p.kind, p.name) for p in report.problems] == [("layer", VALUES)]
+    assert f"divided by the scale that layer {OUT!r}" in report.problems[0].message
 
 
 def test_a_norm_that_is_said_to_be_folded_and_is_not_is_named(models, folder):

@@ -184,7 +184,7 @@ def test_layers_after_a_fold_are_calibrated_on_what_the_folded_network_gives_the
     net = seeded(Stack(Block(), Block()))
     given = {"method": "doubling+gptq", "scheme": scheme}
     folded, plain = quantized(net, host, **given), quantized(net, host, **given, fold_scales=False)
-    assert len(folded.report.folding.folded) == 2
+    assert len(folded.report.folding.folded) == 4
     for mine, its in zip(folded.report.layers, plain.report.layers, strict=True):
         assert (mine.error, mine.held_out_error) == (its.error, its.held_out_error)
     mine, its = folded.module.state_dict(), plain.module.state_dict()
@@ -192,8 +192,16 @@ def test_layers_after_a_fold_are_calibrated_on_what_the_folded_network_gives_the
     assert all(torch.equal(mine[name], its[name]) for name in packed)
 
 
+class Curved(Block):
+    """The last layer reads what no layer can divide."""
+
+    def forward(self, x):
+        h = self.norm(x)
+        return x + self.last(torch.tanh(self.one(h)) * torch.sigmoid(self.two(h)))
+
+
 def test_what_is_stored_and_counted_and_said(host, tmp_path):
-    net = seeded(Stack(Block(), Block()))
+    net = seeded(Stack(Curved(), Curved()))
     result = quantized(net, host, out=tmp_path / "out")
     layers = {layer.name: layer for layer in result.report.layers}
     stored = ModelFolder(tmp_path / "out").tensors
@@ -211,8 +219,8 @@ def test_what_is_stored_and_counted_and_said(host, tmp_path):
         "layers.1.one": "layers.1.norm",
     }
     assert result.report.folding.line() == (
-        "2 of 4 input scales are folded into norms, the others stay in the layers: 2, as the "
-        "input is not the output of a norm"
+        "2 of 4 input scales are folded into norms and layers, the others stay in the layers: 2, "
+        "as the input comes from neither a norm nor a quantized layer that could divide"
     )
     assert all(c.holds for layer in layers.values() for c in layer.certificates)
     record = json.loads((tmp_path / "out" / "qframe_report.json").read_text())

@@ -184,7 +184,7 @@ NO_FOLDS = {
     "tied": (lambda: Stack(Tied()), {}, fold_search.TIED),
     "silent": (lambda: Stack(Silent()), {}, fold_search.ZERO),
     "sometimes": (lambda: Stack(Sometimes()), {}, fold_search.IDLE),
-    "cloned": (lambda: Stack(Cloned()), {}, fold_search.NO_NORM),
+    "cloned": (lambda: Stack(Cloned()), {}, fold_search.NOTHING),
 }
 
 
@@ -194,16 +194,17 @@ def test_what_is_no_fold_is_none_and_the_report_says_why(host, make, changes, wh
     for name, parameter in net.named_parameters():
         if "router" in name and parameter.ndim == 2:  # so weak that scaling turns no choice
             parameter.data *= 2.0**-20
+    changes = {**changes, "method": "doubling"}  # what does fold changes no bit
     result = quantized(net, host, **changes)
     folding = result.report.folding
-    assert folding.folded == {}
+    assert set(folding.folded) <= {"layers.0.last"}  # into another layer
     assert folding.left["layers.0.one"] == why
     unfolded = quantized(net, host, **changes, fold_scales=False)
     x = data().held_out[0][0]
     ours, theirs = result.module(x.clone()), unfolded.module(x.clone())
     ours, theirs = (getattr(y, "x", y) for y in (ours, theirs))
     assert torch.equal(ours, theirs)
-    assert scales(result.module) == scales(unfolded.module)
+    assert scales(result.module) == scales(unfolded.module) - set(folding.folded)
 
 
 class Shared(Stack):
@@ -219,7 +220,7 @@ def test_a_weight_that_norms_of_two_blocks_share_is_left(host):
     seeded(net)
     net.layers[1].norm.weight = net.layers[0].norm.weight
     folding = quantized(net, host).report.folding
-    assert folding.folded == {}
+    assert folding.folded == {f"layers.{i}.last": f"layers.{i}.one" for i in (0, 1)}
     assert folding.left["layers.1.one"] == fold_search.TIED
 
 
@@ -240,7 +241,10 @@ def test_every_block_is_tried_and_not_one_of_each_make(host, order):
     net = seeded(Stack(*(Picky(adds=adds) for adds in order)))
     folding = quantized(net, host).report.folding
     good, bad = (order.index(adds) for adds in (False, True))
-    assert folding.folded == {f"layers.{good}.one": f"layers.{good}.norm"}
+    assert folding.folded == {
+        f"layers.{good}.one": f"layers.{good}.norm",
+        **{f"layers.{i}.last": f"layers.{i}.one" for i in (0, 1)},
+    }
     assert folding.left[f"layers.{bad}.one"] == fold_search.OTHERS
 
 
@@ -259,7 +263,7 @@ class Pair(Block):
 
 def test_a_fold_beside_one_that_is_none_is_found(host):
     folding = quantized(seeded(Stack(Pair())), host).report.folding
-    assert folding.folded == {"layers.0.two": "layers.0.second"}
+    assert folding.folded == {"layers.0.two": "layers.0.second", "layers.0.last": "layers.0.two"}
     assert folding.left["layers.0.one"] == fold_search.OTHERS
 
 
@@ -276,18 +280,25 @@ class Dropped(Block):
 
 
 def test_a_module_that_hands_on_the_norms_tensor_is_no_reader(host):
-    assert len(quantized(seeded(Stack(Dropped())), host).report.folding.folded) == 1
+    folding = quantized(seeded(Stack(Dropped())), host).report.folding
+    assert folding.folded["layers.0.one"] == "layers.0.norm"
 
 
 def test_parameters_are_back_even_when_the_trial_fails():
     block = seeded(Block())
     before = {name: parameter for name, parameter in block.named_parameters()}
     values = {name: value.clone() for name, value in block.state_dict().items()}
-    trial = fold_search._Trial("norm", block.norm, (block.one, block.two))
+    norm, layer = fold_search.Source("norm"), fold_search.Source("one", torch.arange(WIDTH))
+    trials = [
+        fold_search._Trial("one", norm, block.norm, (block.one, block.two)),
+        fold_search._Trial("last", layer, block.one, (block.last,)),  # `one` is scaled twice
+    ]
 
     def interrupted():
-        with fold_search._scaled([trial]):
-            assert not torch.equal(block.norm.weight, values["norm.weight"])
+        with fold_search._scaled(trials):
+            for name in before:
+                same = torch.equal(block.get_parameter(name), values[name])
+                assert same == (name in ("two.bias", "last.bias"))
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -329,7 +340,7 @@ class Repeated(nn.Module):
 def test_a_module_whose_blocks_run_again_is_folded_in_the_end(host):
     net = seeded(Repeated())
     folded, plain = quantized(net, host), quantized(net, host, fold_scales=False)
-    assert len(folded.report.folding.folded) == 2
+    assert len(folded.report.folding.folded) == 4
     again = [event.layer for event in folded.report.events if event.kind == "runs again"]
     assert again == [event.layer for event in plain.report.events if event.kind == "runs again"]
     twin = unfolded_again(folded.module, net)

@@ -175,6 +175,45 @@ def test_losses_that_a_float32_could_not_hold_decide_alike_for_all_sizes_of_weig
     assert torch.equal(times.weights["block.q"], case.rewrite.weights["block.q"] * power)
 
 
+# Scales that fold -----------------------------------------------------------------------------
+
+
+def fourths(scale):
+    """Return the powers of four next to a scale, as if a layer could divide by no others."""
+    return 4.0 ** (scale.double().log2() / 2).round().float()
+
+
+@given(st.integers(0, 2**32))
+def test_awq_compares_scales_as_they_will_be(seed):
+    given = problem(seed)
+    rng = np.random.default_rng(0)
+    coarse = dataclasses.replace(given, foldable=fourths)
+    found = AWQ().rewrite(coarse, rng)
+    assert torch.equal(fourths(found.input_scale), found.input_scale)
+    for other in (fourths(AWQ().rewrite(given, rng).input_scale), torch.ones(given.columns)):
+        least, sigma = root_of_loss(rewriting(given, found), "float32")
+        loss, its_sigma = root_of_loss(rewriting(given, given.scaled(other)), "float32")
+        assert bounds.ratio(least, loss + sigma + its_sigma) <= 1
+
+
+@given(st.integers(0, 2**32))
+def test_smoothquant_compares_scales_as_they_will_be(seed):
+    int8 = {"num_bits": 8, "strategy": "channel", "input_activations": {}}
+    given = problem(seed, schemes=(Scheme(**int8), Scheme(**int8)))
+    x = torch.from_numpy(np.random.default_rng(seed).normal(size=(9, 16)).astype(np.float32))
+    layers = {
+        name: dataclasses.replace(
+            layer,
+            input_grid=Grid(-127, 127),
+            statistics={"absmax": x.abs().amax(0), "sample": x},
+        )
+        for name, layer in given.layers.items()
+    }
+    handler = SmoothQuant(alpha="search")
+    found = handler.rewrite(RewriteProblem(layers=layers, foldable=fourths), rng=None)
+    assert torch.equal(fourths(found.input_scale), found.input_scale)
+
+
 # SmoothQuant ----------------------------------------------------------------------------------
 
 

@@ -75,7 +75,8 @@ class AWQ:
                 f"network before it"
             )
         layers, magnitude = problem.layers.values(), _magnitude(hessian)
-        scales = [_normalized(magnitude ** (k / self.candidates)) for k in range(self.candidates)]
+        alphas = (k / self.candidates for k in range(self.candidates))
+        scales = [problem.foldable(_normalized(magnitude**alpha)) for alpha in alphas]
         losses = _losses(
             [part for layer in layers for part in _parts(layer)], scales, unit(hessian)
         )

@@ -71,7 +71,7 @@ class SmoothQuant:
                 )
         if self.alpha != "search":
             return problem.scaled(_scale(problem, self.alpha))
-        scales = [_scale(problem, alpha) for alpha in ALPHAS]
+        scales = [problem.foldable(_scale(problem, alpha)) for alpha in ALPHAS]
         scales.insert(0, torch.ones_like(scales[0]))
         losses = [_loss(problem, scale) for scale in scales]
         best = min(range(len(scales)), key=losses.__getitem__)  # the first of equals
