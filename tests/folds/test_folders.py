@@ -154,6 +154,53 @@ def test_gpt2_folds_norms_with_biases(tmp_path):
     assert [(p.kind, p.name) for p in report.problems] == [("tensor", "transformer.h.1.ln_2.bias")]
 
 
+SMALL = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+GROUPED = {**SMALL, "intermediate_size": 64, "num_key_value_heads": 2, "head_dim": 16}
+NORM_FOLDS = {"q_proj": "input_layernorm", "gate_proj": "post_attention_layernorm"}
+LAYER_FOLDS = {"o_proj": "v_proj", "down_proj": "up_proj"}
+ARCHITECTURES = {
+    "qwen3": (lambda: transformers.Qwen3Config(**GROUPED), NORM_FOLDS | LAYER_FOLDS),
+    # Its norms multiply by 1 + w.
+    "gemma2": (lambda: transformers.Gemma2Config(**GROUPED), LAYER_FOLDS),
+    # Between fc1 and fc2 is a GELU.
+    "phi": (
+        lambda: transformers.PhiConfig(**SMALL, intermediate_size=64),
+        {"q_proj": "input_layernorm", "dense": "v_proj"},
+    ),
+    # Rows of gates and values, or of queries and values, are rows of one layer.
+    "phi3": (
+        lambda: transformers.Phi3Config(
+            **SMALL, intermediate_size=64, num_key_value_heads=2, pad_token_id=0, eos_token_id=1
+        ),
+        {"qkv_proj": "input_layernorm", "gate_up_proj": "post_attention_layernorm"},
+    ),
+}
+
+
+@pytest.mark.parametrize(("config", "folds"), ARCHITECTURES.values(), ids=ARCHITECTURES)
+def test_what_folds_in_other_architectures(tmp_path, config, folds):
+    model = seeded(transformers.AutoModelForCausalLM.from_config(config()))
+    model.save_pretrained(tmp_path / "model")
+    tokens = torch.randint(0, 96, (4, 32), generator=torch.Generator().manual_seed(0))
+    inputs = CalibrationData(inputs=[(t,) for t in tokens.split(1)])
+    recipe = {"method": "awq", "scheme": W4, "min_coverage": 0}
+    out = tmp_path / "out"
+    result = qframe.quantize(tmp_path / "model", recipe, out=out, calibration=inputs)
+    found = [
+        (layer.rpartition(".")[2], name.rpartition(".")[2])
+        for layer, name in result.report.folding.folded.items()
+    ]
+    assert sorted(found) == sorted([*folds.items()] * 2)
+    report = qframe.verify(out, tmp_path / "model")
+    assert (report.problems, report.unchecked) == ([], [])
+
+
 # Verifying ------------------------------------------------------------------------------------
 
 
