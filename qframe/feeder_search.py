@@ -19,6 +19,7 @@ from qframe.fold_search import Run, Source, look, multiply_rows
 from qframe.model import get_weight
 
 BASE = 4  # digits of a row's number: exponents 1 to 4, so that a channel that stays is none
+POWERS = torch.tensor([2.0 ** (1 + digit) for digit in range(BASE)])
 NEAREST = 8  # layers before the group that are tried
 
 
@@ -42,13 +43,13 @@ def feeder(
     """
     x = run.input_of(members[0])
     order = [name for name, _ in run.inputs]
-    if x is None or not torch.is_tensor(x) or not x.is_floating_point():
+    if x is None or not x.is_floating_point():
         return Source()
     before = [name for name in dict.fromkeys(order[: order.index(members[0])]) if name in layers]
     for name in reversed(before[-NEAREST:]):
         short = name.removeprefix(prefix)
         module = block.get_submodule(short)
-        if order.count(name) == 1 and name not in members:
+        if order.count(name) == 1:
             rows = _rows(steps, block, arrival, module, members[0], x)
             if rows is not None:
                 return Source(short, rows)
@@ -70,7 +71,7 @@ def _rows(
         digits = torch.arange(count) // place % BASE
         parameters = dict(module._parameters)
         try:
-            multiply_rows(module, 2.0 ** (1 + digits))
+            multiply_rows(module, POWERS[digits])
             y = look(steps, block, arrival, digests=False).input_of(reader)
         finally:
             module._parameters.update(parameters)

@@ -149,17 +149,22 @@ class StoredLayer:
         )
 
     def can_divide(self, exponents: torch.Tensor) -> torch.Tensor:
-        """Return for each row whether dividing it by 2^exponents changes exponents alone."""
+        """Return for each row whether dividing it by 2^exponents changes exponents alone.
+
+        What it makes can be divided by 2^-exponents then, and is the layer again.
+        """
         there = self.divided(exponents)
         back = there.divided(-exponents)
-        packed = there.packed
-        scale = scales.read(packed.scale, packed.scheme.scale_dtype, packed.global_scale)
-        fits = torch.isfinite(scale) & (scale >= FAINTEST) & (scale <= 1 / FAINTEST)
-        same = fits & (back.packed.scale == self.packed.scale)
-        found = same.all(1)
+        same = self._fits() & there._fits() & (back.packed.scale == self.packed.scale).all(1)
         if self.kept is not None and back.kept is not None:
-            found &= (back.kept == self.kept).all(1)
-        return found
+            same &= (back.kept == self.kept).all(1)
+        return same | (exponents == 0)
+
+    def _fits(self) -> torch.Tensor:
+        """Return for each row whether no value of any grid times a scale leaves float32, [rows]."""
+        packed = self.packed
+        scale = scales.read(packed.scale, packed.scheme.scale_dtype, packed.global_scale)
+        return ((scale >= FAINTEST) & (scale <= 1 / FAINTEST)).all(1)
 
 
 def divided_rows(values: torch.Tensor, exponents: torch.Tensor) -> torch.Tensor:

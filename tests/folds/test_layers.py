@@ -35,8 +35,8 @@ SCHEMES = {
 }
 
 
-def layer(scheme, generator, *, rows=12, kept=0):
-    weight = torch.randn(rows, WIDTH, generator=generator)
+def layer(scheme, generator, *, rows=12, kept=0, size=1.0):
+    weight = torch.randn(rows, WIDTH, generator=generator) * size
     grid = grid_of(HOST, scheme)
     problem = RoundingProblem(name="layer", weight=weight, scheme=scheme, grid=grid)
     packed = PackedWeight.pack(rounding.to_nearest(problem), scheme, grid)
@@ -89,6 +89,21 @@ def test_rows_whose_scales_leave_their_dtype_keep_them(name, least, most):
         assert stored.can_divide(exponents).tolist() == [row != 4 for row in range(12)]
     divided = stored.divided(torch.full((12,), most + 30))
     assert float(divided.weight().abs().max()) < float(stored.weight().abs().max()) * FAINTEST**0.5
+
+
+@pytest.mark.parametrize("name", ["float32 scales", "mxfp4"])
+@pytest.mark.parametrize("power", [-115, -98, 98, 115])
+def test_what_was_divided_can_be_multiplied_back(name, power):
+    """As `qframe verify` does, near the ends of what scales may be, and beyond."""
+    stored = layer(SCHEMES[name], torch.Generator().manual_seed(0), size=2.0**power)
+    for sign in (-1, 1):
+        asked = sign * torch.arange(12) * 3
+        folded = Feeder("layer", torch.arange(12), stored).folded(
+            torch.ldexp(torch.ones(12), asked)
+        )
+        exponents = folded.division.exponents
+        assert bool(folded.stored.can_divide(-exponents).all())
+        assert torch.equal(folded.stored.divided(-exponents).packed.scale, stored.packed.scale)
 
 
 def test_kept_weights_and_biases_must_be_divisible_too():
@@ -371,8 +386,9 @@ class Asking:
         return problem.scaled(scale)
 
 
-@pytest.mark.parametrize("fold", [True, False])
-def test_a_handler_can_ask_what_becomes_of_a_scale(fold):
+@pytest.fixture
+def asking():
+    """The handler, and a host that has it."""
     handler = Asking()
 
     class Plugin:
@@ -382,6 +398,12 @@ def test_a_handler_can_ask_what_becomes_of_a_scale(fold):
 
     host = Host.discover()
     host.add(Plugin(), "asking")
+    return handler, host
+
+
+@pytest.mark.parametrize("fold", [True, False])
+def test_a_handler_can_ask_what_becomes_of_a_scale(asking, fold):
+    handler, host = asking
     net = seeded(Stack(Block()))
     result = quantized(net, host, method="asking", fold_scales=fold)
     plain = torch.linspace(0.3, 3, WIDTH)
@@ -395,16 +417,8 @@ def test_a_handler_can_ask_what_becomes_of_a_scale(fold):
     assert not torch.equal(division.scale, plain)
 
 
-def test_the_scale_of_a_second_handler_comes_on_top_of_the_first(host):
-    handler = Asking()
-
-    class Plugin:
-        @qframe.hookimpl
-        def qframe_outlier_handlers(self):
-            return [handler]
-
-    host = Host.discover()
-    host.add(Plugin(), "asking")
+def test_the_scale_of_a_second_handler_comes_on_top_of_the_first(asking):
+    handler, host = asking
     made = {}
     for method in ("smoothquant", "smoothquant+asking"):
         net = seeded(Stack(Block()), dtype=torch.bfloat16)
