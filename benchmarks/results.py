@@ -1,10 +1,13 @@
 """What the literature promises, measured by qframe's own commands. Writes docs/results.md.
 
     python benchmarks/results.py --store results
+    python benchmarks/results.py --store results --tables formats "two bits"
 
 Every table is what one `qframe compare` command says, and the document shows the command. All of
-them keep their cells in one store, so a run that was stopped goes on where it was. A promise is a
-comparison of figures from these tables; one that does not hold is printed as such.
+them keep their cells in one store, so a run that was stopped goes on where it was; a table that is
+finished stands in results.json, from which the document is written, so that some tables can be
+measured again without the others. A promise is a comparison of figures from these tables; one that
+does not hold is printed as such.
 """
 
 from __future__ import annotations
@@ -24,7 +27,8 @@ from planted import LINE, planted
 from qframe.embedded import model_folder
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "results.md"
-PROTOCOL = ["--num-calibration-samples", "48", "--max-seq-length", "512", "--window", "512"]
+FOUND = Path(__file__).parent / "results.json"
+PROTOCOL = ["--num-calibration-samples", "24", "--max-seq-length", "512", "--window", "512"]
 Cells = Mapping[tuple[str, str, str], Mapping[str, Any]]  # (table, method, scheme) -> row
 
 
@@ -44,6 +48,11 @@ class Table:
     schemes: Sequence[str]
     options: Sequence[str] = ()
     planted: bool = False
+
+    def command(self, limit: int) -> str:
+        """Return the command as the document shows it."""
+        model = "PLANTED" if self.planted else "MODEL"
+        return shlex.join(["qframe", *self.arguments(model, "CMP", limit)])
 
     def arguments(self, model: str, store: str, limit: int) -> list[str]:
         """Return the command's arguments."""
@@ -255,17 +264,27 @@ PROMISES = (
 
 
 def run(table: Table, model: str, store: str, limit: int) -> dict[str, Any]:
-    """Run a command; return what it prints as JSON."""
+    """Run a command; return what it found, and the command."""
     arguments = table.arguments(model, store, limit)
     command = [sys.executable, "-m", "qframe", *arguments, "--json"]
     ran = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if not ran.stdout.strip():
         raise SystemExit(f"exit code {ran.returncode}: qframe {shlex.join(arguments)}")
-    found: dict[str, Any] = json.loads(ran.stdout)
-    return found
+    found = json.loads(ran.stdout)
+    parts = "cells", "reference", "protocol", "calibration", "environment"
+    return {"command": table.command(limit), **{part: found[part] for part in parts}}
 
 
-def document(found: Mapping[str, Mapping[str, Any]], limit: int) -> str:
+def earlier(file: Path, limit: int) -> dict[str, dict[str, Any]]:
+    """Return name -> finding of the tables that were measured by the commands of now."""
+    if not file.exists():
+        return {}
+    found = json.loads(file.read_text(encoding="utf-8"))
+    commands = {table.name: table.command(limit) for table in TABLES}
+    return {name: each for name, each in found.items() if each["command"] == commands.get(name)}
+
+
+def document(found: Mapping[str, Mapping[str, Any]]) -> str:
     """Return the document.
 
     found   name of a table -> what its command printed
@@ -308,11 +327,10 @@ def document(found: Mapping[str, Mapping[str, Any]], limit: int) -> str:
             most, measured = "", promise.form.format(-value)
         lines.append(f"| {promise.words} | {most} | {measured} | {holds} |")
     for table in TABLES:
+        if table.name not in found:
+            continue
         result = found[table.name]
-        command = shlex.join(
-            ["qframe", *table.arguments("PLANTED" if table.planted else "MODEL", "CMP", limit)]
-        )
-        lines += ["", f"## {table.title}", "", "```text", command, "```", ""]
+        lines += ["", f"## {table.title}", "", "```text", result["command"], "```", ""]
         lines += [
             "| scheme | method | bits/weight | perplexity | mean KL | top-1 % | certificates |",
             "|---|---|--:|--:|--:|--:|---|",
@@ -335,15 +353,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--store", default="results", help="folder that keeps finished cells")
     parser.add_argument("--model", help="Default: the demonstration's.")
-    parser.add_argument("--limit", type=int, default=24, help="windows of evaluation text")
+    parser.add_argument("--limit", type=int, default=12, help="windows of evaluation text")
     parser.add_argument("--out", type=Path, default=DOCUMENT)
+    parser.add_argument("--found", type=Path, default=FOUND, help="the tables that are measured")
+    names = [table.name for table in TABLES]
+    parser.add_argument("--tables", nargs="*", choices=names, default=names, metavar="TABLE")
     given = parser.parse_args()
     model = given.model or str(model_folder())
     models = {False: model, True: str(Path(given.store) / "planted")}
     planted(Path(model), Path(models[True]))
-    found = {t.name: run(t, models[t.planted], given.store, given.limit) for t in TABLES}
-    given.out.write_text(document(found, given.limit), encoding="utf-8")
-    print(given.out)
+    found = earlier(given.found, given.limit)
+    for table in TABLES:
+        if table.name in given.tables:
+            found[table.name] = run(table, models[table.planted], given.store, given.limit)
+            given.found.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            given.out.write_text(document(found), encoding="utf-8")
+            print(f"{table.name}: {given.out}", flush=True)
 
 
 if __name__ == "__main__":
