@@ -15,7 +15,7 @@ LIMIT = 133_144
 """The most columns for which products of codes up to 127 fit an int32 (B5.c)."""
 
 
-TOKENS = len(kinds.NASTY) + 7
+TOKENS = len(kinds.NASTY) + 8
 
 
 def activations(rng: np.random.Generator, columns: int) -> Operands:
@@ -37,6 +37,7 @@ def activations(rng: np.random.Generator, columns: int) -> Operands:
         largest,
         rng.normal(size=columns) * 2.0**-120,
         rng.normal(size=columns) * 2.0**-9,
+        rng.integers(-9, 10, columns) * 2.0**-149,  # a 127th of it vanishes
     ]
     return {"x": np.asarray(tokens, np.float32)}
 

@@ -23,6 +23,8 @@ KVPair = tuple[KVScheme, KVScheme]
 
 W8A8 = Scheme(num_bits=8, strategy="channel", scale_rule="restricted")
 SHORT = (7, 1, 2, 3, 17, 65, 200)
+TILES = ((70, 130, 131), (53, 4101, 67), (35, 257, 259), (129, 96, 65))
+"""(tokens, columns, rows) that take several tiles each way, none of them whole."""
 
 
 def call_of(kernel: Any, shape: tuple[int, ...], scheme: Scheme | KVPair | None = None) -> OpCall:
@@ -128,6 +130,7 @@ def _of_int8(kernel: Any) -> Iterator[Variant]:
     shapes = [("short", 9, columns, rows) for columns in SHORT for rows in (3, 1, 8, 17)]
     shapes += [("long", 9, columns, 3) for columns in (1101, 1600)]
     shapes += [("long", 5, kernel_draws_int8.LIMIT, 3)]
+    shapes += [("tiles", *shape) for shape in TILES]
     for name, *shape in shapes:
         call = call_of(kernel, tuple(shape), W8A8)
         yield name, call, _draw(kernel_draws_int8.codes, *shape)
@@ -141,6 +144,9 @@ def _of_outliers(kernel: Any) -> Iterator[Variant]:
     for columns, threshold in itertools.product((4001, 1601), (6.0, 0.0)):
         call = call_of(kernel, (13, columns, 3), W8A8)
         yield "long", call, _draw(kernel_draws_int8.outliers, columns, 3, threshold)
+    for (_, columns, rows), threshold in itertools.product(TILES, (6.0, 1.0)):
+        call = call_of(kernel, (13, columns, rows), W8A8)
+        yield "tiles", call, _draw(kernel_draws_int8.outliers, columns, rows, threshold)
 
 
 def _of_hadamard(kernel: Any) -> Iterator[Variant]:

@@ -1,0 +1,308 @@
+"""The numba kernels with one mistake each in their source, and killed by the suite.
+
+A mutant is the folder `numba_cpu`, copied under another name, with one piece of text replaced.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+
+from qframe_plugins.kernels import numba_ops
+from tests.mutants import kernels_activations, kernels_int8, kernels_outliers
+from tests.mutants.mutant import Mutant
+
+SOURCE = Path(numba_ops.__file__).parent
+PACKAGE = "qframe_plugins.kernels.numba_cpu"
+OUTPUTS = {
+    "quantize_activations": kernels_activations.outputs,
+    "linear_int8": kernels_int8.outputs,
+    "linear_int8_outliers": kernels_outliers.outputs,
+}
+
+
+@cache
+def scratch():
+    """Return a folder that is imported from, and goes with the process."""
+    folder = tempfile.TemporaryDirectory(prefix="qframe-mutants-")
+    sys.path.append(folder.name)
+    return folder
+
+
+def changed(name, kernel, file, old, new):
+    """Return a function that makes a kernel of changed source."""
+
+    def make():
+        package = f"mutant_{name}"
+        folder = Path(scratch().name) / package
+        if package not in sys.modules:
+            folder.mkdir()
+            for source in (*SOURCE.joinpath("numba_cpu").glob("*.py"), SOURCE / "numba_ops.py"):
+                text = source.read_text(encoding="utf-8")
+                if source.name == file:
+                    if text.count(old) != 1:
+                        raise ValueError(f"{name}: {file} has {text.count(old)} of {old!r}")
+                    text = text.replace(old, new)
+                folder.joinpath(source.name).write_text(text.replace(PACKAGE, package), "utf-8")
+            importlib.invalidate_caches()
+        return getattr(importlib.import_module(f"{package}.numba_ops"), kernel)()
+
+    return make
+
+
+def mutants(kernel, *mistakes):
+    right = getattr(numba_ops, kernel)
+    return [
+        Mutant(
+            name=f"{right.op}:numba_{name}",
+            kind="kernel",
+            bug=f"numba: {bug}",
+            make=changed(f"{right.op}_{name}", kernel, file, old, new),
+            correct=right,
+            killed_by=killed_by,
+        )
+        for name, file, old, new, killed_by, bug in mistakes
+    ]
+
+
+MUTANTS = (
+    *mutants(
+        "QuantizeActivations",
+        (
+            "signs_count",
+            "tokens.py",
+            "v.const(vector, _MAGNITUDE))",
+            "v.const(vector, -1))",
+            "scales_of_tokens",
+            "the largest number is taken, not the largest magnitude.",
+        ),
+        (
+            "scale_without_the_tail",
+            "tokens.py",
+            "for column in range(whole, columns):",
+            "for column in range(columns, columns):",
+            "scales_of_tokens",
+            "columns after the last whole stride are not looked at.",
+        ),
+        (
+            "codes_without_the_tail",
+            "tokens.py",
+            "for column in range(first, columns):",
+            "for column in range(first, first):",
+            "codes_of_tokens",
+            "columns after the last whole register get no codes.",
+        ),
+        (
+            "reciprocal_overflows",
+            "tokens.py",
+            "_FAINT = np.float32(2.0**-120)",
+            "_FAINT = np.float32(0)",
+            "codes_of_tokens",
+            "faint tokens are multiplied with a reciprocal that is infinite.",
+        ),
+        (
+            "scale_vanishes",
+            "tokens.py",
+            "max(largest / np.float32(LARGEST), _SMALLEST)",
+            "largest / np.float32(LARGEST)",
+            "scales_of_tokens",
+            "the scale of a token of the smallest numbers is 0.",
+        ),
+        (
+            "zeros_have_a_small_scale",
+            "tokens.py",
+            "    if bits == 0:\n        return np.float32(1)\n",
+            "",
+            "scales_of_tokens",
+            "a token of zeros has the smallest scale.",
+        ),
+        (
+            "truncates",
+            "tokens.py",
+            "rounded.add_incoming(whole, before)",
+            "rounded.add_incoming(product, before)",
+            "codes_of_tokens",
+            "codes are cut toward zero.",
+        ),
+        (
+            "last_block_left_out",
+            "tokens.py",
+            "while block * BLOCK < len(x):",
+            "while (block + 1) * BLOCK <= len(x):",
+            "few_tokens",
+            "tokens after the last whole block get neither codes nor scale.",
+        ),
+    ),
+    *mutants(
+        "LinearInt8",
+        (
+            "offset_of_127",
+            "int8.py",
+            "sums[token, lane] = np.int32(-_OFFSET) * totals[token]",
+            "sums[token, lane] = np.int32(1 - _OFFSET) * totals[token]",
+            "eight_bit_decode",
+            "127 is taken off where 128 was added.",
+        ),
+        (
+            "last_panel_left_out",
+            "int8.py",
+            "while panel * PANEL < y.shape[1]:",
+            "while (panel + 1) * PANEL <= y.shape[1]:",
+            "eight_bit_decode",
+            "rows after the last whole panel are not computed.",
+        ),
+        (
+            "scales_of_the_first_panel",
+            "int8.py",
+            "                made = np.float32(sums[token, lane]) * scale * w_scale[row + lane]\n"
+            "                y[token, row + lane] = made + extra[token, lane] if some else made\n"
+            "        else:",
+            "                made = np.float32(sums[token, lane]) * scale * w_scale[lane]\n"
+            "                y[token, row + lane] = made + extra[token, lane] if some else made\n"
+            "        else:",
+            "eight_bit_decode",
+            "every whole panel takes the scales of the first.",
+        ),
+        (
+            "parts_overlap",
+            "dot_tile.py",
+            "depth = min(_DEPTH, quads - first)",
+            "depth = quads - first",
+            "eight_bit_decode",
+            "of a long row, later columns are added more than once.",
+        ),
+        (
+            "last_part_left_out",
+            "dot_tile.py",
+            "for first in range(0, quads, _DEPTH):",
+            "for first in range(0, max(_DEPTH, quads // _DEPTH * _DEPTH), _DEPTH):",
+            "eight_bit_decode",
+            "of a long row, the last columns are not added.",
+        ),
+        (
+            "tokens_of_the_first_part",
+            "dot_tile.py",
+            "x_at = v.at(x_at, builder.mul(x_first, INT64(BYTES)))",
+            "x_at = v.at(x_at, builder.mul(builder.mul(token, all_quads), INT64(BYTES)))",
+            "eight_bit_decode",
+            "later parts of a long row meet the codes of the first.",
+        ),
+        (
+            "weights_of_the_first_part",
+            "dot_tile.py",
+            "w_at = v.at(w_at, builder.add(start, builder.mul(first, INT64(QUAD_BYTES))))",
+            "w_at = v.at(w_at, start)",
+            "eight_bit_decode",
+            "later parts of a long row are multiplied with the weights of the first.",
+        ),
+        (
+            "sums_of_the_first_tile",
+            "dot_tile.py",
+            "sums_at = v.at(sums_at, builder.mul(token, INT64(BYTES * PANEL)))",
+            "sums_at = v.at(sums_at, 0)",
+            "eight_bit_decode",
+            "all tiles add to the sums of the first tokens.",
+        ),
+        (
+            "tile_of_two_for_four",
+            "dot_tile.py",
+            "dot_4(sums, x, token, w, start, first, depth, ahead)",
+            "dot_2(sums, x, token, w, start, first, depth, ahead)",
+            "eight_bit_decode",
+            "of four tokens two are computed, from codes that lie otherwise.",
+        ),
+        (
+            "tokens_not_interleaved",
+            "dot_tile.py",
+            "flat[token * quads + quad * height + m] = x[token + m, quad]",
+            "flat[token * quads + m * quads + quad] = x[token + m, quad]",
+            "eight_bit_decode",
+            "codes of a tile lie token by token, where it reads column by column.",
+        ),
+        (
+            "last_tokens_not_laid_out",
+            "dot_tile.py",
+            "while block * BLOCK < tokens:",
+            "while (block + 1) * BLOCK <= tokens:",
+            "few_tokens",
+            "tokens after the last whole block are what memory held.",
+        ),
+        (
+            "registers_change_places",
+            "dot_tile.py",
+            "v.load(v.at(here, BYTES * (left + i * lanes)), vector)",
+            "v.load(v.at(here, BYTES * (left + (i ^ 1) * lanes)), vector)",
+            "eight_bit_decode",
+            "neighbouring registers of a panel change places.",
+        ),
+    ),
+    *mutants(
+        "LinearInt8Outliers",
+        (
+            "above_the_threshold",
+            "int8_outliers.py",
+            "np.int32(size >= least)",
+            "np.int32(size > least)",
+            "eight_bit_decode",
+            "a column that reaches the threshold and no more is none of outliers.",
+        ),
+        (
+            "nan_is_an_outlier",
+            "int8_outliers.py",
+            " & np.int32(size <= _INFINITY)",
+            "",
+            "nan_comes_out",
+            "a NaN makes its column one of outliers for all tokens.",
+        ),
+        (
+            "outliers_stretch_the_scale",
+            "tokens.py",
+            "                bits = _counted(v, bits, signature.args[1], values[1], here)\n",
+            "",
+            "eight_bit_decode",
+            "the scale of a token must reach its outliers.",
+        ),
+        (
+            "outliers_have_codes",
+            "tokens.py",
+            "        bits = _counted(v, bits, signature.args[1], values[1], offset)\n",
+            "",
+            "eight_bit_decode",
+            "outliers are multiplied twice, as codes and as they are.",
+        ),
+        (
+            "sums_of_the_panel_before",
+            "int8.py",
+            "                extra[token + m, lane] = 0\n",
+            "                extra[token + m, lane] *= np.float32(row > 0)\n",
+            "eight_bit_decode",
+            "products of outliers are added to those of the panel before.",
+        ),
+        (
+            "outliers_of_the_first_panel",
+            "int8.py",
+            "stripes[k, lane] = columns_of[k, row + lane]",
+            "stripes[k, lane] = columns_of[k, lane]",
+            "eight_bit_decode",
+            "all panels meet the outlier weights of the first.",
+        ),
+        (
+            "columns_of_the_first_task",
+            "int8_outliers.py",
+            "last = min(first + _WIDTH, columns)",
+            "last = min(first + _WIDTH // 2, columns)",
+            "eight_bit_decode",
+            "every second half of a thousand columns is not looked at.",
+        ),
+    ),
+)
+
+TWINS = ()
+
+
+def outputs(plugin):
+    """Return what the tests of the operation look at."""
+    return OUTPUTS[plugin.op](plugin)
