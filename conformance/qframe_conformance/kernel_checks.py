@@ -180,6 +180,12 @@ def eight_bit_decode(case: KernelCase) -> Outcome:
     return _compare(case, "B5.b")
 
 
+@check("kernel", "algebra", "B5.f", unless=_judged_by("B5.f"))
+def eight_bit_groups(case: KernelCase) -> Outcome:
+    """The output is what codes and scales say: the sum of a group has no error."""
+    return _compare(case, "B5.f")
+
+
 @check("kernel", "algebra", "B5.d", unless=_judged_by("B5.d"))
 def outliers_are_not_rounded(case: KernelCase) -> Outcome:
     """A token of outliers alone carries no error of eight bits."""

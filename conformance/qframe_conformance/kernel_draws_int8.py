@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from qframe_conformance import kinds
+from qframe import Scheme
+from qframe_conformance import kernel_draws, kinds
 
 Array = np.ndarray[Any, Any]
 Operands = dict[str, Any]
@@ -72,6 +73,16 @@ def codes(rng: np.random.Generator, tokens: int, columns: int, rows: int) -> Ope
         "w_codes": w.astype(np.int8),
         "w_scale": np.exp2(rng.uniform(-10, 0, rows)).astype(np.float32),
     }
+
+
+def groups(
+    rng: np.random.Generator, tokens: int, columns: int, rows: int, scheme: Scheme
+) -> Operands:
+    """Return operands of `linear_int8_groups`; products cancel within groups of some tokens."""
+    x = _codes(rng, tokens, columns, 0)
+    made = kernel_draws.weight(rng, scheme, rows, columns)
+    scale = np.exp2(rng.uniform(-10, 4, tokens)).astype(np.float32)
+    return {"x_codes": x.astype(np.int8), "x_scale": scale, **made}
 
 
 def outliers(rng: np.random.Generator, columns: int, rows: int, threshold: float) -> Operands:

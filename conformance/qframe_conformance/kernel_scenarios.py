@@ -120,6 +120,17 @@ def _weights(scheme: Scheme, columns: int, rows: int, linear: bool) -> Draw:
     return draw
 
 
+def _of_groups(kernel: Any) -> Iterator[Variant]:
+    for (name, schemes), (tokens, columns, rows) in itertools.product(
+        _schemes(), ((9, 17, 3), (5, 65, 8), (9, 131, 17), (2, 1, 1), (8, 257, 33), *TILES[:3])
+    ):
+        for scheme in schemes:
+            if scheme.group_size is not None and scheme.group_size > columns + 32:
+                continue
+            call = call_of(kernel, (tokens, columns, rows), scheme)
+            yield name, call, _draw(kernel_draws_int8.groups, tokens, columns, rows, scheme)
+
+
 def _of_activations(kernel: Any) -> Iterator[Variant]:
     for columns in SHORT:
         call = call_of(kernel, (kernel_draws_int8.TOKENS, columns), W8A8)
@@ -198,6 +209,7 @@ _VARIANTS: dict[str, Callable[[Any], Iterator[Variant]]] = {
     "linear_weight_only": _of_weights,
     "quantize_activations": _of_activations,
     "linear_int8": _of_int8,
+    "linear_int8_groups": _of_groups,
     "linear_int8_outliers": _of_outliers,
     "hadamard": _of_hadamard,
     "attention_kv": _of_attention,

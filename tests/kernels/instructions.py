@@ -11,12 +11,14 @@ import json
 import numpy as np
 import torch
 
+from qframe import Scheme
 from qframe.host import Host
 from qframe.kernel_judges import judge
 from qframe.kernels import OPS, arithmetic_of, run
 from qframe_conformance import kernel_draws_int8, kernel_draws_other
 from qframe_plugins.kernels.numba_cpu import int8
 
+SAME = ("quantize_activations", "linear_int8", "linear_int8_groups")
 INSTRUCTIONS = ("vpdpbusd", "vpmaddwd", "pmaddwd")
 REGISTERS = ("zmm", "ymm", "xmm")
 
@@ -33,6 +35,11 @@ def drawn(rng):
         (9, 1, 3),
     ):
         yield "linear_int8", kernel_draws_int8.codes(rng, tokens, columns, rows)
+    for bits, size, symmetric in ((2, 32, True), (3, 7, False), (4, 128, False), (8, None, True)):
+        strategy = "channel" if size is None else "group"
+        scheme = Scheme(num_bits=bits, group_size=size, symmetric=symmetric, strategy=strategy)
+        for shape in ((1, 64, 3), (13, 700, 70)):
+            yield "linear_int8_groups", kernel_draws_int8.groups(rng, *shape, scheme)
     for columns, rows, threshold in ((130, 70, 6.0), (64, 3, 0.0), (300, 129, 1.0)):
         yield "linear_int8_outliers", kernel_draws_int8.outliers(rng, columns, rows, threshold)
     yield "hessian_update", kernel_draws_other.moments(rng, 70, 131, whole=False)
@@ -55,7 +62,7 @@ def main():
         ]
         made = run(kernel, tensors)
         answer = [np.asarray(part) for part in parts_of(made)] if made is not None else ()
-        if name in ("quantize_activations", "linear_int8"):
+        if name in SAME:
             state = digests.setdefault(name, hashlib.sha256())
             for part in answer:
                 finite = np.where(np.isfinite(part), part, 0) if part.dtype.kind == "f" else part

@@ -10,7 +10,7 @@ import numba
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from llvmlite.binding import get_host_cpu_features
 
@@ -18,7 +18,7 @@ from qframe.contracts import OpCall
 from qframe.kernel_judges import judge
 from qframe.kernels import ARITHMETICS
 from qframe_plugins.kernels import numba_ops, torch_ops
-from qframe_plugins.kernels.numba_cpu import int8, int8_outliers, tokens
+from qframe_plugins.kernels.numba_cpu import int8, int8_groups, int8_outliers, packed, tokens
 from qframe_plugins.kernels.numba_cpu.dot_tile import PANEL
 
 ROOT = Path(__file__).parents[2]
@@ -164,6 +164,68 @@ def test_the_bits_do_not_depend_on_the_number_of_threads():
     finally:
         numba.set_num_threads(before)
     assert len(set(found)) == 1
+
+
+# Groups ---------------------------------------------------------------------------------------
+
+
+def in_order(x, x_scale, w, scale, zero, index):
+    """Return the answer of `linear_int8_groups` with its roundings, in the kernel's order."""
+    total = None
+    for group in range(scale.shape[1]):
+        steps = w.astype(np.int64) - zero[:, group, None]
+        chosen = index == group
+        sums = x[:, chosen].astype(np.int64) @ steps[:, chosen].T
+        term = sums.astype(np.float32) * scale[:, group]
+        total = term if total is None else total + term
+    return total * x_scale[:, None]
+
+
+@given(
+    COUNTS,
+    COLUMNS,
+    ROWS,
+    st.sampled_from([2, 3, 4, 5, 8]),
+    st.sampled_from([1, 3, 32, 64, 100, 128, None]),
+    st.booleans(),
+    st.booleans(),
+    SEEDS,
+)
+@example(7, 4100, 65, 3, None, True, False, 0)
+@example(7, 2053, 65, 2, 128, False, True, 0)
+def test_sums_of_groups_are_exact(count, columns, rows, bits, size, signed, scattered, seed):
+    assume(columns <= 300 or size is None or size >= 32)
+    rng = np.random.default_rng(seed)
+    x = codes(rng, count, columns, "any")
+    lowest = -(1 << bits - 1) if signed else 0
+    highest = lowest + (1 << bits) - 1
+    w = rng.integers(lowest, highest + 1, (rows, columns)).astype(np.int16)
+    index = (np.arange(columns) // (size or columns)).astype(np.int32)
+    groups = int(index[-1]) + 1
+    if scattered:
+        index = rng.permutation(index)
+    shape = (int(rng.choice([1, rows])), groups)
+    scale = np.exp2(rng.uniform(-9, 9, shape)).astype(np.float32)
+    zero = rng.integers(lowest, highest + 1, shape).astype(np.int16)
+    x_scale = np.exp2(rng.uniform(-9, 9, count)).astype(np.float32)
+    made = int8_groups.multiply(x, x_scale, packed.pack(w, scale, zero, index))
+    whole = [np.broadcast_to(each, (rows, groups)) for each in (scale, zero.astype(np.int64))]
+    assert np.array_equal(made, in_order(x, x_scale, w, *whole, index))
+
+
+@pytest.mark.parametrize(("bits", "bytes_"), [(2, 16), (3, 24), (4, 32), (8, 64)])
+def test_a_packed_weight_takes_as_many_bits_as_it_promises(bits, bytes_):
+    columns = 64
+    w = (np.arange(PANEL * columns) % (1 << bits)).reshape(PANEL, columns).astype(np.int16)
+    one = np.ones((PANEL, 1))
+    made = packed.pack(w, one.astype(np.float32), one.astype(np.int16), np.zeros(columns, int))
+    assert sum(plane.nbytes for plane in made.planes) == PANEL * bytes_
+
+
+def test_codes_of_more_than_eight_bits_are_refused():
+    w, one = np.array([[0, 256]]), np.ones((1, 1), np.float32)
+    with pytest.raises(ValueError, match="codes from 0 to 256 take more than 8 bits"):
+        packed.pack(w, one, one.astype(np.int16), np.zeros(2, int))
 
 
 # Processors -----------------------------------------------------------------------------------

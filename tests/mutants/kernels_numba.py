@@ -11,13 +11,34 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+import numpy as np
+import torch
+
+from qframe import Scheme
+from qframe.kernels import OPS, run
+from qframe_conformance import kernel_draws_int8
 from qframe_plugins.kernels import numba_ops
 from tests.mutants import kernels_activations, kernels_int8, kernels_outliers
 from tests.mutants.mutant import Mutant
 
 SOURCE = Path(numba_ops.__file__).parent
 PACKAGE = "qframe_plugins.kernels.numba_cpu"
+
+
+def of_groups(plugin):
+    """Ordinary weights of four bits, and ordinary codes of tokens."""
+    found = []
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        scheme = Scheme(num_bits=4, group_size=32)
+        operands = kernel_draws_int8.groups(rng, 5, 96, 8, scheme)
+        tensors = [torch.from_numpy(operands[operand.name]) for operand in OPS[plugin.op].operands]
+        found.append(run(plugin, tensors).numpy())
+    return found
+
+
 OUTPUTS = {
+    "linear_int8_groups": of_groups,
     "quantize_activations": kernels_activations.outputs,
     "linear_int8": kernels_int8.outputs,
     "linear_int8_outliers": kernels_outliers.outputs,
@@ -141,8 +162,8 @@ MUTANTS = (
         (
             "offset_of_127",
             "int8.py",
-            "sums[token, lane] = np.int32(-_OFFSET) * totals[token]",
-            "sums[token, lane] = np.int32(1 - _OFFSET) * totals[token]",
+            "sums[token, lane] = np.int32(-_OFFSET) * totals[token, 0]",
+            "sums[token, lane] = np.int32(1 - _OFFSET) * totals[token, 0]",
             "eight_bit_decode",
             "127 is taken off where 128 was added.",
         ),
@@ -193,15 +214,15 @@ MUTANTS = (
         (
             "weights_of_the_first_part",
             "dot_tile.py",
-            "w_at = v.at(w_at, builder.add(start, builder.mul(first, INT64(QUAD_BYTES))))",
-            "w_at = v.at(w_at, start)",
+            "at = start + first * QUAD_BYTES",
+            "at = start",
             "eight_bit_decode",
             "later parts of a long row are multiplied with the weights of the first.",
         ),
         (
             "sums_of_the_first_tile",
             "dot_tile.py",
-            "sums_at = v.at(sums_at, builder.mul(token, INT64(BYTES * PANEL)))",
+            "sums_at = v.at(sums_at, builder.mul(row, INT64(BYTES * PANEL)))",
             "sums_at = v.at(sums_at, 0)",
             "eight_bit_decode",
             "all tiles add to the sums of the first tokens.",
@@ -209,8 +230,8 @@ MUTANTS = (
         (
             "tile_of_two_for_four",
             "dot_tile.py",
-            "dot_4(sums, x, token, w, start, first, depth, ahead)",
-            "dot_2(sums, x, token, w, start, first, depth, ahead)",
+            "dot_4(sums, row, x, token, first, quads, w, start, ahead)",
+            "dot_2(sums, row, x, token, first, quads, w, start, ahead)",
             "eight_bit_decode",
             "of four tokens two are computed, from codes that lie otherwise.",
         ),
@@ -233,10 +254,93 @@ MUTANTS = (
         (
             "registers_change_places",
             "dot_tile.py",
-            "v.load(v.at(here, BYTES * (left + i * lanes)), vector)",
-            "v.load(v.at(here, BYTES * (left + (i ^ 1) * lanes)), vector)",
+            "v.load(v.at(v.at(w_at, here), BYTES * i * lanes), vector)",
+            "v.load(v.at(v.at(w_at, here), BYTES * (i ^ 1) * lanes), vector)",
             "eight_bit_decode",
             "neighbouring registers of a panel change places.",
+        ),
+    ),
+    *mutants(
+        "LinearInt8Groups",
+        (
+            "zero_points_keep_the_lowest",
+            "packed.py",
+            "zero_point.astype(np.int32) - lowest",
+            "zero_point.astype(np.int32)",
+            "eight_bit_groups",
+            "codes are stored less the lowest, zero points are not.",
+        ),
+        (
+            "fields_from_the_top",
+            "packed.py",
+            "part = _field(v, raw, bits, quad % fields, shift)",
+            "part = _field(v, raw, bits, fields - 1 - quad % fields, shift)",
+            "eight_bit_groups",
+            "the codes of a byte are read from its highest bits on.",
+        ),
+        (
+            "third_bit_lost",
+            "packed.py",
+            "_plane(quads >> 2, 1)",
+            "_plane(quads >> 3, 1)",
+            "eight_bit_groups",
+            "of three bits the highest is lost.",
+        ),
+        (
+            "groups_not_filled_up",
+            "packed.py",
+            "wide[:, self.spread] = x",
+            "wide[:, : x.shape[1]] = x",
+            "eight_bit_groups",
+            "groups of no whole number of steps meet columns of the next.",
+        ),
+        (
+            "first_group_forgotten",
+            "int8_groups.py",
+            "term if group == 0 else",
+            "term if group <= 1 else",
+            "eight_bit_groups",
+            "the second group begins the sum once more.",
+        ),
+        (
+            "scales_of_the_first_panel",
+            "int8_groups.py",
+            "_finish(total, token, height, sums, row, scale[panel], group)",
+            "_finish(total, token, height, sums, row, scale[0], group)",
+            "eight_bit_groups",
+            "all panels take the scales of the first.",
+        ),
+        (
+            "totals_of_the_token",
+            "dot_tile.py",
+            "codes[token + m, group * width : (group + 1) * width]",
+            "codes[token + m]",
+            "eight_bit_groups",
+            "zero points are multiplied with the sum of all columns.",
+        ),
+        (
+            "every_part_begins",
+            "int8_groups.py",
+            "if begin == group * width:",
+            "if begin >= group * width:",
+            "eight_bit_groups",
+            "of a wide group, the sums of earlier parts are thrown away.",
+        ),
+        (
+            "every_part_is_the_last",
+            "int8_groups.py",
+            "if end == (group + 1) * width:",
+            "if end <= (group + 1) * width:",
+            "eight_bit_groups",
+            "of a wide group, what is summed so far is added again by every part.",
+        ),
+        (
+            "sums_are_shared",
+            "int8_groups.py",
+            "row = 0 if single else token",
+            "row = 0",
+            "eight_bit_groups",
+            "of a wide group, all tokens add to the sums of the first.",
         ),
     ),
     *mutants(

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from qframe_plugins.kernels.numba_cpu.int8 import Int8Panels
     from qframe_plugins.kernels.numba_cpu.int8_outliers import Int8AndColumns
+    from qframe_plugins.kernels.numba_cpu.packed import PackedPanels
 
 LONGEST = (2**31 - 1) // 127**2  # columns whose products of codes fit an int32
 
@@ -79,6 +80,36 @@ class LinearInt8(NumbaKernel):
         return torch.from_numpy(int8.multiply(x_codes.numpy(), x_scale.numpy(), weight))
 
 
+class LinearInt8Groups(NumbaKernel):
+    """Products of codes with a weight in groups; the sums of groups are exact."""
+
+    op = "linear_int8_groups"
+
+    def objection(self, call: OpCall) -> Unsupported | None:
+        """Refuse floats, and rows so long that a sum may not fit."""
+        return _no_integers(call) or _too_long(2 * call.shape[1])  # |c - z| is at most 255
+
+    def prepare(
+        self,
+        codes: torch.Tensor,
+        scale: torch.Tensor,
+        zero_point: torch.Tensor,
+        group_index: torch.Tensor,
+    ) -> PackedPanels:
+        """Return the weight in panels."""
+        return _packed(codes, scale, zero_point, group_index)
+
+    def __call__(
+        self, x_codes: torch.Tensor, x_scale: torch.Tensor, weight: PackedPanels
+    ) -> torch.Tensor:
+        """Return x W^T, [tokens, rows] float32."""
+        import torch
+
+        from qframe_plugins.kernels.numba_cpu import int8_groups
+
+        return torch.from_numpy(int8_groups.multiply(x_codes.numpy(), x_scale.numpy(), weight))
+
+
 class LinearInt8Outliers(NumbaKernel):
     """LLM.int8()."""
 
@@ -119,6 +150,18 @@ class HessianUpdate(NumbaKernel):
         moments.accumulate(hessian.numpy(), x.numpy())
 
 
+def _packed(*parts: torch.Tensor) -> PackedPanels:
+    from qframe_plugins.kernels.numba_cpu import packed
+
+    return packed.pack(*(part.numpy() for part in parts))
+
+
+def _no_integers(call: OpCall) -> Unsupported | None:
+    if getattr(call.scheme, "type", "int") != "int":
+        return Unsupported("codes of floats stand for values; dequantize the weight first")
+    return None
+
+
 def _too_long(columns: int) -> Unsupported | None:
     if columns > LONGEST:
         return Unsupported(f"an int32 holds the sums of up to {LONGEST} columns")
@@ -128,4 +171,10 @@ def _too_long(columns: int) -> Unsupported | None:
 @hookimpl
 def qframe_kernels() -> Iterable[Any]:
     """Register one kernel for each operation."""
-    return [QuantizeActivations(), LinearInt8(), LinearInt8Outliers(), HessianUpdate()]
+    return [
+        QuantizeActivations(),
+        LinearInt8(),
+        LinearInt8Groups(),
+        LinearInt8Outliers(),
+        HessianUpdate(),
+    ]

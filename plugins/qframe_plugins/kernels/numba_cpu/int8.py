@@ -96,7 +96,7 @@ def add_products(
         padded = np.zeros((tokens, quads * BYTES), np.int8)
         padded[:, :columns] = x_codes
         x_codes = padded
-    arranged, totals = np.empty((tokens, quads), np.int32), np.empty(tokens, np.int32)
+    arranged, totals = np.empty((tokens, quads), np.int32), np.empty((tokens, 1), np.int32)
     share(share_arrange, -(-tokens // BLOCK), x_codes.view(np.int32), arranged, totals)
     w, x_scale = weight.bytes.reshape(-1), np.ascontiguousarray(x_scale)
     share(_share_panels, panels, arranged, totals, x_scale, w, weight.scale, others, columns_of, y)
@@ -146,7 +146,7 @@ def _share_panels(counter, x, totals, x_scale, w, w_scale, others, columns_of, y
     while panel * PANEL < y.shape[1]:
         for token in range(tokens):
             for lane in range(PANEL):
-                sums[token, lane] = np.int32(-_OFFSET) * totals[token]
+                sums[token, lane] = np.int32(-_OFFSET) * totals[token, 0]
         dot_panel(sums, x, w, panel * size, size)
         if len(others):
             _kept_products(others, columns_of, panel * PANEL, extra)
