@@ -131,12 +131,14 @@ class Promise:
     """A promise: its words, the figure that decides, and the most that it may be.
 
     figure   of all cells, and full precision's perplexity
+    why      where a document says why it may not hold
     """
 
     words: str
     most: float
     figure: Callable[[Cells, float], float]
     form: str = "{:.3f}"
+    why: str = ""
 
 
 def ratio(table: str, scheme: str, method: str, other: str) -> Callable[[Cells, float], float]:
@@ -221,6 +223,7 @@ PROMISES = (
         "AWQ before GPTQ does no harm at 3 bits: KL over GPTQ's",
         1.0,
         ratio("weights", "W3A16", "awq+gptq", "gptq"),
+        why="outliers.md#awq-before-gptq",
     ),
     Promise(
         "A rotation before GPTQ does no harm at 3 bits: KL over GPTQ's",
@@ -322,6 +325,8 @@ def document(found: Mapping[str, Mapping[str, Any]]) -> str:
             lines.append(f"| {promise.words} | | | not measured |")
             continue
         holds = "holds" if value <= promise.most else "**does not hold**"
+        if value > promise.most and promise.why:
+            holds += f": [why]({promise.why})"
         most, measured = (promise.form.format(each) for each in (promise.most, value))
         if promise.most < 0:  # of at least something
             most, measured = "", promise.form.format(-value)
