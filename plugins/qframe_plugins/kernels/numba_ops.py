@@ -54,6 +54,75 @@ class QuantizeActivations(NumbaKernel):
         return torch.from_numpy(codes), torch.from_numpy(scale)
 
 
+class Dequantize(NumbaKernel):
+    """What codes stand for."""
+
+    op = "dequantize"
+
+    def objection(self, call: OpCall) -> Unsupported | None:
+        """Refuse codes of floats."""
+        return _no_integers(call)
+
+    def __call__(self, *operands: torch.Tensor) -> torch.Tensor:
+        """Return the weight, [rows, columns] float32."""
+        import torch
+
+        from qframe_plugins.kernels.numba_cpu import dequantize
+
+        return torch.from_numpy(dequantize.dequantize(*(part.numpy() for part in operands)))
+
+
+class Hadamard(NumbaKernel):
+    """Randomized Hadamard transforms, by butterflies."""
+
+    op = "hadamard"
+
+    def objection(self, call: OpCall) -> Unsupported | None:
+        """Refuse blocks that are no powers of two, or do not divide the columns."""
+        _, columns, block = call.shape
+        if block < 1 or block & (block - 1):
+            return Unsupported(f"block={block} is not a power of two")
+        if columns % block:
+            return Unsupported(f"block={block} does not divide columns={columns}")
+        return None
+
+    def __call__(self, x: torch.Tensor, signs: torch.Tensor, block: int) -> torch.Tensor:
+        """Return x diag(signs) H / sqrt(block), [tokens, columns] float32."""
+        import torch
+
+        from qframe_plugins.kernels.numba_cpu import hadamard
+
+        return torch.from_numpy(hadamard.hadamard(x.numpy(), signs.numpy(), block))
+
+
+class LinearWeightOnly(NumbaKernel):
+    """Products of float32 activations with a weight in codes."""
+
+    op = "linear_weight_only"
+
+    def objection(self, call: OpCall) -> Unsupported | None:
+        """Refuse codes of floats."""
+        return _no_integers(call)
+
+    def prepare(
+        self,
+        codes: torch.Tensor,
+        scale: torch.Tensor,
+        zero_point: torch.Tensor,
+        group_index: torch.Tensor,
+    ) -> PackedPanels:
+        """Return the weight in panels."""
+        return _packed(codes, scale, zero_point, group_index)
+
+    def __call__(self, x: torch.Tensor, weight: PackedPanels) -> torch.Tensor:
+        """Return x W^T, [tokens, rows] float32."""
+        import torch
+
+        from qframe_plugins.kernels.numba_cpu import weight_only
+
+        return torch.from_numpy(weight_only.multiply(x.numpy(), weight))
+
+
 class LinearInt8(NumbaKernel):
     """Products of codes; the sums are exact."""
 
@@ -172,9 +241,12 @@ def _too_long(columns: int) -> Unsupported | None:
 def qframe_kernels() -> Iterable[Any]:
     """Register one kernel for each operation."""
     return [
+        Dequantize(),
+        LinearWeightOnly(),
         QuantizeActivations(),
         LinearInt8(),
         LinearInt8Groups(),
         LinearInt8Outliers(),
+        Hadamard(),
         HessianUpdate(),
     ]

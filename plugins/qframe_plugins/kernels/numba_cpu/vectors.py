@@ -125,6 +125,11 @@ class Vectors:
         function = cgutils.get_or_insert_function(self.builder.module, signature, name)
         return self.builder.call(function, operands)
 
+    def muladd(self, one: Any, other: Any, total: Any) -> Any:
+        """Return one * other + total, rounded once where the processor can, else twice."""
+        kind = total.type
+        return self.call(f"llvm.fmuladd.v{kind.count}f32", kind, one, other, total)
+
     @contextmanager
     def loop(self, count: Any, initial: Sequence[Any] = ()) -> Iterator[Loop]:
         """Emit a loop around what the body emits; `count` is int64 and may be 0."""
