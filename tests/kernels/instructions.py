@@ -15,7 +15,7 @@ from qframe import Scheme
 from qframe.host import Host
 from qframe.kernel_judges import judge
 from qframe.kernels import OPS, arithmetic_of, run
-from qframe_conformance import kernel_draws_int8, kernel_draws_other
+from qframe_conformance import kernel_draws, kernel_draws_int8, kernel_draws_other
 from qframe_plugins.kernels.numba_cpu import int8
 
 SAME = ("quantize_activations", "linear_int8", "linear_int8_groups")
@@ -40,8 +40,13 @@ def drawn(rng):
         scheme = Scheme(num_bits=bits, group_size=size, symmetric=symmetric, strategy=strategy)
         for shape in ((1, 64, 3), (13, 700, 70)):
             yield "linear_int8_groups", kernel_draws_int8.groups(rng, *shape, scheme)
+        weight = kernel_draws.weight(rng, scheme, 70, 130)
+        yield "dequantize", weight
+        x = kernel_draws.activations(rng, 130, scheme.group_width(130))
+        yield "linear_weight_only", {"x": x, **weight}
     for columns, rows, threshold in ((130, 70, 6.0), (64, 3, 0.0), (300, 129, 1.0)):
         yield "linear_int8_outliers", kernel_draws_int8.outliers(rng, columns, rows, threshold)
+    yield "hadamard", kernel_draws_other.hadamard(rng, 192, 64)
     yield "hessian_update", kernel_draws_other.moments(rng, 70, 131, whole=False)
 
 

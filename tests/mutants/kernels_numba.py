@@ -18,7 +18,14 @@ from qframe import Scheme
 from qframe.kernels import OPS, run
 from qframe_conformance import kernel_draws_int8
 from qframe_plugins.kernels import numba_ops
-from tests.mutants import kernels_activations, kernels_int8, kernels_outliers
+from tests.mutants import (
+    kernels_activations,
+    kernels_dequantize,
+    kernels_hadamard,
+    kernels_int8,
+    kernels_outliers,
+    kernels_weights,
+)
 from tests.mutants.mutant import Mutant
 
 SOURCE = Path(numba_ops.__file__).parent
@@ -38,6 +45,9 @@ def of_groups(plugin):
 
 
 OUTPUTS = {
+    "dequantize": kernels_dequantize.outputs,
+    "linear_weight_only": kernels_weights.outputs,
+    "hadamard": kernels_hadamard.outputs,
     "linear_int8_groups": of_groups,
     "quantize_activations": kernels_activations.outputs,
     "linear_int8": kernels_int8.outputs,
@@ -155,6 +165,111 @@ MUTANTS = (
             "while (block + 1) * BLOCK <= len(x):",
             "few_tokens",
             "tokens after the last whole block get neither codes nor scale.",
+        ),
+    ),
+    *mutants(
+        "LinearWeightOnly",
+        (
+            "scale_of_the_first_group",
+            "packed.py",
+            "place = builder.add(builder.mul(values[2], groups), values[7])",
+            "place = builder.mul(values[2], groups)",
+            "weight_only_sums",
+            "all groups take the scale of the first.",
+        ),
+        (
+            "scales_of_the_first_panel",
+            "packed.py",
+            "place = builder.add(builder.mul(values[2], groups), values[7])",
+            "place = values[7]",
+            "weight_only_sums",
+            "all panels take the scales of the first.",
+        ),
+        (
+            "neighbours_for_places",
+            "packed.py",
+            "stripe = 4 * PANEL * (BYTES * quad + byte)",
+            "stripe = 4 * PANEL * (BYTES * quad + byte ^ 1)",
+            "exact_where_float32_is",
+            "two neighbouring columns change places.",
+        ),
+        (
+            "part_of_the_first_columns",
+            "weight_only.py",
+            "multiply_tokens(sums, token, x, token, height, first * BYTES, count * BYTES, w)",
+            "multiply_tokens(sums, token, x, token, height, 0, count * BYTES, w)",
+            "exact_where_float32_is",
+            "later parts of a row meet the first columns of the tokens.",
+        ),
+        (
+            "piece_over_the_edge",
+            "weight_only.py",
+            "piece = min(_PART - count, (group + 1) * width - first - count)",
+            "piece = min(_PART - count, quads - first - count)",
+            "exact_where_float32_is",
+            "a part takes the scale of its first group.",
+        ),
+        (
+            "sums_go_on",
+            "weight_only.py",
+            "                sums[token, lane] = 0\n",
+            "                sums[token, lane] *= np.float32(panel > 0)\n",
+            "weight_only_sums",
+            "a panel begins with the sums of the one before.",
+        ),
+    ),
+    *mutants(
+        "Hadamard",
+        (
+            "not_normalized",
+            "hadamard.py",
+            "1 / math.sqrt(block)",
+            "1 / block",
+            "transform",
+            "the transform is divided by the block, not by its root.",
+        ),
+        (
+            "signs_of_the_first_block",
+            "hadamard.py",
+            "x[first + m, start + k] * signs[start + k]",
+            "x[first + m, start + k] * signs[k]",
+            "transform",
+            "every block takes the signs of the first.",
+        ),
+        (
+            "last_butterfly_left_out",
+            "hadamard.py",
+            "while distance < block:",
+            "while 2 * distance < block:",
+            "transform",
+            "the halves of a block are not joined.",
+        ),
+        (
+            "signs_forgotten",
+            "hadamard.py",
+            "x[first + m, start + k] * signs[start + k]",
+            "x[first + m, start + k]",
+            "transform",
+            "the signs are not applied.",
+        ),
+    ),
+    *mutants(
+        "Dequantize",
+        (
+            "zero_point_of_the_first_group",
+            "dequantize.py",
+            "np.int32(zero_point[row, group])",
+            "np.int32(zero_point[row, 0])",
+            "values_of_codes",
+            "all groups take the zero point of the first.",
+        ),
+        (
+            "one_row_of_scales",
+            "dequantize.py",
+            "step, zero = scale[row, group]",
+            "step, zero = scale[0, group]",
+            "values_of_codes",
+            "all rows take the scales of the first.",
         ),
     ),
     *mutants(
@@ -281,8 +396,8 @@ MUTANTS = (
         (
             "third_bit_lost",
             "packed.py",
-            "_plane(quads >> 2, 1)",
-            "_plane(quads >> 3, 1)",
+            "_plane(quads >> np.uint8(2), 1)",
+            "_plane(quads >> np.uint8(3), 1)",
             "eight_bit_groups",
             "of three bits the highest is lost.",
         ),

@@ -80,7 +80,7 @@ def _make_tile(height: int) -> Callable[..., Any]:
                         ]
                         v.prefetch(v.at(next_at, builder.mul(loop.index, INT64(LINE))), 2)
                         there = v.at(x_at, builder.mul(loop.index, INT64(BYTES * height)))
-                        news = []
+                        news: list[Any] = []
                         for m in rows:
                             four = v.splat(v.load(v.at(there, BYTES * m), INT32), lanes)
                             for weight in weights:

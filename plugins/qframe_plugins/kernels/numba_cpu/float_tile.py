@@ -62,7 +62,7 @@ def _make_tile(height: int) -> Callable[..., Any]:
                             for i in range(across)
                         ]
                         there = v.at(x_at, builder.mul(loop.index, INT64(_FLOAT * height)))
-                        news = []
+                        news: list[Any] = []
                         for m in rows:
                             number = v.splat(v.load(v.at(there, _FLOAT * m), FLOAT32), lanes)
                             for weight in weights:

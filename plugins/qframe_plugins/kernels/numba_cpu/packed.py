@@ -122,7 +122,7 @@ def _planes(
     """Return the planes of codes [panels, quads, PANEL, BYTES]; the second may be empty."""
     none = np.empty((len(quads), 0), np.uint8)
     if bits == 3:
-        return _plane(quads & 3, 2), _plane(quads >> 2, 1)
+        return _plane(quads & np.uint8(3), 2), _plane(quads >> np.uint8(2), 1)
     return _plane(quads, bits), none
 
 
