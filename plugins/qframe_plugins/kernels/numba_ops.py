@@ -22,6 +22,7 @@ class NumbaKernel:
 
     op: str
     backend = "numba"
+    priority = 10  # on the CPU it is the fastest
     token_independent = True
 
     def supports(self, call: OpCall) -> Unsupported | None:
