@@ -25,7 +25,7 @@ from qframe_plugins.kernels.numba_cpu.dot_tile import (
 )
 from qframe_plugins.kernels.numba_cpu.scratch import aligned
 from qframe_plugins.kernels.numba_cpu.simd import QUAD, claim, kernel, tile_add
-from qframe_plugins.kernels.numba_cpu.threads import share
+from qframe_plugins.kernels.numba_cpu.threads import share, worth_sharing
 
 _OFFSET = 128  # what is added to a code of a weight
 
@@ -99,6 +99,7 @@ def add_products(
     arranged, totals = np.empty((tokens, quads), np.int32), np.empty((tokens, 1), np.int32)
     share(share_arrange, -(-tokens // BLOCK), x_codes.view(np.int32), arranged, totals)
     w, x_scale = weight.bytes.reshape(-1), np.ascontiguousarray(x_scale)
+    panels = worth_sharing(panels, w.nbytes, tokens * w.nbytes)
     share(_share_panels, panels, arranged, totals, x_scale, w, weight.scale, others, columns_of, y)
     return y
 

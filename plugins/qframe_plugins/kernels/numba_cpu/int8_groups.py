@@ -23,7 +23,7 @@ from qframe_plugins.kernels.numba_cpu.dot_tile import (
 )
 from qframe_plugins.kernels.numba_cpu.packed import PackedPanels, unpack
 from qframe_plugins.kernels.numba_cpu.simd import claim, kernel
-from qframe_plugins.kernels.numba_cpu.threads import share
+from qframe_plugins.kernels.numba_cpu.threads import share, worth_sharing
 
 _PART = 64  # quads, 16 KiB of bytes, that are unpacked at a time: they stay in L1
 
@@ -44,9 +44,11 @@ def multiply(x_codes: Int8, x_scale: Float32, weight: PackedPanels) -> Float32:
     x = weight.taken(x_codes).view(np.int32)
     arranged, totals = np.empty(x.shape, np.int32), np.empty((tokens, weight.groups), np.int32)
     share(share_arrange, -(-tokens // BLOCK), x, arranged, totals)
+    read = sum(plane.nbytes for plane in weight.planes)
+    panels = worth_sharing(len(weight.scale), read, tokens * weight.rows * weight.columns)
     share(
         _share_panels,
-        len(weight.scale),
+        panels,
         arranged,
         totals,
         np.ascontiguousarray(x_scale),

@@ -14,7 +14,7 @@ from qframe_plugins.kernels.numba_cpu.dot_tile import BYTES, PANEL, height_of
 from qframe_plugins.kernels.numba_cpu.float_tile import BLOCK, multiply_tokens, share_arrange
 from qframe_plugins.kernels.numba_cpu.packed import PackedPanels, decode
 from qframe_plugins.kernels.numba_cpu.simd import claim, kernel
-from qframe_plugins.kernels.numba_cpu.threads import share
+from qframe_plugins.kernels.numba_cpu.threads import share, worth_sharing
 
 _PART = 16  # quads, 16 KiB of float32, that are decoded at a time: they stay in L1
 
@@ -30,9 +30,11 @@ def multiply(x: Float32, weight: PackedPanels) -> Float32:
     taken = weight.taken(x)
     arranged = np.empty(taken.shape, np.float32)
     share(share_arrange, -(-tokens // BLOCK), taken, arranged)
+    read = sum(plane.nbytes for plane in weight.planes)
+    panels = worth_sharing(len(weight.scale), read, tokens * weight.rows * weight.columns)
     share(
         _share_panels,
-        len(weight.scale),
+        panels,
         arranged,
         *weight.planes,
         weight.bits,
