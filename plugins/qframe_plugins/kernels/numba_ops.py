@@ -26,13 +26,15 @@ class NumbaKernel:
     token_independent = True
 
     def supports(self, call: OpCall) -> Unsupported | None:
-        """Serve float32 activations on the CPU."""
+        """Serve float32 activations and codes that are integers, on the CPU."""
         if call.op != self.op:
             return Unsupported(f"this kernel computes {self.op}, not {call.op}")
         if call.device != "cpu":
             return Unsupported(f"numba computes on the CPU, not on {call.device}")
         if call.dtype != "float32":
             return Unsupported(f"activations must be float32, not {call.dtype}")
+        if getattr(call.scheme, "type", "int") != "int":
+            return Unsupported("codes of floats stand for values; dequantize the weight first")
         return self.objection(call)
 
     def objection(self, call: OpCall) -> Unsupported | None:
@@ -59,10 +61,6 @@ class Dequantize(NumbaKernel):
     """What codes stand for."""
 
     op = "dequantize"
-
-    def objection(self, call: OpCall) -> Unsupported | None:
-        """Refuse codes of floats."""
-        return _no_integers(call)
 
     def __call__(self, *operands: torch.Tensor) -> torch.Tensor:
         """Return the weight, [rows, columns] float32."""
@@ -100,10 +98,6 @@ class LinearWeightOnly(NumbaKernel):
     """Products of float32 activations with a weight in codes."""
 
     op = "linear_weight_only"
-
-    def objection(self, call: OpCall) -> Unsupported | None:
-        """Refuse codes of floats."""
-        return _no_integers(call)
 
     def prepare(
         self,
@@ -156,8 +150,8 @@ class LinearInt8Groups(NumbaKernel):
     op = "linear_int8_groups"
 
     def objection(self, call: OpCall) -> Unsupported | None:
-        """Refuse floats, and rows so long that a sum may not fit."""
-        return _no_integers(call) or _too_long(2 * call.shape[1])  # |c - z| is at most 255
+        """Refuse rows so long that a sum may not fit."""
+        return _too_long(2 * call.shape[1])  # |c - z| is at most 255
 
     def prepare(
         self,
@@ -224,12 +218,6 @@ def _packed(*parts: torch.Tensor) -> PackedPanels:
     from qframe_plugins.kernels.numba_cpu import packed
 
     return packed.pack(*(part.numpy() for part in parts))
-
-
-def _no_integers(call: OpCall) -> Unsupported | None:
-    if getattr(call.scheme, "type", "int") != "int":
-        return Unsupported("codes of floats stand for values; dequantize the weight first")
-    return None
 
 
 def _too_long(columns: int) -> Unsupported | None:
