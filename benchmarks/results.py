@@ -80,14 +80,14 @@ TABLES = (
     Table(
         "asymmetric",
         "Weights, asymmetric, groups of 64",
-        ("rtn", "awq", "hqq", "autoround", "awq+gptq"),
+        ("rtn", "awq", "hqq", "autoround:iterations=50", "awq+gptq"),
         ("W4A16", "W3A16"),
         ("--group-size", "64", "--asymmetric"),
     ),
     Table(
         "two bits",
         "Two bits, asymmetric, groups of 64",
-        ("rtn", "optimal_rtn", "hqq", "autoround", "gptq", "qronos", "hadamard+gptq"),
+        ("rtn", "optimal_rtn", "hqq", "autoround:iterations=50", "gptq", "qronos", "hadamard+gptq"),
         ("W2A16",),
         ("--group-size", "64", "--asymmetric"),
     ),

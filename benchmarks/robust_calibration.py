@@ -31,7 +31,7 @@ from qframe import Recipe, load
 from qframe.calibration import read_text
 from qframe.comparison.identity import evaluation_identity, model_identity
 from qframe.comparison.store import digest
-from qframe.demo import CALIBRATION_SAMPLES, GROUP_SIZE, WINDOW, recipe_of
+from qframe.demo import GROUP_SIZE, WINDOW, recipe_of
 from qframe.embedded import model_folder
 from qframe.evaluation import Protocol, evaluate, windows_of
 from qframe.pipeline import quantize
@@ -101,15 +101,20 @@ def measured(
     }
 
 
-def recipe_for(method: str, changes: Mapping[str, Any], sources: tuple[str, ...]) -> Recipe:
+def recipe_for(
+    method: str, changes: Mapping[str, Any], sources: tuple[str, ...], samples: int
+) -> Recipe:
     fields = recipe_of(method, 4).model_dump(exclude_unset=True)
     if sources:
-        changes = {**changes, "calibration": {**fields["calibration"], "dataset": sources}}
+        calibration = {"num_calibration_samples": samples, "dataset": sources}
+        changes = {**changes, "calibration": {**fields["calibration"], **calibration}}
     return Recipe.parse({**fields, **changes}, "robust calibration")
 
 
 def document(
-    found: Mapping[str, Mapping[str, Mapping[str, float]]], protocols: Mapping[str, Protocol]
+    found: Mapping[str, Mapping[str, Mapping[str, float]]],
+    protocols: Mapping[str, Protocol],
+    samples: int,
 ) -> str:
     """Return docs/robust_calibration.md; `found` maps a run to its score by evaluation text."""
     columns = list(protocols)
@@ -129,7 +134,7 @@ def document(
 
     lines.append(row("RTN", "", "", key((), "rtn")))
     lines += [row("GPTQ", " and ".join(s), setting, key(s, setting)) for s, setting in RUNS]
-    lines += ["", f"Symmetric, groups of {GROUP_SIZE}, {CALIBRATION_SAMPLES} windows of {WINDOW}"]
+    lines += ["", f"Symmetric, groups of {GROUP_SIZE}, {samples} windows of {WINDOW}"]
     lines += ["tokens of calibration, of two kinds half of each."]
     for column, protocol in protocols.items():
         lines += ["", f"{column.capitalize()}: {protocol.line()}."]
@@ -148,6 +153,7 @@ def key(sources: tuple[str, ...], setting: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--windows", type=int, default=16, help="of each evaluation text")
+    parser.add_argument("--samples", type=int, default=24, help="windows of calibration text")
     parser.add_argument("--store", type=Path, help="folder that keeps finished measurements")
     given = parser.parse_args()
     model = model_folder()
@@ -171,6 +177,7 @@ def main() -> None:
                 "gptq" if sources else "rtn",
                 SETTINGS.get(setting, {}),
                 tuple(dataset(name, folder) for name in sources),
+                given.samples,
             )
             fields = recipe.model_dump(mode="json", exclude={"calibration": {"dataset"}})
             said = {**identity, "recipe": fields, "sources": hashes(folder, sources)}
@@ -181,7 +188,7 @@ def main() -> None:
             for column, score in found[name].items():
                 print(f"{name}, on {column}: {score['kl_mean']:.4f}", flush=True)
     protocols = {column: protocol for column, (_, protocol) in texts.items()}
-    DOCUMENT.write_text(document(found, protocols), encoding="utf-8")
+    DOCUMENT.write_text(document(found, protocols, given.samples), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -305,13 +305,14 @@ class Lockstep:
         self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
     def record(self, module: nn.Module, arrival: Arrival) -> tuple[list[tuple[str, Any]], Any]:
-        """Run a module once without stopping.
+        """Run a module once without stopping, in float32 whatever the dtype.
 
-        Returns its layers' inputs in order of use, and what it returned.
+        Returns its layers' inputs in order of use, and what it returned: bfloat16 would hide from
+        comparisons what is small beside other numbers.
         """
         self._recording = []
         try:
-            with self._context():
+            with torch.no_grad(), torch.autocast("cpu", enabled=False):
                 result = module(*arrival.args, **arrival.kwargs)
             return self._recording, result
         finally:

@@ -14,6 +14,7 @@ thread count.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import secrets
 import shutil
@@ -28,7 +29,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 import qframe
+from qframe.contracts import Kernel
+from qframe.dispatch import Dispatch
 from qframe.errors import OutputError, VerifyError
+from qframe.host import Host
+from qframe.kernel_layer import on_kernels
 from qframe.kv_scheme import KVCacheScheme
 from qframe.manifest import (
     MANIFEST,
@@ -45,6 +50,8 @@ from qframe.stored import QuantizedLinear
 from qframe.weights import DTYPE_NAMES, MODEL, ModelFolder, index_name
 
 MAX_SHARD_BYTES = 1 << 30  # what waits in memory to be written
+
+log = logging.getLogger("qframe")
 
 
 class Shards:
@@ -237,7 +244,11 @@ def quantized_config(
 
 
 def load(
-    folder: str | Path, module: nn.Module | None = None, *, dequantize: bool = False
+    folder: str | Path,
+    module: nn.Module | None = None,
+    *,
+    dequantize: bool = False,
+    kernels: str | None = None,
 ) -> nn.Module:
     """Load a quantized folder.
 
@@ -245,9 +256,16 @@ def load(
                  instead of a Hugging Face folder; it is changed in place
     dequantize   keep dequantized weights in memory, as large as the original: faster to run.
                  Layers whose activations are not quantized become plain linear layers
+    kernels      the backend whose kernels multiply with the codes themselves, or "auto": for each
+                 layer the fastest that serves it. Layers that none serves go on without, which is
+                 logged as a warning. None: weights are dequantized in each call
 
-    Raises VerifyError when the folder is not what its manifest says.
+    Raises VerifyError when the folder is not what its manifest says; UnsupportedError for a backend
+    that is not there; ValueError for both `dequantize` and `kernels`.
     """
+    if dequantize and kernels is not None:
+        raise ValueError("kernels multiply with codes: give either dequantize=True or kernels")
+    dispatch = None if kernels is None else Dispatch(_kernels(), kernels)
     source = ModelFolder(folder)
     manifest = read_manifest(source)
     if module is None:
@@ -268,7 +286,17 @@ def load(
             made = QuantizedLinear(layer, bias_values, dense=dequantize)
             module = replace_module(module, name, made)
     _load_rest(module, source)
+    if dispatch is not None:
+        module, left = on_kernels(module, dispatch)
+        for reason in sorted(set(left.values())):
+            names = [name for name, why in left.items() if why == reason]
+            log.warning("%d layers run without kernels, %s ...: %s", len(names), names[0], reason)
     return module.eval()
+
+
+def _kernels() -> list[Kernel]:
+    host = Host.discover()
+    return [host.get("kernel", name) for name in host.names("kernel")]
 
 
 def _load_rest(module: nn.Module, source: ModelFolder) -> None:

@@ -460,6 +460,8 @@ class Kernel(Protocol):
     prepare             a method that lays out the constant operands once; what it returns takes
                         their place in the call
     device              where its operands must be; "cpu" unless it says otherwise
+    priority            an integer: of several that serve a call, the one with the highest is taken
+                        where none is asked for by name; 0
     accumulator         how it adds up, a word of `qframe.kernels.ARITHMETICS`; "float32"
     deterministic       whether it gives the same bits every time; True
     token_independent   whether a token alone gets the bits that it gets among others; False

@@ -55,6 +55,17 @@ def linear_int8(operands: Operands, answer: Answer, arithmetic: Arithmetic) -> J
     return {"B5.b": Comparison("|y - s_x s_w sum of codes|", error, checked(allowed, 0))}
 
 
+def linear_int8_groups(operands: Operands, answer: Answer, arithmetic: Arithmetic) -> Judged:
+    """B5.f the output as codes and scales say, the sum of each group without error."""
+    x_scale = np.asarray(operands["x_scale"], np.float64)[:, None]
+    parts = (operands[name] for name in ("x_codes", "codes", "scale", "zero_point", "group_index"))
+    sums, scales = reference_ops.group_sums(*parts)
+    terms = sums * scales
+    allowed = bounds.int8_groups(np.abs(terms).sum(0) * np.abs(x_scale), len(terms), x_scale)
+    error = difference(answer[0], terms.sum(0) * x_scale)
+    return {"B5.f": Comparison("|y - s_x sum s_g a_g|", error, checked(allowed, len(terms)))}
+
+
 def linear_int8_outliers(operands: Operands, answer: Answer, arithmetic: Arithmetic) -> Judged:
     """B5.a the output, B5.b as the codes say, B5.d of tokens of outliers alone."""
     x, w_codes, w_scale, weight = (

@@ -135,6 +135,14 @@ _DEFINED = (
         oracle=reference_ops.linear_int8,
     ),
     Op(
+        name="linear_int8_groups",
+        operands=(_X_CODES, _X_SCALE, *_weight()),
+        answer=(_Y,),
+        call=("tokens", "columns", "rows"),
+        along="tokens",
+        oracle=reference_ops.linear_int8_groups,
+    ),
+    Op(
         name="linear_int8_outliers",
         operands=(
             _X,

@@ -55,7 +55,8 @@ def spread(work: Callable[[T], R], pieces: Sequence[T], threads: int) -> list[R]
     Work that itself spreads does so in its own thread.
     """
     if threads == 1 or len(pieces) <= 1 or getattr(_worker, "busy", False):
-        return [work(piece) for piece in pieces]
+        with one_torch_thread():
+            return [work(piece) for piece in pieces]
     with _pools_lock:
         if threads not in _pools:
             _pools[threads] = ThreadPoolExecutor(threads, "qframe", initializer=_start_worker)

@@ -73,6 +73,37 @@ def linear_int8(x_codes: Numbers, x_scale: Numbers, w_codes: Numbers, w_scale: N
     return product * _float(x_scale)[:, None] * _float(w_scale)
 
 
+def linear_int8_groups(
+    x_codes: Numbers,
+    x_scale: Numbers,
+    codes: Numbers,
+    scale: Numbers,
+    zero_point: Numbers,
+    group_index: Numbers,
+) -> Float64:
+    """Return x W^T, [tokens, rows], both as their codes and scales say."""
+    sums, scales = group_sums(x_codes, codes, scale, zero_point, group_index)
+    return np.asarray((sums * scales).sum(0) * _float(x_scale)[:, None])
+
+
+def group_sums(
+    x_codes: Numbers, codes: Numbers, scale: Numbers, zero_point: Numbers, group_index: Numbers
+) -> tuple[Float64, Float64]:
+    """Return the sum of products of codes in each group, and its scale.
+
+    sums     [groups, tokens, rows], integers below 2^53, so exact
+    scales   [groups, 1, rows]
+    """
+    x, c, index = _float(x_codes), _float(codes), np.asarray(group_index, np.int64)
+    s, z = (
+        np.broadcast_to(_float(each), (len(c), _float(each).shape[1]))
+        for each in (scale, zero_point)
+    )
+    steps = c - z[:, index]
+    sums = [x[:, index == g] @ steps[:, index == g].T for g in range(s.shape[1])]
+    return np.stack(sums), s.T[:, None]
+
+
 def outlier_columns(x: Numbers, threshold: float) -> Bool:
     """Return which columns hold |x| >= threshold in any token, [columns]; none for threshold 0."""
     size = np.abs(_float(x))

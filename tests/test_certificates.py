@@ -45,6 +45,7 @@ def inputs_of(columns, seed=0):
 def damped_hessian(columns, seed=0):
     x = inputs_of(columns, seed).double()
     hessian = 2 / len(x) * x.T @ x
+    hessian = hessian.tril() + hessian.tril(-1).T  # not every BLAS gives the same above and below
     hessian.diagonal().add_(0.01 * hessian.diagonal().mean())
     return hessian
 

@@ -15,7 +15,7 @@ Array = np.ndarray[Any, Any]
 Operands = dict[str, Any]
 
 COLUMNS = (7, 1, 2, 17, 33, 65, 131, 257)
-ROWS = (3, 1, 8, 17, 33)
+ROWS = (3, 1, 8, 17, 33, 131)
 GROUPS = (3, 1, 7, 32, 64)
 
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from qframe_conformance import kinds
+from qframe import Scheme
+from qframe_conformance import kernel_draws, kinds
 
 Array = np.ndarray[Any, Any]
 Operands = dict[str, Any]
@@ -15,7 +16,7 @@ LIMIT = 133_144
 """The most columns for which products of codes up to 127 fit an int32 (B5.c)."""
 
 
-TOKENS = len(kinds.NASTY) + 7
+TOKENS = len(kinds.NASTY) + 8
 
 
 def activations(rng: np.random.Generator, columns: int) -> Operands:
@@ -37,6 +38,7 @@ def activations(rng: np.random.Generator, columns: int) -> Operands:
         largest,
         rng.normal(size=columns) * 2.0**-120,
         rng.normal(size=columns) * 2.0**-9,
+        rng.integers(-9, 10, columns) * 2.0**-149,  # a 127th of it vanishes
     ]
     return {"x": np.asarray(tokens, np.float32)}
 
@@ -71,6 +73,16 @@ def codes(rng: np.random.Generator, tokens: int, columns: int, rows: int) -> Ope
         "w_codes": w.astype(np.int8),
         "w_scale": np.exp2(rng.uniform(-10, 0, rows)).astype(np.float32),
     }
+
+
+def groups(
+    rng: np.random.Generator, tokens: int, columns: int, rows: int, scheme: Scheme
+) -> Operands:
+    """Return operands of `linear_int8_groups`; products cancel within groups of some tokens."""
+    x = _codes(rng, tokens, columns, 0)
+    made = kernel_draws.weight(rng, scheme, rows, columns)
+    scale = np.exp2(rng.uniform(-10, 4, tokens)).astype(np.float32)
+    return {"x_codes": x.astype(np.int8), "x_scale": scale, **made}
 
 
 def outliers(rng: np.random.Generator, columns: int, rows: int, threshold: float) -> Operands:

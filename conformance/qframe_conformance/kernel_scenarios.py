@@ -23,6 +23,8 @@ KVPair = tuple[KVScheme, KVScheme]
 
 W8A8 = Scheme(num_bits=8, strategy="channel", scale_rule="restricted")
 SHORT = (7, 1, 2, 3, 17, 65, 200)
+TILES = ((70, 130, 131), (53, 4101, 67), (35, 257, 259), (129, 96, 65))
+"""(tokens, columns, rows) that take several tiles each way, none of them whole."""
 
 
 def call_of(kernel: Any, shape: tuple[int, ...], scheme: Scheme | KVPair | None = None) -> OpCall:
@@ -118,6 +120,17 @@ def _weights(scheme: Scheme, columns: int, rows: int, linear: bool) -> Draw:
     return draw
 
 
+def _of_groups(kernel: Any) -> Iterator[Variant]:
+    for (name, schemes), (tokens, columns, rows) in itertools.product(
+        _schemes(), ((9, 17, 3), (5, 65, 8), (9, 131, 17), (2, 1, 1), (8, 257, 33), *TILES[:3])
+    ):
+        for scheme in schemes:
+            if scheme.group_size is not None and scheme.group_size > columns + 32:
+                continue
+            call = call_of(kernel, (tokens, columns, rows), scheme)
+            yield name, call, _draw(kernel_draws_int8.groups, tokens, columns, rows, scheme)
+
+
 def _of_activations(kernel: Any) -> Iterator[Variant]:
     for columns in SHORT:
         call = call_of(kernel, (kernel_draws_int8.TOKENS, columns), W8A8)
@@ -128,6 +141,7 @@ def _of_int8(kernel: Any) -> Iterator[Variant]:
     shapes = [("short", 9, columns, rows) for columns in SHORT for rows in (3, 1, 8, 17)]
     shapes += [("long", 9, columns, 3) for columns in (1101, 1600)]
     shapes += [("long", 5, kernel_draws_int8.LIMIT, 3)]
+    shapes += [("tiles", *shape) for shape in TILES]
     for name, *shape in shapes:
         call = call_of(kernel, tuple(shape), W8A8)
         yield name, call, _draw(kernel_draws_int8.codes, *shape)
@@ -141,6 +155,9 @@ def _of_outliers(kernel: Any) -> Iterator[Variant]:
     for columns, threshold in itertools.product((4001, 1601), (6.0, 0.0)):
         call = call_of(kernel, (13, columns, 3), W8A8)
         yield "long", call, _draw(kernel_draws_int8.outliers, columns, 3, threshold)
+    for (_, columns, rows), threshold in itertools.product(TILES, (6.0, 1.0)):
+        call = call_of(kernel, (13, columns, rows), W8A8)
+        yield "tiles", call, _draw(kernel_draws_int8.outliers, columns, rows, threshold)
 
 
 def _of_hadamard(kernel: Any) -> Iterator[Variant]:
@@ -192,6 +209,7 @@ _VARIANTS: dict[str, Callable[[Any], Iterator[Variant]]] = {
     "linear_weight_only": _of_weights,
     "quantize_activations": _of_activations,
     "linear_int8": _of_int8,
+    "linear_int8_groups": _of_groups,
     "linear_int8_outliers": _of_outliers,
     "hadamard": _of_hadamard,
     "attention_kv": _of_attention,

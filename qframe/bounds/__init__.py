@@ -25,6 +25,7 @@ from qframe.bounds.arithmetic import (
 from qframe.bounds.eight_bit import (
     doubtful,
     int8_decode,
+    int8_groups,
     int8_mixed,
     int8_output,
     int32_columns,
@@ -123,6 +124,7 @@ __all__ = [
     "ideal_scale",
     "incoherence",
     "int8_decode",
+    "int8_groups",
     "int8_mixed",
     "int8_output",
     "int32_columns",

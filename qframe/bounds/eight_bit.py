@@ -27,6 +27,16 @@ def int8_decode(accumulated: Numbers, x_scale: Numbers, w_scale: Numbers) -> Arr
     return as_array(gamma(3) * (a * sx * sw) + ETA["float32"] * (1 + a + sx + sw))
 
 
+def int8_groups(magnitude: Numbers, groups: int, x_scale: Numbers) -> Array:
+    """B5.f: the error of s_x sum over groups of s_g a_g, with the integer sums a_g exact.
+
+    magnitude   s_x sum over groups of |s_g a_g|, [tokens, rows]
+    x_scale     broadcasts to [tokens, rows]
+    """
+    lost = ETA["float32"] * (1 + groups * (1 + np.abs(as_array(x_scale))))
+    return as_array(gamma(groups + 2) * as_array(magnitude) + lost)
+
+
 def int8_mixed(
     magnitude: Numbers,
     doubt: Numbers,

@@ -207,6 +207,18 @@ def test_what_is_no_fold_is_none_and_the_report_says_why(host, make, changes, wh
     assert scales(result.module) == scales(unfolded.module) - set(folding.folded)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_is_calibrated_in_bfloat16_is_searched_in_float32(host, dtype):
+    """A router so weak that bfloat16 does not show it still reads the norm."""
+    make, changes, why = NO_FOLDS["router"]
+    net = seeded(make())
+    for name, parameter in net.named_parameters():
+        if "router" in name and parameter.ndim == 2:
+            parameter.data *= 2.0**-20
+    changes = {**changes, "method": "doubling", "calibration": {"compute_dtype": dtype}}
+    assert quantized(net, host, **changes).report.folding.left["layers.0.one"] == why
+
+
 class Shared(Stack):
     """Two blocks, each with its norm, of one weight."""
 

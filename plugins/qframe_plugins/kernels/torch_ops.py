@@ -121,6 +121,26 @@ def linear_int8(
     return product * x_scale[:, None] * w_scale
 
 
+def linear_int8_groups(
+    x_codes: torch.Tensor,
+    x_scale: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor,
+    group_index: torch.Tensor,
+) -> torch.Tensor:
+    """Return s_x times the sum over groups of s_g a_g, [tokens, rows] float32."""
+    import torch
+
+    y = x_scale.new_zeros(len(x_codes), len(codes))
+    for group in range(scale.shape[1]):
+        columns = torch.nonzero(group_index == group)[:, 0]
+        steps = (codes[:, columns] - zero_point[:, group, None]).to(torch.float64)
+        sums = x_codes[:, columns].to(torch.float64) @ steps.T  # exact, being below 2^53
+        y += sums.to(torch.float32) * scale[:, group]
+    return y * x_scale[:, None]
+
+
 def integer_product(x_codes: torch.Tensor, w_codes: torch.Tensor) -> torch.Tensor:
     """Return the sums of products of codes, without error: int32, or float64 for long rows."""
     import torch
@@ -222,6 +242,7 @@ def qframe_kernels() -> Iterable[TorchKernel]:
         linear_weight_only,
         quantize_activations,
         linear_int8,
+        linear_int8_groups,
         linear_int8_outliers,
         hadamard,
         attention_kv,

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+LINE = 64  # bytes of a cache line, and of the widest register
+
 _kept = threading.local()
 
 
@@ -21,3 +23,14 @@ def scratch(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
         _kept.memory = np.empty(size, np.uint8)
     kept: npt.NDArray[np.uint8] = _kept.memory
     return kept[:size].view(dtype).reshape(shape)
+
+
+def aligned(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    """Return an array of zeros that starts where a cache line does, so that no register straddles.
+
+    Registers that lie across two lines cost two reads each.
+    """
+    size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+    memory = np.zeros(size + LINE, np.uint8)
+    first = -memory.ctypes.data % LINE
+    return memory[first : first + size].view(dtype).reshape(shape)

@@ -18,6 +18,11 @@ from typing import Any
 import numba
 import numpy as np
 
+# To wake a thread takes some twenty microseconds. A core reads half a megabyte from memory then,
+# or multiplies some dozen bytes for each that it would have read.
+_WAKING = 1 << 20
+_PRODUCTS_FOR_A_BYTE = 16
+
 _pools: dict[int, ThreadPoolExecutor] = {}
 
 if hasattr(os, "register_at_fork"):  # not on Windows
@@ -43,6 +48,16 @@ def _allowed() -> int:
 _started = threading.Event()
 
 
+def worth_sharing(tasks: int, read: int, products: int) -> int:
+    """Return how many tasks to share a product of matrices in: one, where it would end too soon.
+
+    tasks      how many there are
+    read       bytes of weights
+    products   of a token's number and a weight
+    """
+    return tasks if read + products // _PRODUCTS_FOR_A_BYTE >= _WAKING else 1
+
+
 def share(kernel: Callable[..., Any], tasks: int, *operands: Any) -> None:
     """Call kernel(counter, *operands) on as many threads as numba may use, and wait for all.
 
@@ -50,7 +65,7 @@ def share(kernel: Callable[..., Any], tasks: int, *operands: Any) -> None:
     counter   [1] int64, zero: what the kernel claims its tasks from
     """
     counter = np.zeros(1, np.int64)
-    helpers = min(_allowed(), tasks) - 1
+    helpers = 0 if tasks < 2 else min(_allowed(), tasks) - 1
     if helpers < 1:
         kernel(counter, *operands)
         return

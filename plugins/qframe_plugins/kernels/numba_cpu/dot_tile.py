@@ -1,0 +1,171 @@
+"""The register tile of products of bytes: sums that are integers, the same bits on every processor.
+
+Source: Goto and van de Geijn, Anatomy of high-performance matrix multiplication, TOMS 2008 (the
+        tile in registers); Intel's vpdpbusd, which multiplies unsigned bytes with signed ones.
+Error:  none. Sums are taken modulo 2^32; docs/bounds.md, B5.c, says when they fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from qframe_plugins.kernels.numba_cpu.scratch import LINE
+from qframe_plugins.kernels.numba_cpu.simd import claim, kernel
+from qframe_plugins.kernels.numba_cpu.vectors import INT32, INT64, Vectors
+
+PANEL = 64  # rows of a weight that are laid out together: lanes of the tile
+BYTES = 4  # neighbouring columns of a weight whose products are added at once
+QUAD_BYTES = PANEL * BYTES  # of a panel's column quad
+HEIGHTS = (6, 4, 2, 1)  # how many tokens tiles take
+BLOCK = 48  # tokens of a task, a multiple of the greatest height
+
+_DEPTH = 512  # quads of a panel, 128 KiB, that all tokens meet before the next: they stay in L2
+
+
+def _make_tile(height: int) -> Callable[..., Any]:
+    """Return the intrinsic that takes so many tokens at once."""
+
+    @intrinsic
+    def tile(
+        typing: Any,
+        sums: Any,
+        row: Any,
+        x: Any,
+        token: Any,
+        first: Any,
+        quads: Any,
+        w: Any,
+        start: Any,
+        ahead: Any,
+    ) -> Any:
+        index = types.int64
+        signature = types.void(sums, index, x, index, index, index, w, index, index)
+
+        def emit(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            v = Vectors(context, builder)
+            sums_at, _ = v.array(signature.args[0], values[0])
+            x_at, (_, all_quads) = v.array(signature.args[2], values[2])
+            w_at, _ = v.array(signature.args[6], values[6])
+            row, token, first, quads, start, ahead = (values[i] for i in (1, 3, 4, 5, 7, 8))
+            lanes = v.register_bytes // BYTES
+            vector = ir.VectorType(INT32, lanes)
+            across = min(v.registers // 8, PANEL // lanes)  # registers of a panel at once
+            down = min(height, (v.registers - across - 2) // across)  # tokens at once
+            sums_at = v.at(sums_at, builder.mul(row, INT64(BYTES * PANEL)))
+            x_first = builder.add(builder.mul(token, all_quads), builder.mul(first, INT64(height)))
+            x_at = v.at(x_at, builder.mul(x_first, INT64(BYTES)))
+            w_at = v.at(w_at, start)
+            next_at = v.at(w_at, ahead)
+            stretch = across * lanes * BYTES  # bytes of a panel's quad that are taken at once
+            with v.loop(INT64(QUAD_BYTES // stretch)) as part:
+                left = builder.mul(part.index, INT64(stretch))
+                for top in range(0, height, down):
+                    rows = range(top, min(top + down, height))
+                    places = [
+                        v.at(v.at(sums_at, left), BYTES * (m * PANEL + i * lanes))
+                        for m in rows
+                        for i in range(across)
+                    ]
+                    with v.loop(quads, [v.load(place, vector) for place in places]) as loop:
+                        here = builder.add(left, builder.mul(loop.index, INT64(QUAD_BYTES)))
+                        weights = [
+                            v.load(v.at(v.at(w_at, here), BYTES * i * lanes), vector)
+                            for i in range(across)
+                        ]
+                        v.prefetch(v.at(next_at, builder.mul(loop.index, INT64(LINE))), 2)
+                        there = v.at(x_at, builder.mul(loop.index, INT64(BYTES * height)))
+                        news: list[Any] = []
+                        for m in rows:
+                            four = v.splat(v.load(v.at(there, BYTES * m), INT32), lanes)
+                            for weight in weights:
+                                news.append(v.dot4(loop.values[len(news)], weight, four))
+                        loop.hand_on(news)
+                    for place, total in zip(places, loop.values, strict=True):
+                        v.store(total, place)
+            return context.get_dummy_value()
+
+        return signature, emit
+
+    return tile
+
+
+# sums[row + m, :] += sum over the columns of `quads` quads, from the quad `first` on, of
+# x[token + m, column] w[:, column], m < 6 (4, 2, 1).
+# sums   int32 [any, PANEL]
+# x      int32 [tokens, all quads], four codes in each, as `share_arrange` lays them out
+# w      uint8, from byte `start` on [quads, PANEL, BYTES]
+# All are C-contiguous. Meanwhile a line of w is asked for in every quad, from `ahead` bytes on.
+dot_6, dot_4, dot_2, dot_1 = (_make_tile(height) for height in HEIGHTS)
+
+
+@kernel
+def height_of(left):  # type: ignore[no-untyped-def]
+    """Return how many of the tokens that are left the next tile takes."""
+    return 6 if left >= 6 else 4 if left >= 4 else 2 if left >= 2 else 1
+
+
+@kernel
+def share_arrange(counter, x, arranged, totals):  # type: ignore[no-untyped-def]
+    """Claim blocks of BLOCK tokens; sum their codes, and lay them out as tiles read them.
+
+    x, arranged   [tokens, quads] int32, four codes in each
+    totals        [tokens, groups] int32, the sums over as many columns each
+    """
+    tokens, quads = x.shape
+    groups = totals.shape[1]
+    width = quads // groups * BYTES
+    flat = arranged.reshape(-1)
+    codes = x.view(np.int8)
+    block = claim(counter)
+    while block * BLOCK < tokens:
+        token = block * BLOCK
+        while token < min((block + 1) * BLOCK, tokens):
+            height = height_of(tokens - token)
+            for m in range(height):
+                for group in range(groups):
+                    total = np.int32(0)
+                    for code in codes[token + m, group * width : (group + 1) * width]:
+                        total += np.int32(code)
+                    totals[token + m, group] = total
+                for quad in range(quads):
+                    flat[token * quads + quad * height + m] = x[token + m, quad]
+            token += height
+        block = claim(counter)
+
+
+@kernel
+def dot_tokens(sums, row, x, token, height, first, quads, w, start, ahead):  # type: ignore[no-untyped-def]
+    """Run the tile for `height` tokens; see above."""
+    if height == 6:
+        dot_6(sums, row, x, token, first, quads, w, start, ahead)
+    elif height == 4:
+        dot_4(sums, row, x, token, first, quads, w, start, ahead)
+    elif height == 2:
+        dot_2(sums, row, x, token, first, quads, w, start, ahead)
+    else:
+        dot_1(sums, row, x, token, first, quads, w, start, ahead)
+
+
+@kernel
+def dot_panel(sums, x, w, start, size):  # type: ignore[no-untyped-def]
+    """Add the products of all tokens with one panel to sums [tokens, PANEL].
+
+    start, size   of the panel in w, in bytes
+    """
+    tokens, quads = x.shape
+    for first in range(0, quads, _DEPTH):
+        depth = min(_DEPTH, quads - first)
+        at = start + first * QUAD_BYTES
+        token = 0
+        while token < tokens:
+            height = height_of(tokens - token)
+            # The first tiles ask for this part of the next panel, a quarter each.
+            ahead = size + token // height * depth * LINE if token < 4 * height else 0
+            dot_tokens(sums, token, x, token, height, first, depth, w, at, ahead)
+            token += height

@@ -1,0 +1,303 @@
+"""Weights of 2, 3, 4 and 8 bits as the kernels of this folder read them, and how they unpack.
+
+Layout: panels of 64 rows. Columns are taken group by group, each group filled up to whole steps; a
+step is as many columns as 32 bits hold. The byte of row `lane` and place j < 4 of a step holds the
+codes of the columns j, j + 4, j + 8, ... from its lowest bits on, so that a shift and a mask of
+whole registers give the codes of four neighbouring columns of 16 rows: what products of bytes take.
+Three bits are a plane of two and a plane of one, for steps of 16 and of 32 columns.
+Codes are stored less the lowest one, without sign.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from qframe_plugins.kernels.numba_cpu.dot_tile import BYTES, PANEL, QUAD_BYTES
+from qframe_plugins.kernels.numba_cpu.scratch import aligned
+from qframe_plugins.kernels.numba_cpu.simd import kernel
+from qframe_plugins.kernels.numba_cpu.vectors import FLOAT32, INT32, INT64, Vectors
+
+WIDTHS = (2, 3, 4, 8)  # bits that there are layouts for
+_UNIT = 32  # columns: a whole number of steps of every width
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, eq=False)
+class PackedPanels:
+    """A weight, scale * (code - zero_point).
+
+    planes    of codes, each [panels, bytes] uint8: one, or two for three bits
+    scale     [panels, groups, PANEL] float32, 0 beyond the weight
+    zero      [panels, groups, PANEL] int32, the zero point less the lowest code
+    bits      of a code, one of WIDTHS
+    quads     of columns that a group takes, filled up
+    spread    [columns] int64, where each column lies among all that are taken; None: where it is
+    rows, columns   of the weight
+    """
+
+    planes: tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]
+    scale: npt.NDArray[np.float32]
+    zero: npt.NDArray[np.int32]
+    bits: int
+    quads: int
+    spread: npt.NDArray[np.int64] | None
+    rows: int
+    columns: int
+
+    @property
+    def groups(self) -> int:
+        """How many groups a row has."""
+        return self.scale.shape[1]
+
+    def taken(self, x: Array) -> Array:
+        """Return x [tokens, columns] in the order of the layout, C-contiguous, filled with 0."""
+        if self.spread is None:
+            return np.ascontiguousarray(x)
+        wide = np.zeros((len(x), self.groups * self.quads * BYTES), x.dtype)
+        wide[:, self.spread] = x
+        return wide
+
+
+def pack(codes: Array, scale: Array, zero_point: Array, group_index: Array) -> PackedPanels:
+    """Return a weight in panels.
+
+    codes         [rows, columns] integers
+    scale         [rows or 1, groups] float32
+    zero_point    [rows or 1, groups] integers
+    group_index   [columns], the group of each column, which need not be neighbours
+
+    Raises ValueError for codes that take more than 8 bits.
+    """
+    rows, columns = codes.shape
+    groups = scale.shape[1]
+    lowest = int(codes.min(initial=0))
+    span = int(codes.max(initial=0)) - lowest
+    bits = next((width for width in WIDTHS if span < 1 << width), None)
+    if bits is None:
+        raise ValueError(f"codes from {lowest} to {lowest + span} take more than 8 bits")
+    counts = np.bincount(group_index, minlength=groups)
+    unit = 4 * 8 // bits if bits != 3 else _UNIT
+    wide = -(-int(counts.max(initial=1)) // unit) * unit
+    order = np.argsort(group_index, kind="stable")
+    first = np.cumsum(counts) - counts
+    spread = np.empty(columns, np.int64)
+    spread[order] = np.arange(columns) + np.repeat(np.arange(groups) * wide - first, counts)
+    panels = -(-rows // PANEL)
+    full = np.zeros((panels * PANEL, groups * wide), np.uint8)
+    full[:rows, spread] = codes - lowest
+    quads = full.reshape(panels, PANEL, -1, BYTES).transpose(0, 2, 1, 3)
+    planes = _planes(quads, bits)
+    scales = aligned((panels, groups, PANEL), np.float32)
+    zeros = aligned((panels, groups, PANEL), np.int32)
+    for values, target in ((scale, scales), (zero_point.astype(np.int32) - lowest, zeros)):
+        padded = np.zeros((panels * PANEL, groups), target.dtype)
+        padded[:rows] = values
+        target[:] = padded.reshape(panels, PANEL, groups).transpose(0, 2, 1)
+    straight = groups * wide == columns and bool((spread == np.arange(columns)).all())
+    return PackedPanels(
+        planes=planes,
+        scale=scales,
+        zero=zeros,
+        bits=bits,
+        quads=wide // BYTES,
+        spread=None if straight else spread,
+        rows=rows,
+        columns=columns,
+    )
+
+
+def _planes(
+    quads: npt.NDArray[np.uint8], bits: int
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
+    """Return the planes of codes [panels, quads, PANEL, BYTES]; the second may be empty."""
+    none = np.empty((len(quads), 0), np.uint8)
+    if bits == 3:
+        return _plane(quads & np.uint8(3), 2), _plane(quads >> np.uint8(2), 1)
+    return _plane(quads, bits), none
+
+
+def _plane(quads: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
+    """Return codes of so many bits, [panels, bytes]: those of a byte lie 4 columns apart."""
+    panels, count = quads.shape[:2]
+    fields = 8 // bits
+    steps = quads.reshape(panels, count // fields, fields, PANEL, BYTES)
+    plane = aligned((panels, count // fields, PANEL, BYTES), np.uint8)
+    for field in range(fields):
+        plane |= steps[:, :, field] << np.uint8(bits * field)
+    return plane.reshape(panels, -1)
+
+
+def _make_unpack(planes: tuple[int, ...]) -> Callable[..., Any]:
+    """Return the intrinsic for codes whose planes hold so many bits each, the lowest first."""
+    together = max(8 // bits for bits in planes)  # quads that whole bytes of every plane hold
+
+    @intrinsic
+    def unpack(
+        typing: Any, one: Any, other: Any, panel: Any, first: Any, quads: Any, out: Any
+    ) -> Any:
+        index = types.int64
+        signature = types.void(one, other, index, index, index, out)
+
+        def emit(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            v = Vectors(context, builder)
+            lanes = v.register_bytes // BYTES
+            vector = ir.VectorType(INT32, lanes)
+            sources = []
+            for i, bits in enumerate(planes):
+                at, (_, size) = v.array(signature.args[i], values[i])
+                start = builder.mul(values[2], size)
+                skipped = builder.sdiv(builder.mul(values[3], INT64(QUAD_BYTES * bits)), INT64(8))
+                sources.append((bits, v.at(at, builder.add(start, skipped))))
+            out_at, _ = v.array(signature.args[5], values[5])
+            passes = builder.sdiv(values[4], INT64(together))
+            with v.loop(passes) as loop:
+                here = v.at(out_at, builder.mul(loop.index, INT64(QUAD_BYTES * together)))
+                for left in range(0, QUAD_BYTES, v.register_bytes):
+                    for quad in range(together):
+                        code, shift = None, 0
+                        for bits, at in sources:
+                            fields = 8 // bits
+                            step = builder.mul(loop.index, INT64(QUAD_BYTES * (together // fields)))
+                            place = left + QUAD_BYTES * (quad // fields)
+                            raw = v.load(v.at(v.at(at, step), place), vector)
+                            part = _field(v, raw, bits, quad % fields, shift)
+                            code = part if code is None else builder.or_(code, part)
+                            shift += bits
+                        v.store(code, v.at(here, QUAD_BYTES * quad + left))
+            return context.get_dummy_value()
+
+        return signature, emit
+
+    return unpack
+
+
+def _make_decode(planes: tuple[int, ...]) -> Callable[..., Any]:
+    """Return the intrinsic that gives what codes stand for; see `_make_unpack`."""
+    together = max(8 // bits for bits in planes)
+
+    @intrinsic
+    def decode(
+        typing: Any,
+        one: Any,
+        other: Any,
+        panel: Any,
+        first: Any,
+        quads: Any,
+        scale: Any,
+        zero: Any,
+        group: Any,
+        out: Any,
+        row: Any,
+    ) -> Any:
+        index = types.int64
+        signature = types.void(one, other, index, index, index, scale, zero, index, out, index)
+
+        def emit(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            v = Vectors(context, builder)
+            lanes = v.register_bytes // BYTES
+            ints, floats = (ir.VectorType(kind, lanes) for kind in (INT32, FLOAT32))
+            sources = []
+            for i, bits in enumerate(planes):
+                at, (_, size) = v.array(signature.args[i], values[i])
+                start = builder.mul(values[2], size)
+                skipped = builder.sdiv(builder.mul(values[3], INT64(QUAD_BYTES * bits)), INT64(8))
+                sources.append((bits, v.at(at, builder.add(start, skipped))))
+            scale_at, (_, groups, _) = v.array(signature.args[5], values[5])
+            zero_at, _ = v.array(signature.args[6], values[6])
+            place = builder.add(builder.mul(values[2], groups), values[7])
+            place = builder.mul(place, INT64(4 * PANEL))
+            scale_at, zero_at = v.at(scale_at, place), v.at(zero_at, place)
+            out_at, _ = v.array(signature.args[8], values[8])
+            out_at = v.at(out_at, builder.mul(values[9], INT64(4 * PANEL)))
+            passes = builder.sdiv(values[4], INT64(together))
+            with v.loop(INT64(QUAD_BYTES // v.register_bytes)) as part:
+                left = builder.mul(part.index, INT64(v.register_bytes))
+                steps = v.load(v.at(scale_at, left), floats)
+                zeros = v.load(v.at(zero_at, left), ints)
+                with v.loop(passes) as loop:
+                    raws: dict[tuple[int, int], Any] = {}
+                    here = builder.mul(loop.index, INT64(4 * PANEL * BYTES * together))
+                    target = v.at(out_at, builder.add(here, left))
+                    for quad, byte in itertools.product(range(together), range(BYTES)):
+                        code, shift = None, 0
+                        for i, (bits, at) in enumerate(sources):
+                            fields = 8 // bits
+                            if (i, quad // fields) not in raws:
+                                step = QUAD_BYTES * (together // fields)
+                                offset = builder.add(left, builder.mul(loop.index, INT64(step)))
+                                source = v.at(v.at(at, offset), QUAD_BYTES * (quad // fields))
+                                raws[i, quad // fields] = v.load(source, ints)
+                            raw = raws[i, quad // fields]
+                            part_ = _moved(v, raw, 8 * byte + bits * (quad % fields) - shift)
+                            mask = v.const(ints, ((1 << bits) - 1) << shift)
+                            field = builder.and_(part_, mask)
+                            code = field if code is None else builder.or_(code, field)
+                            shift += bits
+                        value = builder.sitofp(builder.sub(code, zeros), floats)
+                        stripe = 4 * PANEL * (BYTES * quad + byte)
+                        v.store(builder.fmul(value, steps), v.at(target, stripe))
+            return context.get_dummy_value()
+
+        return signature, emit
+
+    return decode
+
+
+def _moved(v: Vectors, raw: Any, move: int) -> Any:
+    """Return lanes shifted to the right by so many bits, or to the left."""
+    if move > 0:
+        return v.builder.lshr(raw, v.const(raw.type, move))
+    return v.builder.shl(raw, v.const(raw.type, -move)) if move < 0 else raw
+
+
+def _field(v: Vectors, raw: Any, bits: int, field: int, shift: int) -> Any:
+    """Return a field of every byte of raw, moved to the bits from `shift` on."""
+    every = (((1 << bits) - 1) << shift) * 0x01010101
+    return v.builder.and_(_moved(v, raw, bits * field - shift), v.const(raw.type, every))
+
+
+# out[quad, :, :] = codes of the quads first ... first + quads of a panel, bytes without sign.
+# The first plane and the second are [panels, bytes] uint8, out is [quads, PANEL, BYTES] uint8.
+# Quads must be a whole number of steps.
+_unpack_2, _unpack_3, _unpack_4 = (_make_unpack(planes) for planes in ((2,), (2, 1), (4,)))
+
+
+@kernel
+def unpack(one, other, bits, panel, first, quads, out):  # type: ignore[no-untyped-def]
+    """Set `out` to the codes of some quads of a panel; see above. There is none for 8 bits."""
+    if bits == 2:
+        _unpack_2(one, other, panel, first, quads, out)
+    elif bits == 3:
+        _unpack_3(one, other, panel, first, quads, out)
+    else:
+        _unpack_4(one, other, panel, first, quads, out)
+
+
+# out[row + ..., :] = scale * (code - zero) of the quads first ... first + quads of a panel, which
+# are all of one group. scale and zero are those of `PackedPanels`, out is [any, PANEL] float32.
+_decode_2, _decode_3, _decode_4, _decode_8 = (
+    _make_decode(planes) for planes in ((2,), (2, 1), (4,), (8,))
+)
+
+
+@kernel
+def decode(one, other, bits, panel, first, quads, scale, zero, group, out, row):  # type: ignore[no-untyped-def]
+    """Set rows of `out` to what the codes of some quads of a panel stand for; see above."""
+    if bits == 2:
+        _decode_2(one, other, panel, first, quads, scale, zero, group, out, row)
+    elif bits == 3:
+        _decode_3(one, other, panel, first, quads, scale, zero, group, out, row)
+    elif bits == 4:
+        _decode_4(one, other, panel, first, quads, scale, zero, group, out, row)
+    else:
+        _decode_8(one, other, panel, first, quads, scale, zero, group, out, row)

@@ -1,0 +1,241 @@
+"""Operations in numba, on the CPU: the code is in `numba_cpu`, loaded at the first call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from qframe import OpCall, Unsupported, hookimpl
+
+if TYPE_CHECKING:
+    import torch
+
+    from qframe_plugins.kernels.numba_cpu.int8 import Int8Panels
+    from qframe_plugins.kernels.numba_cpu.int8_outliers import Int8AndColumns
+    from qframe_plugins.kernels.numba_cpu.packed import PackedPanels
+
+LONGEST = (2**31 - 1) // 127**2  # columns whose products of codes fit an int32
+
+
+class NumbaKernel:
+    """What all of them have in common."""
+
+    op: str
+    backend = "numba"
+    priority = 10  # on the CPU it is the fastest
+    token_independent = True
+
+    def supports(self, call: OpCall) -> Unsupported | None:
+        """Serve float32 activations and codes that are integers, on the CPU."""
+        if call.op != self.op:
+            return Unsupported(f"this kernel computes {self.op}, not {call.op}")
+        if call.device != "cpu":
+            return Unsupported(f"numba computes on the CPU, not on {call.device}")
+        if call.dtype != "float32":
+            return Unsupported(f"activations must be float32, not {call.dtype}")
+        if getattr(call.scheme, "type", "int") != "int":
+            return Unsupported("codes of floats stand for values; dequantize the weight first")
+        return self.objection(call)
+
+    def objection(self, call: OpCall) -> Unsupported | None:
+        """Return what else stands against the call."""
+        return None
+
+
+class QuantizeActivations(NumbaKernel):
+    """Codes of tokens; the bits are those of a division."""
+
+    op = "quantize_activations"
+
+    def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (codes int8 [tokens, columns], scale float32 [tokens])."""
+        import torch
+
+        from qframe_plugins.kernels.numba_cpu import tokens
+
+        codes, scale = tokens.quantize(x.numpy())
+        return torch.from_numpy(codes), torch.from_numpy(scale)
+
+
+class Dequantize(NumbaKernel):
+    """What codes stand for."""
+
+    op = "dequantize"
+
+    def __call__(self, *operands: torch.Tensor) -> torch.Tensor:
+        """Return the weight, [rows, columns] float32."""
+        import torch
+
+        from qframe_plugins.kernels.numba_cpu import dequantize
+
+        return torch.from_numpy(dequantize.dequantize(*(part.numpy() for part in operands)))
+
+
+class Hadamard(NumbaKernel):
+    """Randomized Hadamard transforms, by butterflies."""
+
+    op = "hadamard"
+
+    def objection(self, call: OpCall) -> Unsupported | None:
+        """Refuse blocks that are no powers of two, or do not divide the columns."""
+        _, columns, block = call.shape
+        if block < 1 or block & (block - 1):
+            return Unsupported(f"block={block} is not a power of two")
+        if columns % block:
+            return Unsupported(f"block={block} does not divide columns={columns}")
+        return None
+
+    def __call__(self, x: torch.Tensor, signs: torch.Tensor, block: int) -> torch.Tensor:
+        """Return x diag(signs) H / sqrt(block), [tokens, columns] float32."""
+        import torch
+
+        from qframe_plugins.kernels.numba_cpu import hadamard
+
+        return torch.from_numpy(hadamard.hadamard(x.numpy(), signs.numpy(), block))
+
+
+class LinearWeightOnly(NumbaKernel):
+    """Products of float32 activations with a weight in codes."""
+
+    op = "linear_weight_only"
+
+    def prepare(
+        self,
+        codes: torch.Tensor,
+        scale: torch.Tensor,
+        zero_point: torch.Tensor,
+        group_index: torch.Tensor,
+    ) -> PackedPanels:
+        """Return the weight in panels."""
+        return _packed(codes, scale, zero_point, group_index)
+
+    def __call__(self, x: torch.Tensor, weight: PackedPanels) -> torch.Tensor:
+        """Return x W^T, [tokens, rows] float32."""
+        import torch
+
+        from qframe_plugins.kernels.numba_cpu import weight_only
+
+        return torch.from_numpy(weight_only.multiply(x.numpy(), weight))
+
+
+class LinearInt8(NumbaKernel):
+    """Products of codes; the sums are exact."""
+
+    op = "linear_int8"
+
+    def objection(self, call: OpCall) -> Unsupported | None:
+        """Refuse rows so long that a sum may not fit."""
+        return _too_long(call.shape[1])
+
+    def prepare(self, w_codes: torch.Tensor, w_scale: torch.Tensor) -> Int8Panels:
+        """Return the weight in panels."""
+        from qframe_plugins.kernels.numba_cpu import int8
+
+        return int8.lay_out(w_codes.numpy(), w_scale.numpy())
+
+    def __call__(
+        self, x_codes: torch.Tensor, x_scale: torch.Tensor, weight: Int8Panels
+    ) -> torch.Tensor:
+        """Return x W^T, [tokens, rows] float32."""
+        import torch
+
+        from qframe_plugins.kernels.numba_cpu import int8
+
+        return torch.from_numpy(int8.multiply(x_codes.numpy(), x_scale.numpy(), weight))
+
+
+class LinearInt8Groups(NumbaKernel):
+    """Products of codes with a weight in groups; the sums of groups are exact."""
+
+    op = "linear_int8_groups"
+
+    def objection(self, call: OpCall) -> Unsupported | None:
+        """Refuse rows so long that a sum may not fit."""
+        return _too_long(2 * call.shape[1])  # |c - z| is at most 255
+
+    def prepare(
+        self,
+        codes: torch.Tensor,
+        scale: torch.Tensor,
+        zero_point: torch.Tensor,
+        group_index: torch.Tensor,
+    ) -> PackedPanels:
+        """Return the weight in panels."""
+        return _packed(codes, scale, zero_point, group_index)
+
+    def __call__(
+        self, x_codes: torch.Tensor, x_scale: torch.Tensor, weight: PackedPanels
+    ) -> torch.Tensor:
+        """Return x W^T, [tokens, rows] float32."""
+        import torch
+
+        from qframe_plugins.kernels.numba_cpu import int8_groups
+
+        return torch.from_numpy(int8_groups.multiply(x_codes.numpy(), x_scale.numpy(), weight))
+
+
+class LinearInt8Outliers(NumbaKernel):
+    """LLM.int8()."""
+
+    op = "linear_int8_outliers"
+    token_independent = False  # an outlier of one token is one of all
+
+    def objection(self, call: OpCall) -> Unsupported | None:
+        """Refuse rows so long that a sum may not fit."""
+        return _too_long(call.shape[1])
+
+    def prepare(
+        self, w_codes: torch.Tensor, w_scale: torch.Tensor, weight: torch.Tensor
+    ) -> Int8AndColumns:
+        """Return the weight in panels, and transposed."""
+        from qframe_plugins.kernels.numba_cpu import int8_outliers
+
+        return int8_outliers.lay_out_both(w_codes.numpy(), w_scale.numpy(), weight.numpy())
+
+    def __call__(self, x: torch.Tensor, threshold: float, weight: Int8AndColumns) -> torch.Tensor:
+        """Return x W^T, [tokens, rows] float32."""
+        import torch
+
+        from qframe_plugins.kernels.numba_cpu import int8_outliers
+
+        return torch.from_numpy(int8_outliers.multiply(x.numpy(), threshold, weight))
+
+
+class HessianUpdate(NumbaKernel):
+    """Second moments; runs of tokens are summed in float32, and the runs in float64."""
+
+    op = "hessian_update"
+    token_independent = False  # it has no answer for a token
+
+    def __call__(self, hessian: torch.Tensor, x: torch.Tensor) -> None:
+        """Add x^T x to the lower triangle."""
+        from qframe_plugins.kernels.numba_cpu import hessian as moments
+
+        moments.accumulate(hessian.numpy(), x.numpy())
+
+
+def _packed(*parts: torch.Tensor) -> PackedPanels:
+    from qframe_plugins.kernels.numba_cpu import packed
+
+    return packed.pack(*(part.numpy() for part in parts))
+
+
+def _too_long(columns: int) -> Unsupported | None:
+    if columns > LONGEST:
+        return Unsupported(f"an int32 holds the sums of up to {LONGEST} columns")
+    return None
+
+
+@hookimpl
+def qframe_kernels() -> Iterable[Any]:
+    """Register one kernel for each operation."""
+    return [
+        Dequantize(),
+        LinearWeightOnly(),
+        QuantizeActivations(),
+        LinearInt8(),
+        LinearInt8Groups(),
+        LinearInt8Outliers(),
+        Hadamard(),
+        HessianUpdate(),
+    ]

@@ -1,0 +1,527 @@
+"""The numba kernels with one mistake each in their source, and killed by the suite.
+
+A mutant is the folder `numba_cpu`, copied under another name, with one piece of text replaced.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from qframe import Scheme
+from qframe.kernels import OPS, run
+from qframe_conformance import kernel_draws_int8
+from qframe_plugins.kernels import numba_ops
+from tests.mutants import (
+    kernels_activations,
+    kernels_dequantize,
+    kernels_hadamard,
+    kernels_int8,
+    kernels_outliers,
+    kernels_weights,
+)
+from tests.mutants.mutant import Mutant
+
+SOURCE = Path(numba_ops.__file__).parent
+PACKAGE = "qframe_plugins.kernels.numba_cpu"
+
+
+def of_groups(plugin):
+    """Ordinary weights of four bits, and ordinary codes of tokens."""
+    found = []
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        scheme = Scheme(num_bits=4, group_size=32)
+        operands = kernel_draws_int8.groups(rng, 5, 96, 8, scheme)
+        tensors = [torch.from_numpy(operands[operand.name]) for operand in OPS[plugin.op].operands]
+        found.append(run(plugin, tensors).numpy())
+    return found
+
+
+OUTPUTS = {
+    "dequantize": kernels_dequantize.outputs,
+    "linear_weight_only": kernels_weights.outputs,
+    "hadamard": kernels_hadamard.outputs,
+    "linear_int8_groups": of_groups,
+    "quantize_activations": kernels_activations.outputs,
+    "linear_int8": kernels_int8.outputs,
+    "linear_int8_outliers": kernels_outliers.outputs,
+}
+
+
+@cache
+def scratch():
+    """Return a folder that is imported from, and goes with the process."""
+    folder = tempfile.TemporaryDirectory(prefix="qframe-mutants-")
+    sys.path.append(folder.name)
+    return folder
+
+
+def changed(name, kernel, file, old, new):
+    """Return a function that makes a kernel of changed source."""
+
+    def make():
+        package = f"mutant_{name}"
+        folder = Path(scratch().name) / package
+        if package not in sys.modules:
+            folder.mkdir()
+            for source in (*SOURCE.joinpath("numba_cpu").glob("*.py"), SOURCE / "numba_ops.py"):
+                text = source.read_text(encoding="utf-8")
+                if source.name == file:
+                    if text.count(old) != 1:
+                        raise ValueError(f"{name}: {file} has {text.count(old)} of {old!r}")
+                    text = text.replace(old, new)
+                folder.joinpath(source.name).write_text(text.replace(PACKAGE, package), "utf-8")
+            importlib.invalidate_caches()
+        return getattr(importlib.import_module(f"{package}.numba_ops"), kernel)()
+
+    return make
+
+
+def mutants(kernel, *mistakes):
+    right = getattr(numba_ops, kernel)
+    return [
+        Mutant(
+            name=f"{right.op}:numba_{name}",
+            kind="kernel",
+            bug=f"numba: {bug}",
+            make=changed(f"{right.op}_{name}", kernel, file, old, new),
+            correct=right,
+            killed_by=killed_by,
+        )
+        for name, file, old, new, killed_by, bug in mistakes
+    ]
+
+
+MUTANTS = (
+    *mutants(
+        "QuantizeActivations",
+        (
+            "signs_count",
+            "tokens.py",
+            "v.const(vector, _MAGNITUDE))",
+            "v.const(vector, -1))",
+            "scales_of_tokens",
+            "the largest number is taken, not the largest magnitude.",
+        ),
+        (
+            "scale_without_the_tail",
+            "tokens.py",
+            "for column in range(whole, columns):",
+            "for column in range(columns, columns):",
+            "scales_of_tokens",
+            "columns after the last whole stride are not looked at.",
+        ),
+        (
+            "codes_without_the_tail",
+            "tokens.py",
+            "for column in range(first, columns):",
+            "for column in range(first, first):",
+            "codes_of_tokens",
+            "columns after the last whole register get no codes.",
+        ),
+        (
+            "reciprocal_overflows",
+            "tokens.py",
+            "_FAINT = np.float32(2.0**-120)",
+            "_FAINT = np.float32(0)",
+            "codes_of_tokens",
+            "faint tokens are multiplied with a reciprocal that is infinite.",
+        ),
+        (
+            "scale_vanishes",
+            "tokens.py",
+            "max(largest / np.float32(LARGEST), _SMALLEST)",
+            "largest / np.float32(LARGEST)",
+            "scales_of_tokens",
+            "the scale of a token of the smallest numbers is 0.",
+        ),
+        (
+            "zeros_have_a_small_scale",
+            "tokens.py",
+            "    if bits == 0:\n        return np.float32(1)\n",
+            "",
+            "scales_of_tokens",
+            "a token of zeros has the smallest scale.",
+        ),
+        (
+            "truncates",
+            "tokens.py",
+            "rounded.add_incoming(whole, before)",
+            "rounded.add_incoming(product, before)",
+            "codes_of_tokens",
+            "codes are cut toward zero.",
+        ),
+        (
+            "last_block_left_out",
+            "tokens.py",
+            "while block * BLOCK < len(x):",
+            "while (block + 1) * BLOCK <= len(x):",
+            "few_tokens",
+            "tokens after the last whole block get neither codes nor scale.",
+        ),
+    ),
+    *mutants(
+        "LinearWeightOnly",
+        (
+            "scale_of_the_first_group",
+            "packed.py",
+            "place = builder.add(builder.mul(values[2], groups), values[7])",
+            "place = builder.mul(values[2], groups)",
+            "weight_only_sums",
+            "all groups take the scale of the first.",
+        ),
+        (
+            "scales_of_the_first_panel",
+            "packed.py",
+            "place = builder.add(builder.mul(values[2], groups), values[7])",
+            "place = values[7]",
+            "weight_only_sums",
+            "all panels take the scales of the first.",
+        ),
+        (
+            "neighbours_for_places",
+            "packed.py",
+            "stripe = 4 * PANEL * (BYTES * quad + byte)",
+            "stripe = 4 * PANEL * (BYTES * quad + byte ^ 1)",
+            "exact_where_float32_is",
+            "two neighbouring columns change places.",
+        ),
+        (
+            "part_of_the_first_columns",
+            "weight_only.py",
+            "multiply_tokens(sums, token, x, token, height, first * BYTES, count * BYTES, w)",
+            "multiply_tokens(sums, token, x, token, height, 0, count * BYTES, w)",
+            "exact_where_float32_is",
+            "later parts of a row meet the first columns of the tokens.",
+        ),
+        (
+            "piece_over_the_edge",
+            "weight_only.py",
+            "piece = min(_PART - count, (group + 1) * width - first - count)",
+            "piece = min(_PART - count, quads - first - count)",
+            "exact_where_float32_is",
+            "a part takes the scale of its first group.",
+        ),
+        (
+            "sums_go_on",
+            "weight_only.py",
+            "                sums[token, lane] = 0\n",
+            "                sums[token, lane] *= np.float32(panel > 0)\n",
+            "weight_only_sums",
+            "a panel begins with the sums of the one before.",
+        ),
+    ),
+    *mutants(
+        "Hadamard",
+        (
+            "not_normalized",
+            "hadamard.py",
+            "1 / math.sqrt(block)",
+            "1 / block",
+            "transform",
+            "the transform is divided by the block, not by its root.",
+        ),
+        (
+            "signs_of_the_first_block",
+            "hadamard.py",
+            "x[first + m, start + k] * signs[start + k]",
+            "x[first + m, start + k] * signs[k]",
+            "transform",
+            "every block takes the signs of the first.",
+        ),
+        (
+            "last_butterfly_left_out",
+            "hadamard.py",
+            "while distance < block:",
+            "while 2 * distance < block:",
+            "transform",
+            "the halves of a block are not joined.",
+        ),
+        (
+            "signs_forgotten",
+            "hadamard.py",
+            "x[first + m, start + k] * signs[start + k]",
+            "x[first + m, start + k]",
+            "transform",
+            "the signs are not applied.",
+        ),
+    ),
+    *mutants(
+        "Dequantize",
+        (
+            "zero_point_of_the_first_group",
+            "dequantize.py",
+            "np.int32(zero_point[row, group])",
+            "np.int32(zero_point[row, 0])",
+            "values_of_codes",
+            "all groups take the zero point of the first.",
+        ),
+        (
+            "one_row_of_scales",
+            "dequantize.py",
+            "step, zero = scale[row, group]",
+            "step, zero = scale[0, group]",
+            "values_of_codes",
+            "all rows take the scales of the first.",
+        ),
+    ),
+    *mutants(
+        "LinearInt8",
+        (
+            "offset_of_127",
+            "int8.py",
+            "sums[token, lane] = np.int32(-_OFFSET) * totals[token, 0]",
+            "sums[token, lane] = np.int32(1 - _OFFSET) * totals[token, 0]",
+            "eight_bit_decode",
+            "127 is taken off where 128 was added.",
+        ),
+        (
+            "last_panel_left_out",
+            "int8.py",
+            "while panel * PANEL < y.shape[1]:",
+            "while (panel + 1) * PANEL <= y.shape[1]:",
+            "eight_bit_decode",
+            "rows after the last whole panel are not computed.",
+        ),
+        (
+            "scales_of_the_first_panel",
+            "int8.py",
+            "                made = np.float32(sums[token, lane]) * scale * w_scale[row + lane]\n"
+            "                y[token, row + lane] = made + extra[token, lane] if some else made\n"
+            "        else:",
+            "                made = np.float32(sums[token, lane]) * scale * w_scale[lane]\n"
+            "                y[token, row + lane] = made + extra[token, lane] if some else made\n"
+            "        else:",
+            "eight_bit_decode",
+            "every whole panel takes the scales of the first.",
+        ),
+        (
+            "parts_overlap",
+            "dot_tile.py",
+            "depth = min(_DEPTH, quads - first)",
+            "depth = quads - first",
+            "eight_bit_decode",
+            "of a long row, later columns are added more than once.",
+        ),
+        (
+            "last_part_left_out",
+            "dot_tile.py",
+            "for first in range(0, quads, _DEPTH):",
+            "for first in range(0, max(_DEPTH, quads // _DEPTH * _DEPTH), _DEPTH):",
+            "eight_bit_decode",
+            "of a long row, the last columns are not added.",
+        ),
+        (
+            "tokens_of_the_first_part",
+            "dot_tile.py",
+            "x_at = v.at(x_at, builder.mul(x_first, INT64(BYTES)))",
+            "x_at = v.at(x_at, builder.mul(builder.mul(token, all_quads), INT64(BYTES)))",
+            "eight_bit_decode",
+            "later parts of a long row meet the codes of the first.",
+        ),
+        (
+            "weights_of_the_first_part",
+            "dot_tile.py",
+            "at = start + first * QUAD_BYTES",
+            "at = start",
+            "eight_bit_decode",
+            "later parts of a long row are multiplied with the weights of the first.",
+        ),
+        (
+            "sums_of_the_first_tile",
+            "dot_tile.py",
+            "sums_at = v.at(sums_at, builder.mul(row, INT64(BYTES * PANEL)))",
+            "sums_at = v.at(sums_at, 0)",
+            "eight_bit_decode",
+            "all tiles add to the sums of the first tokens.",
+        ),
+        (
+            "tile_of_two_for_four",
+            "dot_tile.py",
+            "dot_4(sums, row, x, token, first, quads, w, start, ahead)",
+            "dot_2(sums, row, x, token, first, quads, w, start, ahead)",
+            "eight_bit_decode",
+            "of four tokens two are computed, from codes that lie otherwise.",
+        ),
+        (
+            "tokens_not_interleaved",
+            "dot_tile.py",
+            "flat[token * quads + quad * height + m] = x[token + m, quad]",
+            "flat[token * quads + m * quads + quad] = x[token + m, quad]",
+            "eight_bit_decode",
+            "codes of a tile lie token by token, where it reads column by column.",
+        ),
+        (
+            "last_tokens_not_laid_out",
+            "dot_tile.py",
+            "while block * BLOCK < tokens:",
+            "while (block + 1) * BLOCK <= tokens:",
+            "few_tokens",
+            "tokens after the last whole block are what memory held.",
+        ),
+        (
+            "registers_change_places",
+            "dot_tile.py",
+            "v.load(v.at(v.at(w_at, here), BYTES * i * lanes), vector)",
+            "v.load(v.at(v.at(w_at, here), BYTES * (i ^ 1) * lanes), vector)",
+            "eight_bit_decode",
+            "neighbouring registers of a panel change places.",
+        ),
+    ),
+    *mutants(
+        "LinearInt8Groups",
+        (
+            "zero_points_keep_the_lowest",
+            "packed.py",
+            "zero_point.astype(np.int32) - lowest",
+            "zero_point.astype(np.int32)",
+            "eight_bit_groups",
+            "codes are stored less the lowest, zero points are not.",
+        ),
+        (
+            "fields_from_the_top",
+            "packed.py",
+            "part = _field(v, raw, bits, quad % fields, shift)",
+            "part = _field(v, raw, bits, fields - 1 - quad % fields, shift)",
+            "eight_bit_groups",
+            "the codes of a byte are read from its highest bits on.",
+        ),
+        (
+            "third_bit_lost",
+            "packed.py",
+            "_plane(quads >> np.uint8(2), 1)",
+            "_plane(quads >> np.uint8(3), 1)",
+            "eight_bit_groups",
+            "of three bits the highest is lost.",
+        ),
+        (
+            "groups_not_filled_up",
+            "packed.py",
+            "wide[:, self.spread] = x",
+            "wide[:, : x.shape[1]] = x",
+            "eight_bit_groups",
+            "groups of no whole number of steps meet columns of the next.",
+        ),
+        (
+            "first_group_forgotten",
+            "int8_groups.py",
+            "term if group == 0 else",
+            "term if group <= 1 else",
+            "eight_bit_groups",
+            "the second group begins the sum once more.",
+        ),
+        (
+            "scales_of_the_first_panel",
+            "int8_groups.py",
+            "_finish(total, token, height, sums, row, scale[panel], group)",
+            "_finish(total, token, height, sums, row, scale[0], group)",
+            "eight_bit_groups",
+            "all panels take the scales of the first.",
+        ),
+        (
+            "totals_of_the_token",
+            "dot_tile.py",
+            "codes[token + m, group * width : (group + 1) * width]",
+            "codes[token + m]",
+            "eight_bit_groups",
+            "zero points are multiplied with the sum of all columns.",
+        ),
+        (
+            "every_part_begins",
+            "int8_groups.py",
+            "if begin == group * width:",
+            "if begin >= group * width:",
+            "eight_bit_groups",
+            "of a wide group, the sums of earlier parts are thrown away.",
+        ),
+        (
+            "every_part_is_the_last",
+            "int8_groups.py",
+            "if end == (group + 1) * width:",
+            "if end <= (group + 1) * width:",
+            "eight_bit_groups",
+            "of a wide group, what is summed so far is added again by every part.",
+        ),
+        (
+            "sums_are_shared",
+            "int8_groups.py",
+            "row = 0 if single else token",
+            "row = 0",
+            "eight_bit_groups",
+            "of a wide group, all tokens add to the sums of the first.",
+        ),
+    ),
+    *mutants(
+        "LinearInt8Outliers",
+        (
+            "above_the_threshold",
+            "int8_outliers.py",
+            "np.int32(size >= least)",
+            "np.int32(size > least)",
+            "eight_bit_decode",
+            "a column that reaches the threshold and no more is none of outliers.",
+        ),
+        (
+            "nan_is_an_outlier",
+            "int8_outliers.py",
+            " & np.int32(size <= _INFINITY)",
+            "",
+            "nan_comes_out",
+            "a NaN makes its column one of outliers for all tokens.",
+        ),
+        (
+            "outliers_stretch_the_scale",
+            "tokens.py",
+            "                bits = _counted(v, bits, signature.args[1], values[1], here)\n",
+            "",
+            "eight_bit_decode",
+            "the scale of a token must reach its outliers.",
+        ),
+        (
+            "outliers_have_codes",
+            "tokens.py",
+            "        bits = _counted(v, bits, signature.args[1], values[1], offset)\n",
+            "",
+            "eight_bit_decode",
+            "outliers are multiplied twice, as codes and as they are.",
+        ),
+        (
+            "sums_of_the_panel_before",
+            "int8.py",
+            "                extra[token + m, lane] = 0\n",
+            "                extra[token + m, lane] *= np.float32(row > 0)\n",
+            "eight_bit_decode",
+            "products of outliers are added to those of the panel before.",
+        ),
+        (
+            "outliers_of_the_first_panel",
+            "int8.py",
+            "stripes[k, lane] = columns_of[k, row + lane]",
+            "stripes[k, lane] = columns_of[k, lane]",
+            "eight_bit_decode",
+            "all panels meet the outlier weights of the first.",
+        ),
+        (
+            "columns_of_the_first_task",
+            "int8_outliers.py",
+            "last = min(first + _WIDTH, columns)",
+            "last = min(first + _WIDTH // 2, columns)",
+            "eight_bit_decode",
+            "every second half of a thousand columns is not looked at.",
+        ),
+    ),
+)
+
+TWINS = ()
+
+
+def outputs(plugin):
+    """Return what the tests of the operation look at."""
+    return OUTPUTS[plugin.op](plugin)
