@@ -87,7 +87,7 @@ TABLES = (
     Table(
         "two bits",
         "Two bits, asymmetric, groups of 64",
-        ("rtn", "optimal_rtn", "hqq", "autoround:iterations=50", "gptq", "qronos", "hadamard+gptq"),
+        ("rtn", "optimal_rtn", "hqq", "gptq", "hadamard+gptq"),
         ("W2A16",),
         ("--group-size", "64", "--asymmetric"),
     ),
