@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import qframe
-from qframe import Unsupported
+from qframe import CalibrationData, Unsupported
 from qframe.contracts import OpCall
 from qframe.dispatch import Dispatch
 from qframe.errors import UnsupportedError
@@ -102,6 +102,19 @@ def test_a_layer_computes_what_it_did_without_kernels(name, backend, quantized):
             assert made.dtype == x.dtype
             distance = (made.double() - expected.double()).abs()
             assert bool((distance <= allowed(before, x)).all())
+
+
+def test_a_bias_is_added(tmp_path):
+    torch.manual_seed(0)
+    before = torch.nn.Sequential(torch.nn.Linear(32, 16))
+    data = CalibrationData.from_tensors([torch.randn(8, 32)], held_out=[torch.randn(4, 32)])
+    recipe = {"method": "rtn", "scheme": {"num_bits": 8, "group_size": 32}, "min_coverage": 0}
+    qframe.quantize(before, recipe, out=tmp_path / "OUT", calibration=data)
+    network = torch.nn.Sequential(torch.nn.Linear(32, 16))
+    made = qframe.load(tmp_path / "OUT", network, kernels="auto")[0]
+    assert isinstance(made, KernelLinear)
+    assert made.bias.any()
+    assert torch.equal(made(torch.zeros(3, 32)), made.bias.expand(3, 16))
 
 
 def test_activations_of_16_bits_come_out_in_16_bits(quantized):

@@ -28,6 +28,56 @@ BLOCK = 48  # tokens of a task, a multiple of the greatest height
 _DEPTH = 512  # quads of a panel, 128 KiB, that all tokens meet before the next: they stay in L2
 
 
+def emit_tile(
+    v: Vectors,
+    element: Any,
+    height: int,
+    sums_at: Any,
+    x_at: Any,
+    w_at: Any,
+    steps: Any,
+    product: Callable[[Any, Any, Any], Any],
+    meanwhile: Callable[[Any], None] = lambda step: None,
+) -> None:
+    """Emit sums[m, :] = product(w[step, :], x[step, m], sums[m, :]) for all steps, m < height.
+
+    element     int32 or float32, of all three; sums and w have PANEL in a row, x `height`
+    steps       how many, int64
+    product     takes (a register of w, one number of x in all lanes, the sum so far)
+    meanwhile   called with the number of the step, once in each
+    """
+    builder = v.builder
+    lanes = v.register_bytes // BYTES
+    vector = ir.VectorType(element, lanes)
+    across = min(v.registers // 8, PANEL // lanes)  # registers of a panel at once
+    down = min(height, (v.registers - across - 2) // across)  # tokens at once
+    stretch = across * lanes * BYTES
+    with v.loop(INT64(PANEL * BYTES // stretch)) as part:
+        left = builder.mul(part.index, INT64(stretch))
+        for top in range(0, height, down):
+            rows = range(top, min(top + down, height))
+            places = [
+                v.at(v.at(sums_at, left), BYTES * (m * PANEL + i * lanes))
+                for m in rows
+                for i in range(across)
+            ]
+            with v.loop(steps, [v.load(place, vector) for place in places]) as loop:
+                here = builder.add(left, builder.mul(loop.index, INT64(BYTES * PANEL)))
+                weights = [
+                    v.load(v.at(v.at(w_at, here), BYTES * i * lanes), vector) for i in range(across)
+                ]
+                meanwhile(loop.index)
+                there = v.at(x_at, builder.mul(loop.index, INT64(BYTES * height)))
+                news: list[Any] = []
+                for m in rows:
+                    number = v.splat(v.load(v.at(there, BYTES * m), element), lanes)
+                    for weight in weights:
+                        news.append(product(weight, number, loop.values[len(news)]))
+                loop.hand_on(news)
+            for place, total in zip(places, loop.values, strict=True):
+                v.store(total, place)
+
+
 def _make_tile(height: int) -> Callable[..., Any]:
     """Return the intrinsic that takes so many tokens at once."""
 
@@ -53,41 +103,19 @@ def _make_tile(height: int) -> Callable[..., Any]:
             x_at, (_, all_quads) = v.array(signature.args[2], values[2])
             w_at, _ = v.array(signature.args[6], values[6])
             row, token, first, quads, start, ahead = (values[i] for i in (1, 3, 4, 5, 7, 8))
-            lanes = v.register_bytes // BYTES
-            vector = ir.VectorType(INT32, lanes)
-            across = min(v.registers // 8, PANEL // lanes)  # registers of a panel at once
-            down = min(height, (v.registers - across - 2) // across)  # tokens at once
             sums_at = v.at(sums_at, builder.mul(row, INT64(BYTES * PANEL)))
             x_first = builder.add(builder.mul(token, all_quads), builder.mul(first, INT64(height)))
             x_at = v.at(x_at, builder.mul(x_first, INT64(BYTES)))
             w_at = v.at(w_at, start)
             next_at = v.at(w_at, ahead)
-            stretch = across * lanes * BYTES  # bytes of a panel's quad that are taken at once
-            with v.loop(INT64(QUAD_BYTES // stretch)) as part:
-                left = builder.mul(part.index, INT64(stretch))
-                for top in range(0, height, down):
-                    rows = range(top, min(top + down, height))
-                    places = [
-                        v.at(v.at(sums_at, left), BYTES * (m * PANEL + i * lanes))
-                        for m in rows
-                        for i in range(across)
-                    ]
-                    with v.loop(quads, [v.load(place, vector) for place in places]) as loop:
-                        here = builder.add(left, builder.mul(loop.index, INT64(QUAD_BYTES)))
-                        weights = [
-                            v.load(v.at(v.at(w_at, here), BYTES * i * lanes), vector)
-                            for i in range(across)
-                        ]
-                        v.prefetch(v.at(next_at, builder.mul(loop.index, INT64(LINE))), 2)
-                        there = v.at(x_at, builder.mul(loop.index, INT64(BYTES * height)))
-                        news: list[Any] = []
-                        for m in rows:
-                            four = v.splat(v.load(v.at(there, BYTES * m), INT32), lanes)
-                            for weight in weights:
-                                news.append(v.dot4(loop.values[len(news)], weight, four))
-                        loop.hand_on(news)
-                    for place, total in zip(places, loop.values, strict=True):
-                        v.store(total, place)
+
+            def meanwhile(quad: Any) -> None:
+                v.prefetch(v.at(next_at, builder.mul(quad, INT64(LINE))), 2)
+
+            def product(weight: Any, four: Any, total: Any) -> Any:
+                return v.dot4(total, weight, four)
+
+            emit_tile(v, INT32, height, sums_at, x_at, w_at, quads, product, meanwhile)
             return context.get_dummy_value()
 
         return signature, emit

@@ -10,16 +10,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from qframe_plugins.kernels.numba_cpu.dot_tile import HEIGHTS, PANEL, height_of
+from qframe_plugins.kernels.numba_cpu.dot_tile import (
+    BLOCK,
+    BYTES,
+    HEIGHTS,
+    PANEL,
+    emit_tile,
+    height_of,
+)
 from qframe_plugins.kernels.numba_cpu.simd import claim, kernel
 from qframe_plugins.kernels.numba_cpu.vectors import FLOAT32, INT64, Vectors
-
-BLOCK = 48  # tokens of a task, a multiple of the greatest height
-_FLOAT = 4  # bytes
 
 
 def _make_tile(height: int) -> Callable[..., Any]:
@@ -38,38 +41,10 @@ def _make_tile(height: int) -> Callable[..., Any]:
             x_at, (_, columns) = v.array(signature.args[2], values[2])
             w_at, _ = v.array(signature.args[6], values[6])
             row, token, first, count = (values[i] for i in (1, 3, 4, 5))
-            lanes = v.register_bytes // _FLOAT
-            vector = ir.VectorType(FLOAT32, lanes)
-            across = min(v.registers // 8, PANEL // lanes)
-            down = min(height, (v.registers - across - 2) // across)
-            sums_at = v.at(sums_at, builder.mul(row, INT64(_FLOAT * PANEL)))
+            sums_at = v.at(sums_at, builder.mul(row, INT64(BYTES * PANEL)))
             x_first = builder.add(builder.mul(token, columns), builder.mul(first, INT64(height)))
-            x_at = v.at(x_at, builder.mul(x_first, INT64(_FLOAT)))
-            stretch = across * lanes * _FLOAT
-            with v.loop(INT64(_FLOAT * PANEL // stretch)) as part:
-                left = builder.mul(part.index, INT64(stretch))
-                for top in range(0, height, down):
-                    rows = range(top, min(top + down, height))
-                    places = [
-                        v.at(v.at(sums_at, left), _FLOAT * (m * PANEL + i * lanes))
-                        for m in rows
-                        for i in range(across)
-                    ]
-                    with v.loop(count, [v.load(place, vector) for place in places]) as loop:
-                        here = builder.add(left, builder.mul(loop.index, INT64(_FLOAT * PANEL)))
-                        weights = [
-                            v.load(v.at(v.at(w_at, here), _FLOAT * i * lanes), vector)
-                            for i in range(across)
-                        ]
-                        there = v.at(x_at, builder.mul(loop.index, INT64(_FLOAT * height)))
-                        news: list[Any] = []
-                        for m in rows:
-                            number = v.splat(v.load(v.at(there, _FLOAT * m), FLOAT32), lanes)
-                            for weight in weights:
-                                news.append(v.muladd(number, weight, loop.values[len(news)]))
-                        loop.hand_on(news)
-                    for place, total in zip(places, loop.values, strict=True):
-                        v.store(total, place)
+            x_at = v.at(x_at, builder.mul(x_first, INT64(BYTES)))
+            emit_tile(v, FLOAT32, height, sums_at, x_at, w_at, count, v.muladd)
             return context.get_dummy_value()
 
         return signature, emit

@@ -10,8 +10,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from qframe_plugins.kernels.numba_cpu.dot_tile import BYTES, PANEL, height_of
-from qframe_plugins.kernels.numba_cpu.float_tile import BLOCK, multiply_tokens, share_arrange
+from qframe_plugins.kernels.numba_cpu.dot_tile import BLOCK, BYTES, PANEL, height_of
+from qframe_plugins.kernels.numba_cpu.float_tile import multiply_tokens, share_arrange
 from qframe_plugins.kernels.numba_cpu.packed import PackedPanels, decode
 from qframe_plugins.kernels.numba_cpu.simd import claim, kernel
 from qframe_plugins.kernels.numba_cpu.threads import share, worth_sharing
