@@ -57,7 +57,7 @@ THEOREMS: Final[Mapping[str, tuple[str, ...]]] = {
     "linear_int8_groups": ("B5.f",),
     "linear_int8_outliers": ("B5.a", "B5.b", "B5.d"),
     "hadamard": ("B8.a", "B8.b", "B9.c"),
-    "attention_kv": ("B7.e",),
+    "attention_kv": ("B7.e", "B7.i"),
     "hessian_update": ("B9.c", "B9.d"),
 }
 """The theorems that an operation is judged by."""
@@ -142,7 +142,8 @@ def _attention_kv(operands: Operands, answer: Answer, arithmetic: Arithmetic) ->
     unit, rounded = arithmetic.unit, 2 * arithmetic.inputs * (1 + arithmetic.inputs)
     (keys, key_sizes), (values, value_sizes) = (_cached(operands, letter, q) for letter in "kv")
     tokens, width = keys.shape[-2:]
-    weights = reference_ops.softmax(reference_ops.logits(q, keys))
+    logits = reference_ops.logits(q, keys)
+    weights = reference_ops.softmax(logits)
     # What the declared arithmetic does to a product counts as an error of the number in the cache:
     # so sums may be cut, operands rounded, scale and offset taken out of the sums.
     in_logits = bounds.gamma(width + 7, unit) + rounded
@@ -154,17 +155,23 @@ def _attention_kv(operands: Operands, answer: Answer, arithmetic: Arithmetic) ->
     _, allowed = bounds.kv_attention(q, keys, values, weights, elements, rescalings=tokens)
     error = difference(answer[0], (weights[..., None] * values).sum(-2))
     length = 4 * (tokens + width)
-    return {"B7.e": Comparison("|out - softmax(q k) v|", error, checked(allowed, length))}
+    in_lse = bounds.kv_lse(q, keys, elements[0], rescalings=tokens)
+    lse = difference(answer[1], reference_ops.log_sum_exp(logits))
+    return {
+        "B7.e": Comparison("|out - softmax(q k) v|", error, checked(allowed, length)),
+        "B7.i": Comparison("|lse - log sum exp(q k)|", lse, checked(in_lse, length)),
+    }
 
 
 def _cached(operands: Operands, letter: str, q: Float64) -> tuple[Float64, Float64]:
     """Return s c + o and s |c| + |o| of keys or values, as each query head reads them."""
-    codes, scale, offset, group = (
-        operands[f"{letter}_{part}"] for part in ("codes", "scale", "offset", "group")
+    words, scale, offset, scheme = (
+        operands[f"{letter}_{part}"] for part in ("words", "scale", "offset", "scheme")
     )
-    exact = reference_ops.cached(codes, scale, offset, group)
-    size = reference_ops.cached(np.abs(codes), scale, np.abs(offset), group)
-    return reference_ops.shared(exact, q), reference_ops.shared(size, q)
+    codes = reference_ops.unpacked(words, scheme, operands["tokens"], q.shape[-1])
+    s, o = (reference_ops.spread_groups(each, scheme, codes.shape) for each in (scale, offset))
+    both = (s * codes + o, s * np.abs(codes) + np.abs(o))
+    return reference_ops.shared(both[0], q), reference_ops.shared(both[1], q)
 
 
 def _hessian_update(operands: Operands, answer: Answer, arithmetic: Arithmetic) -> Judged:

@@ -24,7 +24,7 @@ class Operand:
     """One operand, or one part of the answer.
 
     name      e.g. "codes"
-    dtype     of the tensor, e.g. "int16"; "int", "float" or "group" for what is no tensor
+    dtype     of the tensor, e.g. "int16"; "int", "float" or "scheme" for what is no tensor
     shape     in words, e.g. ("rows", "columns"); "rows or 1" is either
     meaning   what it holds
     constant  known before the first call, such as a weight: `prepare` may lay it out
@@ -41,7 +41,7 @@ class Operand:
     @property
     def is_tensor(self) -> bool:
         """Whether it is a tensor and not a plain number."""
-        return self.dtype not in ("int", "float", "group")
+        return self.dtype not in ("int", "float", "scheme")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,14 +81,14 @@ def _cache(letter: str, word: str) -> tuple[Operand, ...]:
     groups = ("batch", "kv heads", f"{letter} token groups", f"{letter} channel groups")
     return (
         Operand(
-            f"{letter}_codes",
-            "int16",
-            ("batch", "kv heads", "tokens", "head_dim"),
-            f"codes of the {word}",
+            f"{letter}_words",
+            "int32",
+            ("batch", "kv heads", f"{letter} rows", f"{letter} words"),
+            f"codes of the {word}, packed",
         ),
         Operand(f"{letter}_scale", "float32", groups, "> 0"),
         Operand(f"{letter}_offset", "float32", groups, "what code 0 stands for"),
-        Operand(f"{letter}_group", "group", (), "(tokens, channels) that share a scale"),
+        Operand(f"{letter}_scheme", "scheme", (), "a KVScheme: bits, axis, group_size"),
     )
 
 
@@ -173,8 +173,12 @@ _DEFINED = (
             Operand("q", "float32", ("batch", "heads", "head_dim"), "the newest token's queries"),
             *_cache("k", "keys"),
             *_cache("v", "values"),
+            Operand("tokens", "int", (), "how many there are"),
         ),
-        answer=(Operand("out", "float32", ("batch", "heads", "head_dim"), "softmax(q k) v"),),
+        answer=(
+            Operand("out", "float32", ("batch", "heads", "head_dim"), "softmax(z) v, z = q k"),
+            Operand("lse", "float32", ("batch", "heads"), "log sum exp z"),
+        ),
         call=("batch", "heads", "kv heads", "tokens", "head_dim"),
         along="batch",
         oracle=reference_ops.attention_kv,

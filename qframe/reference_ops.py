@@ -10,10 +10,13 @@ Sources: Dettmers et al., LLM.int8(), NeurIPS 2022, arXiv:2208.07339 (the decomp
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from qframe.kv_scheme import KVScheme
 
 Numbers: TypeAlias = npt.ArrayLike
 Float64: TypeAlias = npt.NDArray[np.float64]
@@ -144,38 +147,65 @@ def hadamard(x: Numbers, signs: Numbers, block: int) -> Float64:
     return np.asarray(turned.reshape(signed.shape))
 
 
-def spread_groups(per_group: Numbers, group: tuple[int, int], shape: tuple[int, ...]) -> Float64:
-    """Return scales or offsets for every number of `shape` [..., tokens, head_dim].
+def unpacked(words: Numbers, scheme: KVScheme, tokens: int, width: int) -> Float64:
+    """Return the codes of a cache, [batch, heads, tokens, head_dim].
 
-    group   (tokens, channels) that share a number; the last of each may be fewer
+    words   int32 [batch, heads, rows, words], a row being a token, or a channel of a token group
     """
+    bits, channel = scheme.num_bits, scheme.axis == "channel"
+    codes = scheme.step if channel else width
+    little = np.ascontiguousarray(words, "<i4").view(np.uint8)
+    stream = np.unpackbits(little, axis=-1, bitorder="little")[..., : codes * bits]
+    numbers = stream.reshape(*stream.shape[:-1], codes, bits) @ (1.0 * (1 << np.arange(bits)))
+    if channel:
+        batch, heads, rows = numbers.shape[:3]
+        groups = rows // width if width else 0
+        cut = numbers.reshape(batch, heads, groups, width, codes).swapaxes(3, 4)
+        numbers = cut.reshape(batch, heads, groups * codes, width)[:, :, :tokens]
+    return np.asarray(numbers + scheme.grid.qmin)
+
+
+def spread_groups(per_group: Numbers, scheme: KVScheme, shape: tuple[int, ...]) -> Float64:
+    """Return scales or offsets for every number of `shape` [..., tokens, head_dim]."""
     tokens, width = shape[-2:]
-    rows, columns = np.arange(tokens) // group[0], np.arange(width) // group[1]
+    rows, columns = np.arange(tokens), np.arange(width)
+    if scheme.axis == "channel":
+        rows = rows // scheme.step
+    else:
+        columns = columns // (scheme.group_size or max(width, 1))
     return _float(per_group)[..., rows[:, None], columns]
 
 
-def cached(codes: Numbers, scale: Numbers, offset: Numbers, group: tuple[int, int]) -> Float64:
+def cached(
+    words: Numbers, scale: Numbers, offset: Numbers, scheme: KVScheme, tokens: int, width: int
+) -> Float64:
     """Return scale * code + offset, [batch, heads, tokens, head_dim]."""
-    c = _float(codes)
-    return c * spread_groups(scale, group, c.shape) + spread_groups(offset, group, c.shape)
+    c = unpacked(words, scheme, tokens, width)
+    return c * spread_groups(scale, scheme, c.shape) + spread_groups(offset, scheme, c.shape)
 
 
 def attention_kv(
     q: Numbers,
-    k_codes: Numbers,
+    k_words: Numbers,
     k_scale: Numbers,
     k_offset: Numbers,
-    k_group: tuple[int, int],
-    v_codes: Numbers,
+    k_scheme: KVScheme,
+    v_words: Numbers,
     v_scale: Numbers,
     v_offset: Numbers,
-    v_group: tuple[int, int],
-) -> Float64:
-    """Return softmax(q K^T / sqrt(head_dim)) V, [batch, heads, head_dim]."""
-    keys = cached(k_codes, k_scale, k_offset, k_group)
-    values = cached(v_codes, v_scale, v_offset, v_group)
-    weights = softmax(logits(q, shared(keys, q)))
-    return np.asarray((weights[..., None] * shared(values, q)).sum(-2))
+    v_scheme: KVScheme,
+    tokens: int,
+) -> tuple[Float64, Float64]:
+    """Return softmax(z) V and log sum exp z, z = q K^T / sqrt(head_dim).
+
+    They are [batch, heads, head_dim] and [batch, heads].
+    """
+    width = np.shape(q)[-1]
+    keys = cached(k_words, k_scale, k_offset, k_scheme, tokens, width)
+    values = cached(v_words, v_scale, v_offset, v_scheme, tokens, width)
+    z = logits(q, shared(keys, q))
+    out = (softmax(z)[..., None] * shared(values, q)).sum(-2)
+    return np.asarray(out), log_sum_exp(z)
 
 
 def shared(per_kv_head: Float64, q: Numbers) -> Float64:
@@ -195,6 +225,12 @@ def softmax(z: Float64) -> Float64:
     """Return exp(z) / sum exp(z) over the last axis."""
     powers = np.exp(z - z.max(-1, keepdims=True))
     return np.asarray(powers / powers.sum(-1, keepdims=True))
+
+
+def log_sum_exp(z: Float64) -> Float64:
+    """Return log sum exp(z) over the last axis."""
+    largest = z.max(-1)
+    return np.asarray(largest + np.log(np.exp(z - largest[..., None]).sum(-1)))
 
 
 def hessian_update(hessian: Numbers, x: Numbers) -> Float64:

@@ -85,7 +85,8 @@ def test_operands_are_what_the_operation_says(op):
             for operand in OPS[op].operands:
                 if operand.is_tensor:
                     assert operands[operand.name].dtype == operand.dtype
-            sizes = {**case.sizes(), "block": operands.get("block")}
+            numbers = {word: operands.get(word) for word in ("block", "tokens")}
+            sizes = {**numbers, **case.sizes()}
             assert tuple(sizes[word] for word in OPS[op].call) == call.shape
 
 

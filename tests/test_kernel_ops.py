@@ -11,11 +11,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qframe import bounds, kernels, reference_ops
+from qframe import KVScheme, bounds, kernels, reference_ops
 from qframe.errors import UnsupportedError
 from qframe.host import KINDS, objection
 from qframe.kernel_judges import THEOREMS, judge
 from qframe.kernels import ARITHMETICS, OPS, Arithmetic, arithmetic_of
+from qframe_conformance.kernel_draws_other import packed
 
 DOCUMENT = (Path(__file__).parents[1] / "docs" / "kernels.md").read_text(encoding="utf-8")
 FLOAT32 = ARITHMETICS["float32"]
@@ -155,8 +156,10 @@ def test_attention_is_a_mean_of_values_with_the_weights_of_softmax(seed):
     q = rng.normal(size=(2, 4, 3))
     codes = rng.integers(0, 16, (2, 2, 5, 3))
     scale, offset = rng.random((2, 2, 2, 2, 5, 1)) + 1 / 2
-    made = reference_ops.attention_kv(
-        q, codes, scale[0], offset[0], (1, 3), codes, scale[1], offset[1], (1, 3)
+    scheme = KVScheme(num_bits=4)
+    words = packed(codes, scheme)
+    made, lse = reference_ops.attention_kv(
+        q, words, scale[0], offset[0], scheme, words, scale[1], offset[1], scheme, 5
     )
     for b in range(2):
         for h in range(4):
@@ -166,11 +169,31 @@ def test_attention_is_a_mean_of_values_with_the_weights_of_softmax(seed):
             allowed = bounds.gamma(100, bounds.UNIT["float64"]) * np.abs(v).max() * np.exp(1)
             allowed *= 1 + np.abs(k @ q[b, h]).max()
             assert bounds.ratio(made[b, h] - mean, allowed) <= 1
+            assert bounds.ratio(lse[b, h] - np.log(sum(powers)), allowed) <= 1
 
 
 def test_groups_of_a_cache_may_span_tokens_or_channels_and_be_ragged():
-    spread = reference_ops.spread_groups(np.arange(4.0).reshape(2, 2), (2, 2), (3, 3))
-    assert spread.tolist() == [[0, 0, 1], [0, 0, 1], [2, 2, 3]]
+    by_token = KVScheme(axis="token", group_size=2)
+    spread = reference_ops.spread_groups(np.arange(6.0).reshape(3, 2), by_token, (3, 3))
+    assert spread.tolist() == [[0, 0, 1], [2, 2, 3], [4, 4, 5]]
+    by_channel = KVScheme(axis="channel", group_size=2)
+    spread = reference_ops.spread_groups(np.arange(6.0).reshape(2, 3), by_channel, (3, 3))
+    assert spread.tolist() == [[0, 1, 2], [0, 1, 2], [3, 4, 5]]
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("axis", ["token", "channel"])
+def test_words_of_a_cache_are_those_that_its_store_packs(bits, axis):
+    """The oracle takes words apart bit by bit; it finds what was packed, of a cut group too."""
+    for symmetric, tokens in ((False, 10), (True, 8)):
+        scheme = KVScheme(num_bits=bits, axis=axis, group_size=5, symmetric=symmetric)
+        rng, grid = np.random.default_rng(bits), scheme.grid
+        codes = rng.integers(grid.qmin, grid.qmax + 1, (2, 3, 10, 7))
+        words = packed(codes - grid.qmin, scheme)
+        if axis == "token":
+            words = words[:, :, :tokens]
+        found = reference_ops.unpacked(words, scheme, tokens, 7)
+        assert np.array_equal(found, codes[:, :, :tokens])
 
 
 def test_second_moments_are_added_on_and_below_the_diagonal():

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from qframe import KVScheme
 from qframe.contracts import OpCall
 from qframe.errors import QframeError
 from qframe.kernel_comparisons import Judged
@@ -140,15 +141,18 @@ class KernelCase:
 
     def counterexample(self, check: str) -> Counterexample:
         """Return the call as plain Python; `plugin` and `arrays` are defined before it."""
-        lines, arrays = [], {}
+        lines, arrays, schemes = [], {}, ""
         for name, value in self.operands.items():
             if isinstance(value, np.ndarray):
                 arrays[name] = value
                 lines.append(f"    {name!r}: arrays[{name!r}],")
             else:
                 lines.append(f"    {name!r}: {value!r},")
+                schemes = (
+                    "from qframe import KVScheme\n" if isinstance(value, KVScheme) else schemes
+                )
         text = f"""\
-from qframe_conformance import replay
+{schemes}from qframe_conformance import replay
 from qframe_conformance.kernel_case import KernelCase
 
 operands = {{

@@ -216,6 +216,12 @@ def attention_output(case: KernelCase) -> Outcome:
     return _compare(case, "B7.e")
 
 
+@check("kernel", "bound", "B7.i", unless=_judged_by("B7.i"))
+def attention_denominator(case: KernelCase) -> Outcome:
+    """Its logarithm is log sum exp of the logits, up to float32 arithmetic: parts can be merged."""
+    return _compare(case, "B7.i")
+
+
 @check("kernel", "bound", "B8.a", unless=_judged_by("B8.a"))
 def transform(case: KernelCase) -> Outcome:
     """The output is x diag(signs) H / sqrt(block), up to float32 arithmetic."""

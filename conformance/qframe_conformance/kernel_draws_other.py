@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+import torch
 
+from qframe import KVScheme
+from qframe.packing import pack_codes
 from qframe.reference_ops import hadamard_matrix
 
 Array = np.ndarray[Any, Any]
@@ -37,43 +42,54 @@ def hadamard(rng: np.random.Generator, columns: int, block: int) -> Operands:
 
 def attention(
     rng: np.random.Generator,
-    heads: tuple[int, int],
+    heads: Sequence[int],
     tokens: int,
     width: int,
-    levels: int,
-    k_group: tuple[int, int],
-    v_group: tuple[int, int],
+    k_scheme: KVScheme,
+    v_scheme: KVScheme,
 ) -> Operands:
     """Return queries and a cache: ordinary ones, huge logits, none at all, one token that wins.
 
     heads   (heads, kv heads)
-    levels  how many codes there are
     """
     batch, (query_heads, kv_heads) = 5, heads
     q = rng.normal(size=(batch, query_heads, width))
     q[1] *= 80  # exp overflows unless the largest logit is taken off
     q[2] = 0  # every token weighs the same
     operands: Operands = {}
-    for letter, group in (("k", k_group), ("v", v_group)):
-        shape = (batch, kv_heads, -(-tokens // group[0]), -(-width // group[1]))
-        scale = np.exp(rng.normal(size=shape)) / levels
-        operands[f"{letter}_codes"] = rng.integers(
-            0, levels, (batch, kv_heads, tokens, width)
-        ).astype(np.int16)
+    for letter, scheme in (("k", k_scheme), ("v", v_scheme)):
+        grid = scheme.grid
+        count = -(-tokens // scheme.step) * scheme.step  # of a group that was cropped, all
+        codes = rng.integers(grid.qmin, grid.qmax + 1, (batch, kv_heads, count, width))
+        if letter == "k":
+            codes[3] = grid.qmin
+            codes[3, :, rng.integers(tokens)] = grid.qmax
+            if tokens > 1:  # the last token, and the first, matter most
+                codes[4, :, [0, tokens - 1]] = grid.qmax
+        shape = scheme.scale_shape((batch, kv_heads, tokens, width))
+        scale = np.exp(rng.normal(size=shape)) / (1 << scheme.num_bits)
+        offset = rng.normal(size=shape) - scale * (grid.qmax + grid.qmin + 1) / 2
+        operands[f"{letter}_words"] = packed(codes - grid.qmin, scheme)
         operands[f"{letter}_scale"] = scale.astype(np.float32)
-        operands[f"{letter}_offset"] = (rng.normal(size=shape) - scale * levels / 2).astype(
-            np.float32
-        )
-        operands[f"{letter}_group"] = group
-    codes = operands["k_codes"]
-    codes[3] = 0
-    codes[3, :, rng.integers(tokens)] = levels - 1
+        offset = np.zeros(shape) if scheme.symmetric else offset
+        operands[f"{letter}_offset"] = offset.astype(np.float32)
+        operands[f"{letter}_scheme"] = scheme
     q[3] = np.abs(q[3]) * 16
     if tokens > 1:
-        codes[4, :, -1] = levels - 1  # the last token, and the first, matter most
-        codes[4, :, 0] = levels - 1
         q[4] = np.abs(q[4])
-    return {"q": q.astype(np.float32), **operands}
+    return {"q": q.astype(np.float32), **operands, "tokens": tokens}
+
+
+def packed(codes: npt.NDArray[np.int64], scheme: KVScheme) -> npt.NDArray[np.int32]:
+    """Return codes [batch, heads, tokens, head_dim] as the words of `attention_kv`."""
+    batch, heads, tokens, width = codes.shape
+    rows = codes
+    if scheme.axis == "channel":
+        cut = codes.reshape(batch, heads, tokens // scheme.step, scheme.step, width)
+        rows = cut.swapaxes(3, 4).reshape(batch, heads, -1, scheme.step)
+    flat = torch.from_numpy(np.ascontiguousarray(rows.reshape(-1, rows.shape[-1])))
+    words = pack_codes(flat, scheme.num_bits).numpy()
+    return np.asarray(words.reshape(*rows.shape[:-1], words.shape[-1]))
 
 
 def moments(rng: np.random.Generator, tokens: int, columns: int, *, whole: bool) -> Operands:

@@ -167,29 +167,45 @@ def _of_hadamard(kernel: Any) -> Iterator[Variant]:
         yield name, call, _draw(kernel_draws_other.hadamard, block * blocks, block)
 
 
+CACHES = (
+    ((4, 2), 5, 8, 3, False),
+    ((6, 3), 33, 20, None, True),
+    ((2, 1), 70, 32, 8, False),
+    ((2, 2), 70, 64, 32, True),
+    ((2, 1), 1, 16, 16, False),
+    ((4, 2), 33, 20, None, False),
+    ((2, 2), 2, 11, 3, True),
+)
+"""((heads, kv heads), tokens, head_dim, group_size, symmetric)"""
+
+
 def _of_attention(kernel: Any) -> Iterator[Variant]:
-    for heads, tokens, (name, axes), bits in itertools.product(
-        ((4, 2), (2, 1), (2, 2), (6, 3)),
-        (5, 1, 2, 33, 70),
-        (
-            ("per-token", ("token", "token")),
-            ("per-channel", ("channel", "channel")),
-            ("kivi", ("channel", "token")),
-        ),
-        (4, 8),
-    ):
-        for width, size in ((8, 3), (16, 16), (32, 8)):
-            schemes, groups = zip(*(_kv(bits, axis, width, size) for axis in axes), strict=True)
-            shape = (5, *heads, tokens, width)
-            draw = _draw(kernel_draws_other.attention, heads, tokens, width, 1 << bits, *groups)
-            yield name, call_of(kernel, shape, schemes), draw
+    kinds = itertools.product(("token", "channel"), ("token", "channel"), (4, 8, 2, 3))
+    for keys, values, bits in kinds:
+        for heads, tokens, width, size, symmetric in CACHES:
+            name = f"{keys} {values} int{bits}"
+            schemes = (
+                _kv(bits, keys, size, symmetric=symmetric),
+                _kv(bits, values, size, symmetric=symmetric),
+            )
+            yield _attention(kernel, name, (*heads, tokens, width), schemes)
+        for tokens, size in ((2500, 64), (1025, None), (1100, 48)):
+            schemes = _kv(bits, keys, size, symmetric=False), _kv(8, values, size, symmetric=True)
+            yield _attention(kernel, "pieces", (2, 1, tokens, 16), schemes)
+
+
+def _attention(
+    kernel: Any, name: str, shape: tuple[int, int, int, int], schemes: KVPair
+) -> Variant:
+    *heads, tokens, width = shape
+    draw = _draw(kernel_draws_other.attention, heads, tokens, width, *schemes)
+    return name, call_of(kernel, (5, *shape), schemes), draw
 
 
 @cache
-def _kv(bits: int, axis: Any, width: int, size: int) -> tuple[KVScheme, tuple[int, int]]:
-    """Return a scheme, and the (tokens, channels) that share a scale."""
-    scheme = KVScheme(num_bits=bits, axis=axis, group_size=size)
-    return scheme, ((1, size) if axis == "token" else (size, 1))
+def _kv(bits: int, axis: Any, size: int | None, *, symmetric: bool) -> KVScheme:
+    size = 128 if size is None and axis == "channel" else size
+    return KVScheme(num_bits=bits, axis=axis, group_size=size, symmetric=symmetric)
 
 
 def _of_moments(kernel: Any) -> Iterator[Variant]:

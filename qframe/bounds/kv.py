@@ -140,3 +140,26 @@ def kv_attention(
     size = np.abs(v) + off_v
     output = mean(off_v) + moved[..., None] / 2 * (v.max(-2) - v.min(-2)) + relative * mean(size)
     return as_array(moved + relative + lost), as_array(output + lost * (1 + size.max(-2)))
+
+
+def kv_lse(
+    query: Numbers,
+    keys: Numbers,
+    element: Numbers = 0.0,
+    dtype: str = "float32",
+    rescalings: int = 0,
+) -> Array:
+    """B7.i: how far off log sum exp of the logits may be, [...]. The arguments of `kv_attention`.
+
+    It moves by no more than the logits do; T exponentials and their sum are off by gamma_{T + 9
+    (n + 1)}, which the logarithm makes absolute; the logarithm, and the largest logit that is added
+    to it, are rounded.
+    """
+    q, k = as_array(query), as_array(keys)
+    off = np.broadcast_to(as_array(element), k.shape)
+    (tokens, d), unit, tiny = k.shape[-2:], UNIT[dtype], NORMAL[dtype]
+    size = kv_logits(q, np.abs(k) + off).max(-1)
+    moved = kv_logits(q, off).max(-1) + (gamma(d + 3, unit) + 2 * gamma(2, unit)) * size + d * tiny
+    relative = gamma(tokens + 9 * (rescalings + 1), unit) + 2 * tokens * tiny
+    rounded = gamma(6, unit) * (size + moved + np.log(tokens) + 1)
+    return as_array(moved + relative / (1 - relative) + rounded)

@@ -11,7 +11,7 @@ import json
 import numpy as np
 import torch
 
-from qframe import Scheme
+from qframe import KVScheme, Scheme
 from qframe.host import Host
 from qframe.kernel_judges import judge
 from qframe.kernels import OPS, arithmetic_of, run
@@ -46,6 +46,15 @@ def drawn(rng):
         yield "linear_weight_only", {"x": x, **weight}
     for columns, rows, threshold in ((130, 70, 6.0), (64, 3, 0.0), (300, 129, 1.0)):
         yield "linear_int8_outliers", kernel_draws_int8.outliers(rng, columns, rows, threshold)
+    for bits, size, axes in (
+        (2, 32, ("channel", "token")),
+        (4, 8, ("token", "channel")),
+        (8, 100, ("channel", "token")),
+        (3, 16, ("token", "token")),
+    ):
+        keys, values = (KVScheme(num_bits=bits, axis=axis, group_size=size) for axis in axes)
+        values = values.replace(symmetric=True)
+        yield "attention_kv", kernel_draws_other.attention(rng, (4, 2), 150, 80, keys, values)
     yield "hadamard", kernel_draws_other.hadamard(rng, 192, 64)
     yield "hessian_update", kernel_draws_other.moments(rng, 70, 131, whole=False)
 

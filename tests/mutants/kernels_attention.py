@@ -5,26 +5,37 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from qframe import kernels
-from qframe.reference_ops import spread_groups
+from qframe import KVScheme, kernels
+from qframe.reference_ops import spread_groups, unpacked
+from qframe_conformance.kernel_draws_other import packed
 from tests.mutants.kernels_small import F32, SmallKernel, bfloat16, mutant, tf32, twin
+
+SCHEME = KVScheme(num_bits=4)
 
 
 class Attention(SmallKernel):
     op = "attention_kv"
 
-    def compute(self, q, kc, ks, ko, kg, vc, vs, vo, vg):
-        keys, values = self.values(kc, ks, ko, kg), self.values(vc, vs, vo, vg)
+    def compute(self, q, kw, ks, ko, kf, vw, vs, vo, vf, tokens):
+        kc, vc = (self.codes(w, f, tokens, q.shape[-1]) for w, f in ((kw, kf), (vw, vf)))
+        keys, values = self.values(kc, ks, ko, kf), self.values(vc, vs, vo, vf)
         keys, values = (self.shared(each, q.shape[1]) for each in (keys, values))
-        logits = self.logits(q, keys) * self.factor(q.shape[-1])
-        return self.mix(logits.astype(F32), values).astype(F32)
+        logits = (self.logits(q, keys) * self.factor(q.shape[-1])).astype(F32)
+        return self.mix(logits, values).astype(F32), self.lse(logits)
 
-    def values(self, codes, scale, offset, group):
-        s, o = (self.spread(each, group, codes.shape) for each in (scale, offset))
+    def codes(self, words, scheme, tokens, width):
+        return unpacked(words, scheme, tokens, width).astype(F32)
+
+    def lse(self, logits):
+        largest = logits.max(-1)
+        return largest + np.log(np.exp(logits - largest[..., None]).sum(-1))
+
+    def values(self, codes, scale, offset, scheme):
+        s, o = (self.spread(each, scheme, codes.shape) for each in (scale, offset))
         return codes * s + o
 
-    def spread(self, per_group, group, shape):
-        return spread_groups(per_group, group, shape).astype(F32)
+    def spread(self, per_group, scheme, shape):
+        return spread_groups(per_group, scheme, shape).astype(F32)
 
     def shared(self, heads, count):
         return np.repeat(heads, count // heads.shape[1], 1)
@@ -71,14 +82,14 @@ ATTENTIONS = (
     (
         "offset_ignored",
         "what code 0 stands for is not added",
-        {"values": lambda s, c, a, o, g: c * s.spread(a, g, c.shape)},
+        {"values": lambda s, c, a, o, f: c * s.spread(a, f, c.shape)},
     ),
     (
         "scale_of_the_next_group",
         "a group takes its neighbour's scale",
         {
-            "values": lambda s, c, a, o, g: Attention.values(
-                s, c, np.roll(a, 1, -1) if g[0] == 1 else np.roll(a, 1, -2), o, g
+            "values": lambda s, c, a, o, f: Attention.values(
+                s, c, np.roll(a, 1, -1 if f.axis == "token" else -2), o, f
             )
         },
     ),
@@ -107,8 +118,8 @@ ATTENTIONS = (
         "values_of_int8_codes",
         "codes are read as signed bytes",
         {
-            "values": lambda s, c, a, o, g: Attention.values(
-                s, c.astype(np.int8).astype(F32), a, o, g
+            "values": lambda s, c, a, o, f: Attention.values(
+                s, c.astype(np.int16).astype(np.int8).astype(F32), a, o, f
             )
         },
     ),
@@ -119,8 +130,53 @@ ATTENTIONS = (
     ),
 )
 
-MUTANTS = tuple(
-    mutant(Attention, name, bug, "attention_output", **steps) for name, bug, steps in ATTENTIONS
+LOGARITHMS = (
+    (
+        "lse_without_the_largest",
+        "the largest logit is not added to the logarithm of the sum",
+        {"lse": lambda s, z: Attention.lse(s, z) - z.max(-1)},
+    ),
+    (
+        "lse_of_two",
+        "the logarithm is that of base two",
+        {"lse": lambda s, z: Attention.lse(s, z) / F32(np.log(2))},
+    ),
+    (
+        "lse_in_bf16",
+        "the logarithm is rounded to bfloat16",
+        {"lse": lambda s, z: bfloat16(Attention.lse(s, z))},
+    ),
+)
+
+PACKINGS = (
+    (
+        "codes_from_the_top",
+        "the first code is read from the highest bits of its word",
+        {
+            "codes": lambda s, w, f, t, d: Attention.codes(s, _reversed(w, f.num_bits), f, t, d),
+        },
+    ),
+    (
+        "codes_without_sign",
+        "the lowest code of a symmetric scheme is taken for 0",
+        {"codes": lambda s, w, f, t, d: Attention.codes(s, w, f, t, d) - f.grid.qmin},
+    ),
+)
+
+
+def _reversed(words, bits):
+    if 32 % bits:
+        return words
+    fields = [(words.view(np.uint32) >> np.uint32(bits * i)) for i in range(32 // bits)]
+    mask = np.uint32((1 << bits) - 1)
+    turned = sum((f & mask) << np.uint32(32 - bits * (i + 1)) for i, f in enumerate(fields))
+    return turned.astype(np.uint32).view(np.int32)
+
+
+MUTANTS = (
+    *(mutant(Attention, *each, "attention_output", **steps) for *each, steps in ATTENTIONS),
+    *(mutant(Attention, *each, "attention_output", **steps) for *each, steps in PACKINGS),
+    *(mutant(Attention, *each, "attention_denominator", **steps) for *each, steps in LOGARITHMS),
 )
 
 TWINS = (
@@ -157,9 +213,9 @@ def outputs(plugin):
         rng = np.random.default_rng(seed)
         operands = [torch.from_numpy(rng.normal(size=(2, 4, 16)).astype(F32))]
         for _ in range(2):
-            codes = rng.integers(0, 16, (2, 2, 40, 16)).astype(np.int16)
+            words = packed(rng.integers(0, 16, (2, 2, 40, 16)), SCHEME)
             scale = (rng.random((2, 2, 40, 1)) / 8 + 1 / 16).astype(F32)
-            operands += [torch.from_numpy(each) for each in (codes, scale, -8 * scale)]
-            operands.append((1, 16))
-        found.append(kernels.run(plugin, operands).numpy())
+            operands += [torch.from_numpy(each) for each in (words, scale, -8 * scale)]
+            operands.append(SCHEME)
+        found += [each.numpy() for each in kernels.run(plugin, [*operands, 40])]
     return found

@@ -10,6 +10,7 @@ from qframe import OpCall, Unsupported, hookimpl
 if TYPE_CHECKING:
     import torch
 
+    from qframe import KVScheme
     from qframe_plugins.kernels.numba_cpu.int8 import Int8Panels
     from qframe_plugins.kernels.numba_cpu.int8_outliers import Int8AndColumns
     from qframe_plugins.kernels.numba_cpu.packed import PackedPanels
@@ -201,6 +202,35 @@ class LinearInt8Outliers(NumbaKernel):
         return torch.from_numpy(int8_outliers.multiply(x.numpy(), threshold, weight))
 
 
+class AttentionKV(NumbaKernel):
+    """Attention over a cache in codes."""
+
+    op = "attention_kv"
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        k_words: torch.Tensor,
+        k_scale: torch.Tensor,
+        k_offset: torch.Tensor,
+        k_scheme: KVScheme,
+        v_words: torch.Tensor,
+        v_scale: torch.Tensor,
+        v_offset: torch.Tensor,
+        v_scheme: KVScheme,
+        tokens: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return softmax(z) V and log sum exp z: [batch, heads, head_dim] and [batch, heads]."""
+        import torch
+
+        from qframe_plugins.kernels.numba_cpu import attention
+
+        keys = (k_words.numpy(), k_scale.numpy(), k_offset.numpy(), k_scheme)
+        values = (v_words.numpy(), v_scale.numpy(), v_offset.numpy(), v_scheme)
+        out, lse = attention.attend(q.numpy(), keys, values, tokens)
+        return torch.from_numpy(out), torch.from_numpy(lse)
+
+
 class HessianUpdate(NumbaKernel):
     """Second moments; runs of tokens are summed in float32, and the runs in float64."""
 
@@ -237,5 +267,6 @@ def qframe_kernels() -> Iterable[Any]:
         LinearInt8Groups(),
         LinearInt8Outliers(),
         Hadamard(),
+        AttentionKV(),
         HessianUpdate(),
     ]

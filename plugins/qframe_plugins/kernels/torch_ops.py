@@ -19,6 +19,8 @@ from qframe import OpCall, Unsupported, hookimpl
 if TYPE_CHECKING:
     import torch
 
+    from qframe import KVScheme
+
 _CHUNK = 1 << 20  # weights that are dequantized at a time: 4 MiB of float32
 _RUN = 256  # tokens of second moments that are summed in float32
 _INT32 = (2**31 - 1) // 127**2  # columns whose products of codes fit an int32
@@ -196,34 +198,55 @@ def hadamard(x: torch.Tensor, signs: torch.Tensor, block: int) -> torch.Tensor:
 
 def attention_kv(
     q: torch.Tensor,
-    k_codes: torch.Tensor,
+    k_words: torch.Tensor,
     k_scale: torch.Tensor,
     k_offset: torch.Tensor,
-    k_group: tuple[int, int],
-    v_codes: torch.Tensor,
+    k_scheme: KVScheme,
+    v_words: torch.Tensor,
     v_scale: torch.Tensor,
     v_offset: torch.Tensor,
-    v_group: tuple[int, int],
-) -> torch.Tensor:
-    """Return softmax(q K^T / sqrt(head_dim)) V, [batch, heads, head_dim] float32."""
-    keys = _cached(k_codes, k_scale, k_offset, k_group)
-    values = _cached(v_codes, v_scale, v_offset, v_group)
+    v_scheme: KVScheme,
+    tokens: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return softmax(z) V and log sum exp z: [batch, heads, head_dim], [batch, heads] float32."""
     batch, heads, width = q.shape
+    keys = _cached(k_words, k_scale, k_offset, k_scheme, tokens, width)
+    values = _cached(v_words, v_scale, v_offset, v_scheme, tokens, width)
     kv_heads = keys.shape[1]
     shared = q.reshape(batch, kv_heads, heads // kv_heads, width) / math.sqrt(width)
-    weights = (shared @ keys.transpose(-1, -2)).softmax(-1)
-    return (weights @ values).reshape(batch, heads, width)
+    logits = shared @ keys.transpose(-1, -2)
+    out = (logits.softmax(-1) @ values).reshape(batch, heads, width)
+    return out, logits.logsumexp(-1).reshape(batch, heads)
 
 
 def _cached(
-    codes: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor, group: tuple[int, int]
+    words: torch.Tensor,
+    scale: torch.Tensor,
+    offset: torch.Tensor,
+    scheme: KVScheme,
+    tokens: int,
+    width: int,
 ) -> torch.Tensor:
     """Return scale * code + offset, [batch, kv heads, tokens, head_dim]."""
     import torch
 
-    tokens, width = codes.shape[-2:]
-    row = torch.arange(tokens, device=codes.device)[:, None] // group[0]
-    column = torch.arange(width, device=codes.device) // group[1]
+    from qframe.packing import unpack_codes
+
+    batch, heads, rows, length = words.shape
+    channel = scheme.axis == "channel"
+    long = scheme.step if channel else width
+    codes = unpack_codes(words.reshape(-1, length), scheme.num_bits, long)
+    codes = codes.to(torch.float32) + scheme.grid.qmin
+    if channel:
+        cut = codes.reshape(batch, heads, rows // width, width, long).transpose(3, 4)
+        codes = cut.flatten(2, 3)[:, :, :tokens]
+    codes = codes.reshape(batch, heads, tokens, width)
+    row = torch.arange(tokens, device=codes.device)[:, None]
+    column = torch.arange(width, device=codes.device)
+    if channel:
+        row = row // scheme.step
+    else:
+        column = column // (scheme.group_size or width)
     return codes * scale[..., row, column] + offset[..., row, column]
 
 

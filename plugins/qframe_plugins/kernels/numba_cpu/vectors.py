@@ -130,6 +130,14 @@ class Vectors:
         kind = total.type
         return self.call(f"llvm.fmuladd.v{kind.count}f32", kind, one, other, total)
 
+    def total(self, vector: Any) -> Any:
+        """Return the sum of float32 lanes, halves first."""
+        while vector.type.count > 1:
+            half = vector.type.count // 2
+            low, high = (self.pick(vector, range(half * i, half * (i + 1))) for i in (0, 1))
+            vector = self.builder.fadd(low, high)
+        return self.builder.extract_element(vector, INT32(0))
+
     @contextmanager
     def loop(self, count: Any, initial: Sequence[Any] = ()) -> Iterator[Loop]:
         """Emit a loop around what the body emits; `count` is int64 and may be 0."""

@@ -1,0 +1,273 @@
+"""Rows of a KV cache's codes, decoded into float32 a few at a time.
+
+A row is a token's channels, or some tokens of one channel; its codes are a stream of `num_bits`
+each in 32-bit words, the lowest bits first (`qframe.packing`), less the lowest code. Of codes of
+2 and 4 bits every lane gets a whole word, shifts it to a code of its own, and looks up what that
+stands for. So codes of 4 bits come out in another order, those of two words in turn; `place` tells
+where each code lies.
+
+Source: Liu et al., KIVI, ICML 2024, arXiv:2402.02750, eq. 1: x = scale * code + offset.
+Error:  docs/bounds.md, B7.a: one product and one sum, or one rounding of both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from qframe import KVScheme
+from qframe_plugins.kernels.numba_cpu.scratch import LINE
+from qframe_plugins.kernels.numba_cpu.simd import kernel
+from qframe_plugins.kernels.numba_cpu.vectors import FLOAT32, INT8, INT32, INT64, Vectors
+
+CHUNK = 32  # rows that are decoded at a time: what the fastest cache holds
+_LANES = 16
+_WORD = 32
+
+Words = npt.NDArray[np.int32]
+Float32 = npt.NDArray[np.float32]
+Layout: TypeAlias = tuple[int, int, int, int, int, int, int, int, int, int]
+Rows: TypeAlias = tuple[Words, Float32, Float32, npt.NDArray[np.int64], Layout]
+"""(words [lanes, rows, words], scale and offset [lanes, rows, groups], all flat, place, layout).
+
+place    [codes of a row] int64, where each lies in a decoded row
+layout   (numbers of a decoded row, whole registers; tokens of a row, 0 where a row is one token;
+         rows of a lane, words and groups of a row; codes of a row; bits; the lowest code; codes of
+         a group; how they are unpacked)
+"""
+
+_BYTE = 8
+_NATURAL, _BYTES, _WORDS = range(3)
+
+
+def rows_of(words: Words, scale: Float32, offset: Float32, scheme: KVScheme, width: int) -> Rows:
+    """Return the rows of operands of `attention_kv`; width is head_dim."""
+    _, _, rows, length = words.shape
+    bits, channel = scheme.num_bits, scheme.axis == "channel"
+    codes = scheme.step if channel else width
+    group = codes if channel else min(scheme.group_size or codes, codes)
+    way = _BYTES if bits == _BYTE else _NATURAL
+    if bits in (2, 4) and (group == codes or group * bits % _WORD == 0):
+        way = _WORDS
+    filled = _WORD // bits * length if way == _WORDS else codes
+    place = np.arange(codes, dtype=np.int64)
+    if way == _WORDS and bits == 4:
+        each = length if group == codes else group * bits // _WORD
+        place = _in_turn(place, length, each)
+        filled += 8 * (each % 2)  # a last word alone is followed by eight more numbers
+    layout = (
+        -(-max(filled, 1) // _LANES) * _LANES,
+        scheme.step if channel else 0,
+        rows,
+        length,
+        1 if channel else scale.shape[3],
+        codes,
+        bits,
+        scheme.grid.qmin,
+        group,
+        way,
+    )
+    return (
+        np.ascontiguousarray(words).reshape(-1),
+        np.ascontiguousarray(scale).reshape(-1),
+        np.ascontiguousarray(offset).reshape(-1),
+        place,
+        layout,
+    )
+
+
+def _in_turn(codes: npt.NDArray[np.int64], length: int, each: int) -> npt.NDArray[np.int64]:
+    """Return where codes of 4 bits lie: of two words of a group in turn, a last one alone.
+
+    length, each   words of a row, and of a group
+    """
+    word, field = codes // 8, codes % 8
+    inside = word % max(each, 1)
+    last = np.minimum(word - inside + each, length) - 1
+    alone = (word == last) & (inside % 2 == 0)
+    first = codes - field - inside % 2 * 8  # of the pair
+    return np.where(alone, codes, first + 2 * field + inside % 2)
+
+
+def _make_unpack(bits: int) -> Callable[..., Any]:
+    """Return the intrinsic that decodes codes of 2, 4 or 8 bits."""
+
+    @intrinsic
+    def unpack(
+        typing: Any,
+        words: Any,
+        scale: Any,
+        offset: Any,
+        out: Any,
+        rows: Any,
+        group: Any,
+        taken: Any,
+        lowest: Any,
+    ) -> Any:
+        signature = types.void(words, scale, offset, out, rows, group, taken, types.int32)
+
+        def emit(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            v = Vectors(context, builder)
+            words_at, scale_at, offset_at, out_at = (
+                v.array(signature.args[i], values[i])[0] for i in range(4)
+            )
+            width = v.array(signature.args[3], values[3])[1][1]
+            first, count, length = cgutils.unpack_tuple(builder, values[4], 3)
+            index, groups = cgutils.unpack_tuple(builder, values[5], 2)
+            begin, units = cgutils.unpack_tuple(builder, values[6], 2)
+            low = v.splat(values[7], _LANES)
+            size = 1 if bits == _BYTE else 4
+            start = builder.mul(begin, INT64(size))
+            stride = builder.mul(length, INT64(4))
+            lines = builder.add(builder.mul(units, INT64(size)), INT64(LINE - 1))
+            lines = builder.sdiv(lines, INT64(LINE))
+            with v.loop(count) as row:
+                number = builder.add(first, row.index)
+                place = builder.add(builder.mul(number, groups), index)
+                place = builder.mul(place, INT64(4))
+                s = v.splat(v.load(v.at(scale_at, place), FLOAT32), _LANES)
+                m = v.splat(v.load(v.at(offset_at, place), FLOAT32), _LANES)
+                source = v.at(words_at, builder.add(builder.mul(number, stride), start))
+                target = builder.mul(begin, INT64(1 if bits == _BYTE else _WORD // bits))
+                target = builder.add(builder.mul(row.index, width), target)
+                target = v.at(out_at, builder.mul(target, INT64(4)))
+                with v.loop(lines) as line:  # of what the next call will read
+                    ahead = builder.add(
+                        builder.mul(stride, INT64(CHUNK)), builder.mul(line.index, INT64(LINE))
+                    )
+                    v.prefetch(v.at(source, ahead), level=1)
+                if bits == _BYTE:
+                    _emit_bytes(v, source, target, units, (low, s, m))
+                else:
+                    _emit_words(v, bits, source, target, units, (low, s, m))
+            return context.get_dummy_value()
+
+        return signature, emit
+
+    return unpack
+
+
+def _emit_bytes(v: Vectors, source: Any, target: Any, units: Any, group: Any) -> None:
+    """Decode whole registers of codes of 8 bits."""
+    b = v.builder
+    with v.loop(b.sdiv(units, INT64(_LANES))) as loop:
+        raw = v.load(v.at(source, b.mul(loop.index, INT64(_LANES))), ir.VectorType(INT8, _LANES))
+        number = _stands_for(v, b.zext(raw, group[0].type), *group)
+        v.store(number, v.at(target, b.mul(loop.index, INT64(4 * _LANES))))
+
+
+def _emit_words(v: Vectors, bits: int, source: Any, target: Any, units: Any, group: Any) -> None:
+    """Decode words of codes of 2 or 4 bits, sixteen codes at a time."""
+    b, together = v.builder, _LANES * bits // _WORD
+    table = _table(v, bits, *group)
+    passes = b.sdiv(units, INT64(together))
+    with v.loop(passes) as loop:
+        here = v.at(source, b.mul(loop.index, INT64(4 * together)))
+        to = v.at(target, b.mul(loop.index, INT64(4 * _LANES)))
+        _emit_codes(v, bits, together, here, to, table, group)
+    if together > 1:
+        with v.loop(b.and_(units, INT64(1))):  # what lies behind its codes is overwritten
+            here = v.at(source, b.mul(passes, INT64(4 * together)))
+            to = v.at(target, b.mul(passes, INT64(4 * _LANES)))
+            _emit_codes(v, bits, 1, here, to, table, group)
+
+
+def _emit_codes(
+    v: Vectors, bits: int, words: int, here: Any, to: Any, table: Any, group: Any
+) -> None:
+    """Decode one or two words."""
+    b, ints = v.builder, ir.VectorType(INT32, _LANES)
+    raw = v.splat(v.load(here, ir.IntType(_WORD * words)), _LANES // words)
+    moves = [i // words * bits % _WORD for i in range(_LANES)]
+    code = b.lshr(b.bitcast(raw, ints), ir.Constant(ints, moves))
+    if table is None:
+        code = b.and_(code, v.const(ints, (1 << bits) - 1))
+        v.store(_stands_for(v, code, *group), to)
+    else:
+        v.store(_looked_up(v, bits, table, code), to)
+
+
+def _stands_for(v: Vectors, code: Any, low: Any, scale: Any, offset: Any) -> Any:
+    """Return scale * (code + low) + offset."""
+    number = v.builder.sitofp(v.builder.add(code, low), scale.type)  # exact
+    return v.muladd(number, scale, offset)
+
+
+def _table(v: Vectors, bits: int, low: Any, scale: Any, offset: Any) -> Any:
+    """Return what sixteen codes stand for, or four times four; None where none are looked up."""
+    if not v.has("avx512f"):
+        return None
+    codes = ir.Constant(low.type, [i % (1 << bits) for i in range(_LANES)])
+    return _stands_for(v, codes, low, scale, offset)
+
+
+def _looked_up(v: Vectors, bits: int, table: Any, code: Any) -> Any:
+    """Return the entries of a table that the low bits of each lane choose."""
+    if bits == 4:
+        return v.call("llvm.x86.avx512.permvar.sf.512", table.type, table, code)
+    # Two bits choose among the four of a quarter; all quarters are alike.
+    return v.call("llvm.x86.avx512.vpermilvar.ps.512", table.type, table, code)
+
+
+# Each sets out[r, ...] to scale * (code + lowest) + offset of the row first + r, r < count.
+# words, scale, offset   [any], flat; out [CHUNK, width]
+# rows     (first of all rows, count, words of a row)
+# group    (the one whose scale is taken, groups of a row)
+# taken    (first word of a row, words); for 8 bits in bytes, of which whole registers are taken
+# lowest   int32
+_unpack_2, _unpack_4, _unpack_8 = (_make_unpack(bits) for bits in (2, 4, _BYTE))
+
+
+@kernel
+def _code(words, bit, bits):  # type: ignore[no-untyped-def]
+    """Return the code whose lowest bit is the given one of all words, without sign."""
+    word, move = bit // _WORD, bit % _WORD
+    raw = np.uint64(words[word]) & np.uint64(0xFFFFFFFF)
+    if move + bits > _WORD:
+        raw |= np.uint64(words[word + 1]) << np.uint64(_WORD)
+    return np.int64((raw >> np.uint64(move)) & np.uint64((1 << bits) - 1))
+
+
+@kernel
+def _one_by_one(words, scale, offset, out, rows, group, begin, end, bits, lowest):  # type: ignore[no-untyped-def]
+    """Decode the codes begin ... end of some rows; see above."""
+    first, count, length = rows
+    index, groups = group
+    for r in range(count):
+        place = (first + r) * groups + index
+        s, m = scale[place], offset[place]
+        for j in range(begin, end):
+            code = _code(words, (first + r) * length * _WORD + j * bits, bits) + lowest
+            out[r, j] = np.float32(code) * s + m
+
+
+@kernel
+def decode(words, scale, offset, layout, lane, first, count, out):  # type: ignore[no-untyped-def]
+    """Set out[r] to the row first + r of a lane, r < count; see `Rows`."""
+    total, length, groups, codes, bits, lowest, size, way = layout[2:]
+    rows = (lane * total + first, count, length)
+    low = np.int32(lowest)
+    for i in range(groups):
+        group = (i, groups)
+        if way == _WORDS:
+            each = length if groups == 1 else size * bits // _WORD
+            units = min(each, length - i * each)
+            if bits == 4:
+                _unpack_4(words, scale, offset, out, rows, group, (i * each, units), low)
+            else:
+                _unpack_2(words, scale, offset, out, rows, group, (i * each, units), low)
+            continue
+        start, stop = i * size, min((i + 1) * size, codes)
+        if way == _BYTES and stop - start >= _LANES:
+            whole = (stop - start) // _LANES * _LANES
+            _unpack_8(words, scale, offset, out, rows, group, (start, whole), low)
+            start += whole
+        if start < stop:
+            _one_by_one(words, scale, offset, out, rows, group, start, stop, bits, lowest)
