@@ -27,6 +27,8 @@ class KernelLinear(QuantizedLinear):
     """A quantized linear layer that runs on kernels.
 
     kernels   the names, operation/backend, of those that it calls
+
+    What kernels laid out is kept beside what is stored, and counts as memory of the layer.
     """
 
     kernels: tuple[str, ...]
@@ -36,7 +38,7 @@ class KernelLinear(QuantizedLinear):
     ) -> None:
         """Raises UnsupportedError where no kernel serves the layer."""
         super().__init__(stored, bias)
-        self.kernels, self._product = _plan(stored, dispatch)
+        self.kernels, self._product, self._prepared = _plan(stored, dispatch)
         self._kept = None if stored.kept is None else stored.kept.float()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -57,8 +59,8 @@ class KernelLinear(QuantizedLinear):
 
 def _plan(
     stored: StoredLayer, dispatch: Dispatch
-) -> tuple[tuple[str, ...], Callable[[torch.Tensor], torch.Tensor]]:
-    """Return the names of the kernels, and the function from z [tokens, columns] to products."""
+) -> tuple[tuple[str, ...], Callable[[torch.Tensor], torch.Tensor], tuple[Any, ...]]:
+    """Return the names of the kernels, what they make of z [tokens, columns], and their layouts."""
     scheme, inputs = stored.packed.scheme, stored.inputs
     weight = stored.packed.unpack()
     rows, columns = weight.codes.shape
@@ -72,7 +74,7 @@ def _plan(
     if inputs is None:
         kernel = chosen("linear_weight_only", 1, columns, rows)
         prepared = _prepared(kernel, _parts(weight))
-        return (_name(kernel),), lambda z: _called(kernel, (z,), prepared)
+        return (_name(kernel),), lambda z: _called(kernel, (z,), prepared), prepared
     if not _int8_tokens(inputs.scheme):
         raise UnsupportedError(f"no kernel takes inputs {inputs.scheme.describe()}")
     plain = _per_channel(weight, scheme)
@@ -85,7 +87,7 @@ def _plan(
             )
         mixed = chosen("linear_int8_outliers", 1, columns, rows)
         values = _prepared(mixed, (*plain, stored.packed.dequantize()))
-        return (_name(mixed),), lambda z: _called(mixed, (z, threshold), values)
+        return (_name(mixed),), lambda z: _called(mixed, (z, threshold), values), values
     first = chosen("quantize_activations", 1, columns)
     op = "linear_int8_groups" if plain is None else "linear_int8"
     second = chosen(op, 1, columns, rows)
@@ -94,7 +96,7 @@ def _plan(
     def product(z: torch.Tensor) -> torch.Tensor:
         return _called(second, first(z), laid)
 
-    return (_name(first), _name(second)), product
+    return (_name(first), _name(second)), product, laid
 
 
 def _name(kernel: Kernel) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,6 +23,10 @@ class Ran:
     @property
     def said(self) -> str:
         return " ".join(self.err.split())
+
+    def json(self) -> Any:
+        """Return what --json printed."""
+        return json.loads(self.out)
 
     def made(self) -> list[str]:
         """Return the cells that `qframe compare` made, and did not find in the store."""

@@ -7,12 +7,14 @@ from typing import Annotated
 import typer
 
 from qframe import __version__
+from qframe.cli.bench import bench
 from qframe.cli.command import Command
 from qframe.cli.compare import compare
 from qframe.cli.demo import demo
 from qframe.cli.doctor import doctor
 from qframe.cli.eval import evaluate
 from qframe.cli.extensions import CommandGroup
+from qframe.cli.generate import generate
 from qframe.cli.inspect import inspect
 from qframe.cli.new_plugin import new_plugin
 from qframe.cli.plugins import plugins
@@ -55,6 +57,8 @@ for _function, _name in (
     (compare, "compare"),
     (evaluate, "eval"),
     (verify, "verify"),
+    (generate, "generate"),
+    (bench, "bench"),
     (demo, "demo"),
     (inspect, "inspect"),
     (plugins, "plugins"),

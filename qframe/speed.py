@@ -1,0 +1,151 @@
+"""How fast networks read a prompt and write tokens, beside one another in one run."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from qframe.errors import RecipeError
+from qframe.model import replace_module
+from qframe.stored import QuantizedLinear
+from qframe.timing import speedup
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Speed:
+    """What a network takes.
+
+    prefill         seconds of reading the prompt, one for each round
+    decode          seconds of writing all new tokens, one for each round
+    prompt_tokens   of the prompt
+    new_tokens      that are written, one after the other
+    nbytes          bytes of its weights and of what kernels made of them
+    """
+
+    prefill: tuple[float, ...]
+    decode: tuple[float, ...]
+    prompt_tokens: int
+    new_tokens: int
+    nbytes: int
+
+    @property
+    def prefill_speed(self) -> float:
+        """Tokens of the prompt in a second, in the median round."""
+        return self.prompt_tokens / float(np.median(self.prefill))
+
+    @property
+    def decode_speed(self) -> float:
+        """New tokens in a second, in the median round."""
+        return self.new_tokens / float(np.median(self.decode))
+
+    def over(self, base: Speed) -> tuple[float, float]:
+        """Return how many times as fast as another it reads, and writes: medians of ratios."""
+        return speedup(self.prefill, base.prefill), speedup(self.decode, base.decode)
+
+
+def measure(
+    networks: Mapping[str, nn.Module],
+    *,
+    prompt_tokens: int = 128,
+    new_tokens: int = 32,
+    rounds: int = 5,
+    seed: int = 0,
+) -> dict[str, Speed]:
+    """Return the speed of each network. They take turns in every round.
+
+    networks   of transformers: they take `past_key_values` and return `logits`. What they read
+               and write are the same tokens for all, drawn from `seed`: speed does not depend on
+               them, but for networks that choose among experts
+
+    Raises RecipeError for numbers below 1.
+    """
+    for name, value in (
+        ("prompt_tokens", prompt_tokens),
+        ("new_tokens", new_tokens),
+        ("rounds", rounds),
+    ):
+        if value < 1:
+            raise RecipeError(f"{name} must be at least 1, got {value}")
+    rng = np.random.default_rng(seed)
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in networks}
+    with torch.inference_mode():
+        for number in range(rounds + 1):
+            for name, network in networks.items():
+                size = int(getattr(network, "config").vocab_size)  # noqa: B009 - any Module
+                tokens = torch.from_numpy(rng.integers(0, size, (1, prompt_tokens + new_tokens)))
+                took = _once(network, tokens, prompt_tokens)
+                if number:  # in the first round kernels are compiled and pages are fetched
+                    times[name].append(took)
+    return {
+        name: Speed(
+            prefill=tuple(read for read, _ in found),
+            decode=tuple(wrote for _, wrote in found),
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            nbytes=held_bytes(networks[name]),
+        )
+        for name, found in times.items()
+    }
+
+
+def _once(network: nn.Module, tokens: torch.Tensor, prompt: int) -> tuple[float, float]:
+    """Return the seconds of reading a prompt, and of one token after another."""
+    start = time.perf_counter()
+    cache = network(tokens[:, :prompt], use_cache=True, logits_to_keep=1).past_key_values
+    between = time.perf_counter()
+    for place in range(prompt, tokens.shape[1]):
+        network(tokens[:, place : place + 1], past_key_values=cache, use_cache=True)
+    return between - start, time.perf_counter() - between
+
+
+def unquantized(network: nn.Module) -> nn.Module:
+    """Return a network, changed in place, with ordinary linear layers of the same weights.
+
+    They multiply with inputs as they are: what it takes is what full precision takes.
+    """
+    found = [(n, m) for n, m in network.named_modules() if isinstance(m, QuantizedLinear)]
+    for name, module in found:
+        linear = nn.Linear(module.in_features, module.out_features, device="meta")
+        stored = module.stored
+        linear.weight = nn.Parameter(stored.plain(stored.weight()), requires_grad=False)
+        bias = module.bias
+        linear.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)  # type: ignore[assignment]
+        network = replace_module(network, name, linear)
+    return network.eval()
+
+
+def held_bytes(network: nn.Module) -> int:
+    """Return the bytes of all tensors and arrays that a network holds, each once."""
+    found: dict[int, int] = {}
+    for module in network.modules():
+        for value in _arrays(vars(module)):
+            found[_address(value)] = max(int(value.nbytes), found.get(_address(value), 0))
+    return sum(found.values())
+
+
+def _arrays(value: Any) -> Iterator[Any]:
+    """Yield the tensors and arrays in containers and dataclasses; modules are left out."""
+    if isinstance(value, (torch.Tensor, np.ndarray)):
+        yield value
+    elif isinstance(value, Mapping):
+        for each in value.values():
+            yield from _arrays(each)
+    elif isinstance(value, (tuple, list)):
+        for each in value:
+            yield from _arrays(each)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for field in dataclasses.fields(value):
+            yield from _arrays(getattr(value, field.name))
+
+
+def _address(value: Any) -> int:
+    if isinstance(value, torch.Tensor):
+        return value.untyped_storage().data_ptr()
+    return int(value.__array_interface__["data"][0])

@@ -1,0 +1,203 @@
+"""Text from networks, how fast it comes, and the commands `qframe generate` and `qframe bench`."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from transformers import AutoTokenizer
+
+import qframe
+from qframe.cli.generate import network_of
+from qframe.errors import ModelError, RecipeError
+from qframe.generation import generate
+from qframe.kernel_layer import KernelLinear
+from qframe.kv_cache import QuantizedKVCache
+from qframe.speed import held_bytes, measure, unquantized
+from qframe.timing import in_turn, speedup
+from tests.ran import command
+from tests.tiny import write_llama
+
+PROMPT = "the quick brown fox"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_llama(tmp_path_factory.mktemp("model") / "MODEL")
+
+
+@pytest.fixture(scope="module")
+def quantized(model, tmp_path_factory):
+    out = tmp_path_factory.mktemp("quantized") / "OUT"
+    scheme = {"num_bits": 4, "group_size": 16}
+    qframe.quantize(model, {"method": "rtn", "scheme": scheme, "kv_cache_scheme": "KV8"}, out=out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def eight_bits(model, tmp_path_factory):
+    out = tmp_path_factory.mktemp("eight") / "OUT"
+    qframe.quantize(model, {"method": "hadamard", "scheme": "W8A8"}, out=out)
+    return out
+
+
+# Text -----------------------------------------------------------------------------------------
+
+
+def test_the_likeliest_token_is_taken_each_time(model):
+    network = network_of(model, "none")
+    made = generate(network, model, PROMPT, max_new_tokens=12)
+    tokens = AutoTokenizer.from_pretrained(model)(PROMPT, return_tensors="pt")["input_ids"]
+    with torch.inference_mode():
+        first = network(tokens).logits[0, -1].argmax()
+        again = network(torch.tensor([[*tokens[0].tolist(), *made.tokens[:-1]]])).logits[0, -1]
+    assert made.prompt_tokens == len(PROMPT)
+    assert len(made.tokens) == 12
+    assert made.tokens[0] == first
+    assert made.tokens[-1] == again.argmax()
+    assert made.prefill > 0
+    assert made.decode > 0
+
+
+def test_pieces_that_are_shown_are_the_text(model):
+    shown = []
+    made = generate(network_of(model, "none"), model, PROMPT, max_new_tokens=20, show=shown.append)
+    assert "".join(shown) == made.text
+
+
+def test_tokens_that_are_drawn_depend_on_the_seed_alone(model):
+    network = network_of(model, "none")
+    torch.manual_seed(3)
+    before = torch.random.get_rng_state()
+    found = [
+        generate(network, model, PROMPT, max_new_tokens=16, temperature=50.0, seed=seed).tokens
+        for seed in (1, 1, 2)
+    ]
+    assert found[0] == found[1] != found[2]
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_a_quantized_cache_is_filled(model):
+    cache = QuantizedKVCache("KV8")
+    made = generate(network_of(model, "none"), model, PROMPT, max_new_tokens=9, cache=cache)
+    assert cache.memory().tokens == len(PROMPT) + len(made.tokens) - 1
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
+        ({"temperature": -1.0}, "temperature must not be negative"),
+        ({"temperature": float("nan")}, "temperature must not be negative"),
+        ({"prompt": ""}, "the prompt is empty"),
+        ({"chat": True}, "no chat template"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(model, given, why):
+    network = network_of(model, "none")
+    with pytest.raises(RecipeError, match=why):
+        generate(network, model, given.pop("prompt", PROMPT), **given)
+
+
+def test_a_folder_without_a_tokenizer_is_named(model, tmp_path):
+    with pytest.raises(ModelError, match=str(tmp_path)):
+        generate(network_of(model, "none"), tmp_path, PROMPT)
+
+
+# Speed ----------------------------------------------------------------------------------------
+
+
+def test_candidates_take_turns():
+    order = []
+    clock = iter(range(100)).__next__
+    calls = {name: lambda name=name: order.append(name) for name in "ab"}
+    times = in_turn(calls, 3, clock=clock, repeats=2)
+    assert "".join(order) == "ab" + 3 * "aabb"
+    assert times == {"a": [0.5] * 3, "b": [0.5] * 3}
+
+
+def test_a_ratio_is_the_median_of_those_of_rounds():
+    assert speedup([1, 10, 1], [3, 20, 1]) == 2
+
+
+def test_every_network_is_timed_in_every_round(quantized):
+    networks = {"a": network_of(quantized, "none"), "b": network_of(quantized, "auto")}
+    speeds = measure(networks, prompt_tokens=7, new_tokens=3, rounds=2)
+    assert speeds.keys() == networks.keys()
+    for speed in speeds.values():
+        assert len(speed.prefill) == len(speed.decode) == 2
+        assert min(*speed.prefill, *speed.decode) > 0
+    assert speeds["a"].over(speeds["a"]) == (1, 1)
+    with pytest.raises(RecipeError, match="rounds must be at least 1"):
+        measure(networks, rounds=0)
+
+
+def test_an_unquantized_network_multiplies_with_the_same_weights(eight_bits):
+    """Rotated inputs meet rotated weights; here both are turned back."""
+    network = unquantized(network_of(eight_bits, "none"))
+    assert not any(type(each).__name__ == "QuantizedLinear" for each in network.modules())
+    dense = network_of(eight_bits, "none")
+    for name, layer in dense.named_modules():
+        if hasattr(layer, "stored"):
+            weight = layer.stored.plain(layer.stored.weight())
+            assert torch.equal(network.get_submodule(name).weight, weight)
+
+
+def test_memory_counts_what_kernels_lay_out_and_nothing_twice(quantized):
+    shared = nn.Linear(4, 8, bias=False)
+    assert held_bytes(nn.ModuleList([shared, shared])) == 4 * 4 * 8
+    tied = nn.Linear(4, 8, bias=False)
+    tied.weight = shared.weight
+    assert held_bytes(nn.ModuleList([shared, tied])) == 4 * 4 * 8
+    network = network_of(quantized, "auto")
+    layers = [each for each in network.modules() if isinstance(each, KernelLinear)]
+    panels = sum(plane.nbytes for each in layers for plane in each._prepared[0].planes)
+    bare = network_of(quantized, "auto")
+    for each in bare.modules():
+        if isinstance(each, KernelLinear):
+            del each._prepared
+    assert panels > 0
+    assert held_bytes(network) >= held_bytes(bare) + panels
+
+
+# Commands -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(capsys):
+    return lambda *arguments: command(capsys, *arguments)
+
+
+def test_generate_writes_the_text_to_stdout(run, quantized):
+    made = run("generate", quantized, PROMPT, "-n", "5")
+    assert made.code == 0, made.err
+    assert made.out.endswith("\n")
+    assert f"{len(PROMPT)} tokens read at" in made.said
+    again = run("generate", quantized, PROMPT, "-n", "5", "--json")
+    assert again.json()["text"] == made.out[:-1]
+    assert len(again.json()["tokens"]) == 5
+
+
+def test_generate_takes_a_folder_that_is_not_quantized(run, model):
+    made = run("generate", model, PROMPT, "-n", "3", "--json", "--kv-scheme", "KV4")
+    assert len(made.json()["tokens"]) == 3
+
+
+def test_generate_names_what_is_wrong(run, quantized, tmp_path):
+    assert "no backend 'nunba'" in run("generate", quantized, "a", "--kernels", "nunba").err
+    assert "unknown preset 'KV5'" in run("generate", quantized, "a", "--kv-scheme", "KV5").err
+    assert "config.json: no such file" in run("generate", tmp_path, "a").err
+
+
+def test_bench_shows_each_network_beside_float32(run, eight_bits, model):
+    arguments = ("--prompt-tokens", "4", "--new-tokens", "2", "--rounds", "1")
+    made = run("bench", eight_bits, *arguments)
+    assert made.code == 0, made.err
+    for word in ("float32", "bfloat16", "quantized, numba", "1.00x", "memory"):
+        assert word in made.out
+    record = run("bench", eight_bits, *arguments, "--json").json()
+    assert list(record["networks"]) == ["float32", "bfloat16", "quantized, numba"]
+    assert record["networks"]["float32"]["over_float32"] == [1.0, 1.0]
+    sizes = [record["networks"][name]["nbytes"] for name in ("float32", "bfloat16")]
+    assert sizes[0] > 1.9 * sizes[1]
+    assert list(run("bench", model, *arguments, "--json").json()["networks"])[1:] == ["bfloat16"]
+    assert np.isfinite(record["networks"]["bfloat16"]["decode_speed"])
