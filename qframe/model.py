@@ -43,6 +43,11 @@ class Network:
                 f"{type(self.module).__name__} has no linear layers (nn.Linear or Conv1D): "
                 f"nothing to quantize"
             )
+        if "" in self.layers:
+            raise ModelError(
+                f"the module is itself one {type(self.module).__name__}, a layer without a name: "
+                f"put it into a network, nn.Sequential(layer), and quantize that"
+            )
         self.blocks = find_blocks(self.module, self.layers)
         self._stored = stored_names(self.module, self.folder.tensors if self.folder else {})
         self._tied = {n for n, times in Counter(self._stored.values()).items() if times > 1}

@@ -551,6 +551,14 @@ def test_an_existing_output_is_kept_unless_asked(tmp_path):
     assert list(tmp_path.iterdir()) == [out]
 
 
+@pytest.mark.parametrize("out", [None, "out"])
+def test_a_layer_alone_is_no_network(tmp_path, out):
+    """It would have no name; this used to end in a KeyError when it was written."""
+    with pytest.raises(ModelError, match=r"itself one Linear.*nn\.Sequential"):
+        qframe.quantize(nn.Linear(16, 8), {"method": "rtn"}, out=out and tmp_path / out)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_quantized_folder_is_not_quantized_again(llama, tmp_path):
     qframe.quantize(llama, {"scheme": W4}, out=tmp_path / "once")
     with pytest.raises(ModelError, match=r"already quantized \(quant_method 'qframe'\)"):
