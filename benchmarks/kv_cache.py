@@ -23,9 +23,9 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from qframe.embedded import model_folder
 from qframe.evaluation import Score, evaluate, windows_of
+from qframe.held import held_bytes
 from qframe.kv_cache import CachedNetwork, QuantizedKVCache
 from qframe.kv_scheme import KV_CHUNK
-from qframe_conformance.held import held_bytes
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "kv_cache.md"
 START, END = "<!-- kv-table:start -->", "<!-- kv-table:end -->"

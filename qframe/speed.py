@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from qframe.errors import RecipeError
+from qframe.held import held_bytes
 from qframe.model import replace_module
 from qframe.stored import QuantizedLinear
 from qframe.timing import speedup
@@ -119,33 +118,3 @@ def unquantized(network: nn.Module) -> nn.Module:
         linear.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)  # type: ignore[assignment]
         network = replace_module(network, name, linear)
     return network.eval()
-
-
-def held_bytes(network: nn.Module) -> int:
-    """Return the bytes of all tensors and arrays that a network holds, each once."""
-    found: dict[int, int] = {}
-    for module in network.modules():
-        for value in _arrays(vars(module)):
-            found[_address(value)] = max(int(value.nbytes), found.get(_address(value), 0))
-    return sum(found.values())
-
-
-def _arrays(value: Any) -> Iterator[Any]:
-    """Yield the tensors and arrays in containers and dataclasses; modules are left out."""
-    if isinstance(value, (torch.Tensor, np.ndarray)):
-        yield value
-    elif isinstance(value, Mapping):
-        for each in value.values():
-            yield from _arrays(each)
-    elif isinstance(value, (tuple, list)):
-        for each in value:
-            yield from _arrays(each)
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        for field in dataclasses.fields(value):
-            yield from _arrays(getattr(value, field.name))
-
-
-def _address(value: Any) -> int:
-    if isinstance(value, torch.Tensor):
-        return value.untyped_storage().data_ptr()
-    return int(value.__array_interface__["data"][0])

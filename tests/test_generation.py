@@ -10,9 +10,10 @@ import qframe
 from qframe.cli.generate import network_of
 from qframe.errors import ModelError, RecipeError
 from qframe.generation import generate
+from qframe.held import held_bytes
 from qframe.kernel_layer import KernelLinear
 from qframe.kv_cache import QuantizedKVCache
-from qframe.speed import held_bytes, measure, unquantized
+from qframe.speed import measure, unquantized
 from qframe.timing import in_turn, speedup
 from tests.ran import command
 from tests.tiny import write_llama

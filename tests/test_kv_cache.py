@@ -17,8 +17,8 @@ import qframe
 from qframe import Capabilities, Host, KVCacheScheme, Recipe, hookimpl
 from qframe.errors import NonFiniteError, RecipeError, UnknownNameError, UnsupportedError
 from qframe.evaluation import evaluate
+from qframe.held import held_bytes
 from qframe.kv_cache import CachedNetwork, QuantizedKVCache
-from qframe_conformance.held import held_bytes
 from qframe_plugins.kv_caches.kivi import KIVI
 
 EVERYTHING = {"residual_length": 1000}  # is kept: a cache in full precision

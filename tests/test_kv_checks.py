@@ -11,9 +11,9 @@ import torch
 
 from qframe import KVScheme, bounds
 from qframe.claims.kv import ExactWindow, KVHalfStep, KVScale
+from qframe.held import held_bytes
 from qframe.kv_evidence import KVEvidence
 from qframe_conformance import check_plugin
-from qframe_conformance.held import held_bytes
 from qframe_conformance.reproduce import script
 from tests.mutants.kv_caches import TWINS, outputs
 from tests.mutants.kv_reference import Quantizer, Store, down, up

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from qframe.claims.kv import KVHalfStep, PackedCodes, Streaming
+from qframe.held import held_bytes
 from qframe.kv_evidence import KVEvidence
 from qframe_conformance.checks import (
     SKIPPED,
@@ -16,7 +17,6 @@ from qframe_conformance.checks import (
     same_bits,
 )
 from qframe_conformance.engine import Refused
-from qframe_conformance.held import held_bytes
 from qframe_conformance.kv_cases import KVCase, bits
 from qframe_conformance.kv_life import lived
 from qframe_conformance.kv_subjects import KIND, capable, claim_of, claiming

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from qframe import KVCacheScheme, KVScheme, bounds, rounding
 from qframe.claims.kv import KVRotatedHalfStep
 from qframe.errors import NonFiniteError
+from qframe.held import held_bytes
 from qframe.kv_evidence import KVEvidence
 from qframe.transforms import block_of
 from qframe_conformance import check_plugin
-from qframe_conformance.held import held_bytes
 from qframe_plugins.kv_caches.kivi import KIVI, LARGEST, turned
 
 CHANNEL = {"axis": "channel", "group_size": 32}

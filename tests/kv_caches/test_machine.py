@@ -12,9 +12,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from qframe import KVCacheScheme, bounds
 from qframe.claims.kv import KVHalfStep
+from qframe.held import held_bytes
 from qframe.kv_cache import QuantizedLayer
 from qframe.kv_evidence import KVClaim, KVEvidence
-from qframe_conformance.held import held_bytes
 from qframe_conformance.kv_attention import Attention
 from qframe_conformance.kv_lanes import LANES, lanes
 from qframe_plugins.kv_caches.kivi import KIVI
