@@ -20,16 +20,20 @@ def in_turn(
     *,
     clock: Clock = time.perf_counter,
     repeats: int = 1,
+    between: Callable[[], Any] | None = None,
 ) -> dict[str, list[float]]:
     """Return name -> seconds of each round, of all candidates one after the other in every round.
 
     repeats   calls that are timed together. Before the first round each is called once untimed
+    between   called before each is timed, e.g. to fill the caches with something else
     """
     for call in candidates.values():
         call()
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(rounds):
         for name, call in candidates.items():
+            if between is not None:
+                between()
             start = clock()
             for _ in range(repeats):
                 call()

@@ -111,8 +111,8 @@ def test_candidates_take_turns():
     order = []
     clock = iter(range(100)).__next__
     calls = {name: lambda name=name: order.append(name) for name in "ab"}
-    times = in_turn(calls, 3, clock=clock, repeats=2)
-    assert "".join(order) == "ab" + 3 * "aabb"
+    times = in_turn(calls, 3, clock=clock, repeats=2, between=lambda: order.append("-"))
+    assert "".join(order) == "ab" + 3 * "-aa-bb"
     assert times == {"a": [0.5] * 3, "b": [0.5] * 3}
 
 
