@@ -40,6 +40,8 @@ ROWS = {
     "hqq package, whole zero points": "hqq --whole-zero-points",
     "hqq package": "hqq",
     "autoround": "autoround",
+    "autoround, correction 1": "autoround:1",
+    "autoround, correction 0.5": "autoround:0.5",
     "auto-round package": "autoround",
 }
 
@@ -57,9 +59,11 @@ class Setting:
 def by_qframe(setting: Setting, method: str, bits: int) -> Mapping[str, torch.Tensor]:
     """Return the weights that a method of qframe's decodes to."""
     windows = torch.from_numpy(np.load(setting.tokens))
+    method, _, correction = method.partition(":")
+    options = {"iterations": setting.iterations, "correction": float(correction or 0)}
     recipe = {
         "method": method,
-        "options": {"iterations": setting.iterations} if method == "autoround" else {},
+        "options": options if method == "autoround" else {},
         "scheme": {"num_bits": bits, "group_size": GROUP, "symmetric": False},
     }
     data = CalibrationData.from_tokens(windows, windows[:0], {"name": "topics"})
@@ -120,7 +124,11 @@ def document(
         f"rest of the text.",
         f"Full precision has a perplexity of {perplexity:.3f}. The package `hqq` stores zero "
         f"points as floats;",
-        "qframe's are integers, which the package has as an option for its start.",
+        "qframe's are integers, which the package has as an option for its start. The package "
+        "`auto-round` learns",
+        "for the outputs of a whole block in the original network, qframe's for those of a layer: on "
+        "the same inputs,",
+        "and with a `correction` for those of the original network as well.",
         "",
         "| bits | | mean KL | perplexity | top-1 % |",
         "|--:|---|--:|--:|--:|",

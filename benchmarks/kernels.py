@@ -185,7 +185,7 @@ class Peers:
 
 
 def onnx_sessions(rows: int, columns: int, threads: int) -> dict[str, tuple[Any, float]]:
-    """Return name -> (session, share of a byte that a weight takes); nothing where it is missing."""
+    """Return name -> (session, bytes that a weight takes); nothing where it is missing."""
     if find_spec("onnxruntime") is None or find_spec("onnx") is None:
         return {}
     onnx, runtime = import_module("onnx"), import_module("onnxruntime")

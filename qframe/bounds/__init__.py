@@ -61,6 +61,7 @@ from qframe.bounds.methods import (
     half_steps,
     no_worse,
     no_worse_power,
+    no_worse_towards,
     output_bound,
     radius,
 )
@@ -145,6 +146,7 @@ __all__ = [
     "nearest_value",
     "no_worse",
     "no_worse_power",
+    "no_worse_towards",
     "ocp_scale",
     "output_bound",
     "quantile",

@@ -57,6 +57,24 @@ def no_worse(
     return as_array(np.where(apart == 0, compared, (np.sqrt(compared) + apart) ** 2))
 
 
+def no_worse_towards(
+    baseline: Numbers,
+    size: Numbers,
+    columns: int,
+    dtype: str = "float64",
+    lengths: Numbers = 0.0,
+    drift: Numbers = 0.0,
+) -> Array:
+    """B10.c: the same with an objective e H e^T + 2 g e^T, which need not be positive.
+
+    size    |e| |H| |e|^T + 2 |g| |e|^T of both, |g| no less than the sum of magnitudes that makes g
+    drift   (2 sqrt(e H e^T) + sqrt(d |H| d^T)) sqrt(d |H| d^T) + 2 |g| d^T of both
+    """
+    relative = 2 * gamma(2 * columns + 6, UNIT[dtype]) * as_array(size)
+    lost = 2 * columns * (4 + as_array(lengths)) * ETA[dtype]
+    return as_array(as_array(baseline) + relative + lost + as_array(drift))
+
+
 def output_bound(reach: Numbers, factor: float, size: Numbers, columns: int) -> Array:
     """B10.b: sqrt(e H e^T) of a row, when |e_j| is at most `factor` times `half_steps`.
 

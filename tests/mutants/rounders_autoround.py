@@ -24,7 +24,7 @@ class Learner:
     name = "learner"
     needs = frozenset({"hessian"})
     capabilities = Capabilities(num_bits=frozenset({2, 3}), strategies=frozenset({"group"}))
-    claims = AutoRound.claims
+    claims = AutoRound().claims
     iterations, rate, reach = 12, 1 / 12, 1 / 2
 
     def round(self, problem, rng):
@@ -41,8 +41,9 @@ class Learner:
         offset, best, kept = self.first(weight.shape), None, codes
         for step in range(self.iterations + 1):
             error = weight - scale * (codes - zero)
-            pull = error @ hessian
-            loss = self.loss(error, pull)
+            towards = self.towards(problem)
+            pull = error @ hessian + towards
+            loss = self.loss(error, pull + towards)
             take = self.take(loss, best, step)
             best = loss if best is None else np.where(take, loss, best)
             kept = np.where(take[:, None], codes, kept)
@@ -56,6 +57,10 @@ class Learner:
 
     def hessian(self, problem):
         return problem.statistics["hessian"].numpy()
+
+    def towards(self, problem):
+        """Return what makes up for the layers before."""
+        return np.zeros(problem.weight.shape)
 
     def first(self, shape):
         """Return the offsets to begin with."""
@@ -143,6 +148,46 @@ class HessianOfOneKind(Learner):
         return np.eye(problem.weight.shape[1])
 
 
+class Towards(Learner):
+    """Learns for the outputs that the layer would have, had nothing before it been quantized."""
+
+    needs = frozenset({"hessian", "mismatch"})
+    claims = AutoRound(correction=1.0).claims
+    share = 1.0
+
+    def towards(self, problem):
+        moved = problem.statistics["mismatch"].numpy()
+        return self.share * (problem.weight.double().numpy() @ self.turned(moved))
+
+    def turned(self, moved):
+        return moved
+
+
+class PulledAway(Towards):
+    """Pulls from the outputs that the layer should have: a sign is wrong."""
+
+    share = -1.0
+
+
+class PulledTwice(Towards):
+    """Pulls twice as far."""
+
+    share = 2.0
+
+
+class MovedTheOtherWay(Towards):
+    """Takes M for its transpose."""
+
+    def turned(self, moved):
+        return moved.T
+
+
+class NotPulled(Towards):
+    """Makes up for nothing, though it claims to."""
+
+    share = 0.0
+
+
 # Right ----------------------------------------------------------------------------------------
 
 
@@ -163,11 +208,15 @@ KILLED_BY = {
     TiesUp: "sign_symmetry",
     HessianOfOneKind: "calibration",
 }
+OF_OUTPUTS = dict.fromkeys(
+    (PulledAway, PulledTwice, MovedTheOtherWay, NotPulled), "no_worse_than_nearest"
+)
 
-MUTANTS = mutants(KILLED_BY)
+MUTANTS = [*mutants(KILLED_BY), *mutants(OF_OUTPUTS)]
 TWINS = twins(
     {
         Learner: "learns offsets and no ranges, in float64",
+        Towards: "makes up for the layers before, in float64",
         AtOnce: "other rates and fewer steps",
     }
 )

@@ -1,5 +1,6 @@
 """AutoRound loses no more output than round-to-nearest, row by row, and less where it can."""
 
+import dataclasses
 import functools
 
 import numpy as np
@@ -13,6 +14,7 @@ from qframe.certificates import Evidence
 from qframe.contracts import Rounder
 from qframe.errors import HessianError, NonFiniteError, UncalibratedLayerError
 from qframe.host import objection
+from qframe_conformance.kinds import INPUTS, hessian_of, original_inputs
 from qframe_conformance.strategies import (
     HESSIANS,
     correlated,
@@ -56,6 +58,16 @@ def run(drawn, **options):
     return AutoRound(**options).round(drawn, RNG)
 
 
+def of_outputs(drawn, moved=original_inputs, seed=0):
+    """Return the problem with inputs that have moved, and the inputs, x and y."""
+    rng = np.random.default_rng(seed)
+    x = INPUTS[0](rng, drawn.weight.shape[1])
+    y = moved(x)
+    mismatch = torch.from_numpy((y - x).T @ x * (2 / len(x)))
+    statistics = {"hessian": torch.from_numpy(hessian_of(x)), "mismatch": mismatch}
+    return dataclasses.replace(drawn, tokens=len(x), statistics=statistics), x, y
+
+
 def losses(drawn, made):
     error = drawn.weight.double() - rounding.dequantize(made)
     return ((error @ drawn.statistics["hessian"]) * error).sum(1)
@@ -67,6 +79,33 @@ def test_what_it_claims_holds_with_any_options(drawn, iterations, rate):
     certificates = Evidence(drawn, rounder.round(drawn, RNG)).certificates(rounder.claims)
     assert len(certificates) == 2
     assert all(each.holds for each in certificates)
+
+
+@given(problems(), st.sampled_from([0, 1, 9]), st.sampled_from([0.25, 1.0]))
+def test_what_it_claims_holds_where_inputs_have_moved(drawn, iterations, correction):
+    rounder = AutoRound(iterations=iterations, correction=correction)
+    given, _, _ = of_outputs(drawn)
+    certificates = Evidence(given, rounder.round(given, RNG)).certificates(rounder.claims)
+    assert len(certificates) == 2
+    assert all(each.holds for each in certificates)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_outputs_come_nearer_to_those_of_inputs_that_have_not_moved(seed):
+    """||Y W^T - X Q^T||^2, computed from the inputs themselves."""
+    given, x, y = of_outputs(ordinary(columns=24, seed=seed, group_size=8, num_bits=3), seed=seed)
+    weight = given.weight.double().numpy()
+
+    def lost(correction):
+        made = run(given, correction=correction)
+        return ((y @ weight.T - x @ rounding.dequantize(made).double().numpy().T) ** 2).sum()
+
+    assert lost(1.0) < lost(0.5) < lost(0.0)
+
+
+def test_inputs_that_have_not_moved_need_no_correction():
+    given, _, _ = of_outputs(ordinary(group_size=8), moved=lambda x: x)
+    assert same(run(given, correction=1.0), run(given))
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -119,7 +158,8 @@ def test_the_code_of_a_dead_column_is_the_nearest_as_long_as_its_range_stays():
 
 def test_the_plugin_keeps_the_contract():
     assert objection(AutoRound(), Rounder) is None
-    assert AutoRound().needs == {"hessian"}
+    assert AutoRound(correction=0).needs == {"hessian"}
+    assert AutoRound(correction=0.5).needs == {"hessian", "mismatch"}
     assert AutoRound().capabilities.objection(Scheme(strategy="tensor"))
 
 
@@ -174,6 +214,7 @@ def test_bits_depend_neither_on_threads_nor_on_the_other_rows():
         ({"zero_point": np.zeros((2, 1), np.int16)}, "one for each group"),
         ({"codes": np.zeros((2, 3), np.int16)}, "do not fit"),
         ({"hessian": np.eye(3)}, "4 columns"),
+        ({"pull": np.zeros((2, 3))}, "does not fit a weight"),
     ],
 )
 def test_the_kernel_refuses_operands_that_do_not_fit(changes, message):
@@ -195,5 +236,13 @@ def test_the_kernel_refuses_operands_that_do_not_fit(changes, message):
         learn(**(operands | changes))
 
 
-def test_it_keeps_its_promises(qframe_check):
-    qframe_check(AutoRound(iterations=20), profile="fast")
+def test_a_mismatch_that_is_not_finite_is_refused_by_layer():
+    given, _, _ = of_outputs(ordinary())
+    given.statistics["mismatch"][1, 1] = np.nan
+    with pytest.raises(NonFiniteError, match=r"block\.up.*layers before"):
+        run(given, correction=1.0)
+
+
+@pytest.mark.parametrize("correction", [0.0, 0.5])
+def test_it_keeps_its_promises(qframe_check, correction):
+    qframe_check(AutoRound(iterations=20, correction=correction), profile="fast")

@@ -8,9 +8,14 @@ of the gradient of the output error, rounding having slope 1, and the best that 
 Error:  the output error of a row is at most that of round-to-nearest (docs/bounds.md, B10.c), and
         no weight moves by more than a step (B10.a).
 
-Where this departs from the paper: the error is that of the layer, tr(E H E^T) on all calibration
-tokens, and not that of a block on some of them; so rows are learned apart, each keeps its own best,
-and no random numbers are needed.
+Where this departs from the paper: the error is that of the layer on all calibration tokens, and not
+that of a block on some of them; so rows are learned apart, each keeps its own best, and no random
+numbers are needed. As there, inputs are those in the quantized network, X, and outputs should be
+those in the original one, Y W^T: with H = (2/n) X^T X, M = (2/n) (Y - X)^T X and E = W - Q
+
+    ||Y W^T - X Q^T||^2 = (tr(E H E^T) + 2 tr(W M E^T)) n / 2 + const,
+
+of whose second term `correction` takes a share. With 0 it is the error on X alone.
 """
 
 from __future__ import annotations
@@ -26,6 +31,7 @@ from qframe.errors import HessianError, UncalibratedLayerError
 
 if TYPE_CHECKING:
     import numpy as np
+    import numpy.typing as npt
 
 
 @dataclass(frozen=True)
@@ -35,21 +41,28 @@ class AutoRound:
     iterations      steps of the descent
     learning_rate   of the first step, in steps of the grid and shares of the range; it falls
                     linearly to 0. None: 1 / iterations, with which an offset can just reach 1/2
+    correction      share of what is needed to make up for the layers before
     """
 
     iterations: Annotated[int, Field(ge=0)] = 200
     learning_rate: Annotated[float, Field(gt=0)] | None = None
+    correction: Annotated[float, Field(ge=0, le=1)] = 0.0
 
     name: str = field(init=False, default="autoround")
-    needs: frozenset[str] = field(init=False, default=frozenset({"hessian"}))
     capabilities: Capabilities = field(
         init=False, default=Capabilities(strategies=frozenset({"channel", "group"}))
     )
-    claims = (
-        claims.NoWorseThan("output", sums="float32"),
-        claims.Radius(steps=1),
-        claims.SignSymmetric(),
-    )
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The Hessian, and how far inputs have moved where that is made up for."""
+        return frozenset({"hessian", "mismatch"} if self.correction else {"hessian"})
+
+    @property
+    def claims(self) -> tuple[object, ...]:
+        """No row loses more than rounded to nearest; weights move by a step at most."""
+        loses = claims.NoWorseThan("output", sums="float32", correction=self.correction)
+        return loses, claims.Radius(steps=1), claims.SignSymmetric()
 
     def round(self, problem: RoundingProblem, rng: np.random.Generator) -> QuantizedWeight:
         """Return the learned codes. Needs statistics["hessian"], [columns, columns].
@@ -90,11 +103,25 @@ class AutoRound:
             scale_dtype=scheme.scale_dtype,
             iterations=self.iterations,
             rate=self.learning_rate or 1 / max(self.iterations, 1),
+            pull=self._pull(problem),
         )
         codes, scale, zero_point = map(torch.from_numpy, made)
         return QuantizedWeight(
             codes=codes, scale=scale, zero_point=zero_point, group_index=start.group_index
         )
+
+    def _pull(self, problem: RoundingProblem) -> npt.NDArray[np.float64] | None:
+        """Return correction W M, [rows, columns]; None where nothing is made up for."""
+        from qframe import parallel
+        from qframe.weights import check_finite
+
+        if not self.correction:
+            return None
+        with parallel.one_torch_thread():
+            pull = problem.weight.double() @ problem.statistics["mismatch"].double()
+        check_finite(pull, f"layer {problem.name!r}: what makes up for the layers before")
+        found: npt.NDArray[np.float64] = (self.correction * pull).numpy()
+        return found
 
 
 @hookimpl
