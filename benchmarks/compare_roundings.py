@@ -126,8 +126,8 @@ def document(
         f"points as floats;",
         "qframe's are integers, which the package has as an option for its start. The package "
         "`auto-round` learns",
-        "for the outputs of a whole block in the original network, qframe's for those of a layer: on "
-        "the same inputs,",
+        "for the outputs of a whole block in the original network, qframe's for those of a layer: "
+        "on the same inputs,",
         "and with a `correction` for those of the original network as well.",
         "",
         "| bits | | mean KL | perplexity | top-1 % |",
