@@ -41,7 +41,6 @@ ROWS = {
     "hqq package": "hqq",
     "autoround": "autoround",
     "autoround, correction 1": "autoround:1",
-    "autoround, correction 0.5": "autoround:0.5",
     "auto-round package": "autoround",
 }
 
