@@ -38,6 +38,8 @@ def emit_tile(
     steps: Any,
     product: Callable[[Any, Any, Any], Any],
     meanwhile: Callable[[Any], None] = lambda step: None,
+    begin: Callable[[int, Any, Any], Any] | None = None,
+    end: Callable[[int, Any, Any], None] | None = None,
 ) -> None:
     """Emit sums[m, :] = product(w[step, :], x[step, m], sums[m, :]) for all steps, m < height.
 
@@ -45,6 +47,8 @@ def emit_tile(
     steps       how many, int64
     product     takes (a register of w, one number of x in all lanes, the sum so far)
     meanwhile   called with the number of the step, once in each
+    begin, end  load and store the sums of a register, if not in `sums`: called with (m, the byte
+                of its first lane in a row of PANEL lanes, the type of a register or its sums)
     """
     builder = v.builder
     lanes = v.register_bytes // BYTES
@@ -57,11 +61,19 @@ def emit_tile(
         for top in range(0, height, down):
             rows = range(top, min(top + down, height))
             places = [
-                v.at(v.at(sums_at, left), BYTES * (m * PANEL + i * lanes))
+                (m, builder.add(left, INT64(BYTES * i * lanes)))
                 for m in rows
                 for i in range(across)
             ]
-            with v.loop(steps, [v.load(place, vector) for place in places]) as loop:
+
+            def place(m: int, byte: Any) -> Any:
+                return v.at(v.at(sums_at, BYTES * m * PANEL), byte)
+
+            first = [
+                v.load(place(m, byte), vector) if begin is None else begin(m, byte, vector)
+                for m, byte in places
+            ]
+            with v.loop(steps, first) as loop:
                 here = builder.add(left, builder.mul(loop.index, INT64(BYTES * PANEL)))
                 weights = [
                     v.load(v.at(v.at(w_at, here), BYTES * i * lanes), vector) for i in range(across)
@@ -74,8 +86,11 @@ def emit_tile(
                     for weight in weights:
                         news.append(product(weight, number, loop.values[len(news)]))
                 loop.hand_on(news)
-            for place, total in zip(places, loop.values, strict=True):
-                v.store(total, place)
+            for (m, byte), total in zip(places, loop.values, strict=True):
+                if end is None:
+                    v.store(total, place(m, byte))
+                else:
+                    end(m, byte, total)
 
 
 def _make_tile(height: int) -> Callable[..., Any]:
