@@ -33,7 +33,7 @@ from qframe.contracts import Kernel
 from qframe.dispatch import Dispatch
 from qframe.errors import OutputError, VerifyError
 from qframe.host import Host
-from qframe.kernel_layer import on_kernels
+from qframe.kernel_layer import on_kernels, without_kernels
 from qframe.kv_scheme import KVCacheScheme
 from qframe.manifest import (
     MANIFEST,
@@ -287,7 +287,8 @@ def load(
             module = replace_module(module, name, made)
     _load_rest(module, source)
     if dispatch is not None:
-        module, left = on_kernels(module, dispatch)
+        module = on_kernels(module, dispatch)
+        left = without_kernels(module)
         for reason in sorted(set(left.values())):
             names = [name for name, why in left.items() if why == reason]
             log.warning("%d layers run without kernels, %s ...: %s", len(names), names[0], reason)

@@ -77,12 +77,13 @@ def generate(
     tokenizer = _tokenizer(folder)
     tokens = _tokens_of(tokenizer, folder, prompt, chat=chat)
     watch = _Watch(tokenizer, show)
-    drawn = {"do_sample": True, "temperature": temperature} if temperature else {}
+    # Without top_k and top_p, which have defaults, tokens are drawn from all.
+    drawn = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
-        eos_token_id=_end_tokens(network, tokenizer),
+        eos_token_id=_end_tokens(network, folder, tokenizer),
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
-        **{"do_sample": False, **drawn},
+        **(drawn if temperature else {"do_sample": False}),
     )
     with torch.random.fork_rng(devices=[]), torch.inference_mode():
         torch.manual_seed(seed)
@@ -124,10 +125,13 @@ def _tokens_of(tokenizer: Any, folder: str | Path, prompt: str, *, chat: bool) -
     return torch.as_tensor(tokens)
 
 
-def _end_tokens(network: Any, tokenizer: Any) -> list[int]:
-    """Return the tokens that end a text, of the network's settings and the tokenizer's."""
+def _end_tokens(network: Any, folder: str | Path, tokenizer: Any) -> list[int]:
+    """Return the tokens that end a text: of config.json, generation_config.json, the tokenizer."""
+    settings = [network.generation_config]
+    if (Path(folder) / "generation_config.json").is_file():
+        settings.append(GenerationConfig.from_pretrained(folder, local_files_only=True))
     found: set[int] = set()
-    for ends in (network.generation_config.eos_token_id, tokenizer.eos_token_id):
+    for ends in (*(each.eos_token_id for each in settings), tokenizer.eos_token_id):
         found.update(ends if isinstance(ends, list) else [ends] if ends is not None else [])
     return sorted(found)
 

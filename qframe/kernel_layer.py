@@ -143,18 +143,23 @@ def _called(kernel: Kernel, operands: tuple[Any, ...], constants: tuple[Any, ...
     return y
 
 
-def on_kernels(network: nn.Module, dispatch: Dispatch) -> tuple[nn.Module, dict[str, str]]:
-    """Put kernels under every quantized layer of a network, which is changed in place.
+def without_kernels(network: nn.Module) -> dict[str, str]:
+    """Return layer -> why no kernel computes it, of a network that was put on kernels."""
+    found = {n: m for n, m in network.named_modules() if isinstance(m, QuantizedLinear)}
+    return {name: module.no_kernel for name, module in found.items() if module.no_kernel}
 
-    Returns the network, and layer -> why it goes on as it was, of those that no kernel serves.
+
+def on_kernels(network: nn.Module, dispatch: Dispatch) -> nn.Module:
+    """Put kernels under every quantized layer of a network, changed in place, and return it.
+
+    Layers that no kernel serves go on as they were: `without_kernels` says which, and why.
     """
-    left: dict[str, str] = {}
     found = [(n, m) for n, m in network.named_modules() if type(m) is QuantizedLinear]
     for name, module in found:
         try:
             made = KernelLinear(module.stored, dispatch, module.bias)
         except UnsupportedError as error:
-            left[name] = str(error)
+            module.no_kernel = str(error)
             continue
         network = replace_module(network, name, made)
-    return network, left
+    return network

@@ -73,12 +73,12 @@ def measure(
         if value < 1:
             raise RecipeError(f"{name} must be at least 1, got {value}")
     rng = np.random.default_rng(seed)
+    known = min(int(getattr(each, "config").vocab_size) for each in networks.values())  # noqa: B009
+    tokens = torch.from_numpy(rng.integers(0, known, (1, prompt_tokens + new_tokens)))
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in networks}
     with torch.inference_mode():
         for number in range(rounds + 1):
             for name, network in networks.items():
-                size = int(getattr(network, "config").vocab_size)  # noqa: B009 - any Module
-                tokens = torch.from_numpy(rng.integers(0, size, (1, prompt_tokens + new_tokens)))
                 took = _once(network, tokens, prompt_tokens)
                 if number:  # in the first round kernels are compiled and pages are fetched
                     times[name].append(took)

@@ -222,6 +222,8 @@ class QuantizedLinear(nn.Module):
     stored   what is stored of it
     bias     [rows] or None
     dense    keep the dequantized weight as well: faster to run, and as large as the original
+
+    no_kernel   why no kernel computes the layer, where one was asked for; else ""
     """
 
     bias: torch.Tensor | None
@@ -231,6 +233,7 @@ class QuantizedLinear(nn.Module):
         self, stored: StoredLayer, bias: torch.Tensor | None = None, *, dense: bool = False
     ) -> None:
         super().__init__()
+        self.no_kernel = ""
         self._layout = stored
         packed = stored.packed
         self.in_features, self.out_features = packed.columns, packed.rows

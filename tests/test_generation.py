@@ -1,10 +1,12 @@
 """Text from networks, how fast it comes, and the commands `qframe generate` and `qframe bench`."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 
 import qframe
 from qframe.cli.generate import network_of
@@ -83,6 +85,24 @@ def test_a_quantized_cache_is_filled(model):
     assert cache.memory().tokens == len(PROMPT) + len(made.tokens) - 1
 
 
+def test_what_is_drawn_and_what_ends_a_text(model, tmp_path, monkeypatch):
+    """All tokens may be drawn, not some fifty; ends are those of every file that names some."""
+    folder = tmp_path / "MODEL"
+    shutil.copytree(model, folder)
+    GenerationConfig(eos_token_id=[7, 9]).save_pretrained(folder)
+    network, seen = network_of(folder, "none"), []
+    whole = network.generate
+
+    def spied(*args, **options):
+        seen.append(options["generation_config"])
+        return whole(*args, **options)
+
+    monkeypatch.setattr(network, "generate", spied)
+    generate(network, folder, PROMPT, max_new_tokens=2, temperature=1.0)
+    assert (seen[0].top_k, seen[0].top_p) == (0, 1.0)
+    assert {7, 9} <= set(seen[0].eos_token_id)
+
+
 @pytest.mark.parametrize(
     ("given", "why"),
     [
@@ -130,6 +150,18 @@ def test_every_network_is_timed_in_every_round(quantized):
     assert speeds["a"].over(speeds["a"]) == (1, 1)
     with pytest.raises(RecipeError, match="rounds must be at least 1"):
         measure(networks, rounds=0)
+
+
+def test_every_network_reads_and_writes_the_same_tokens(model):
+    read = {"a": [], "b": []}
+    networks = {name: network_of(model, "none") for name in read}
+    for name, network in networks.items():
+        network.register_forward_pre_hook(
+            lambda module, given, name=name: read[name].append(given[0].tolist())
+        )
+    measure(networks, prompt_tokens=5, new_tokens=2, rounds=1)
+    assert read["a"] == read["b"]
+    assert [len(tokens[0]) for tokens in read["a"]] == [5, 1, 1] * 2
 
 
 def test_an_unquantized_network_multiplies_with_the_same_weights(eight_bits):
@@ -183,10 +215,20 @@ def test_generate_takes_a_folder_that_is_not_quantized(run, model):
     assert len(made.json()["tokens"]) == 3
 
 
-def test_generate_names_what_is_wrong(run, quantized, tmp_path):
+def test_generate_names_what_is_wrong(run, quantized, model, tmp_path):
     assert "no backend 'nunba'" in run("generate", quantized, "a", "--kernels", "nunba").err
     assert "unknown preset 'KV5'" in run("generate", quantized, "a", "--kv-scheme", "KV5").err
     assert "config.json: no such file" in run("generate", tmp_path, "a").err
+    assert "is not quantized" in run("generate", model, "a", "--kernels", "torch").err
+
+
+def test_layers_without_kernels_are_not_slow_in_silence(run, model, tmp_path):
+    qframe.quantize(model, {"method": "rtn", "scheme": "NF4"}, out=tmp_path / "OUT")
+    said = run("generate", tmp_path / "OUT", "a", "-n", "1").said
+    for word in ("14 layers have no kernel", "model.layers.0.self_attn.q_proj", "are no integers"):
+        assert word in said
+    assert "have no kernel" in run("bench", tmp_path / "OUT", "--rounds", "1").said
+    assert "no kernel" not in run("generate", tmp_path / "OUT", "a", "--kernels", "none").said
 
 
 def test_bench_shows_each_network_beside_float32(run, eight_bits, model):

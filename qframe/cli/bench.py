@@ -1,4 +1,4 @@
-"""`qframe bench`: how fast a quantized network, or a kernel, is beside full precision."""
+"""`qframe bench`: how fast a quantized network is beside full precision."""
 
 from __future__ import annotations
 
@@ -73,13 +73,13 @@ def _networks(folder: Path, kernels: str) -> dict[str, nn.Module]:
     from qframe.manifest import MANIFEST
     from qframe.speed import unquantized
 
+    network = network_of(folder, kernels)  # first: it is the one that can be refused
     plain = {
         "float32": unquantized(network_of(folder, NO_KERNELS)),
         "bfloat16": unquantized(network_of(folder, NO_KERNELS)).to(torch.bfloat16),
     }
     if not (folder / MANIFEST).is_file():
         return plain
-    network = network_of(folder, kernels)
     return {**plain, _described(network, kernels): network}
 
 

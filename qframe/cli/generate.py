@@ -11,7 +11,9 @@ import typer
 
 from qframe.cli.command import Debug, Json, Threads
 from qframe.cli.progress import progress_shown
-from qframe.cli.screen import note, print_json
+from qframe.cli.screen import note, print_json, warn
+from qframe.dispatch import AUTO
+from qframe.errors import RecipeError
 from qframe.kv_scheme import KV_PRESETS, KVCacheScheme
 
 if TYPE_CHECKING:
@@ -106,9 +108,9 @@ def _show(piece: str) -> None:
 
 
 def network_of(folder: Path, kernels: str) -> nn.Module:
-    """Return the network of a folder, quantized or not; full precision has no kernels of its own.
+    """Return the network of a folder, quantized or not; warn of layers that no kernel serves.
 
-    Raises what `qframe.load` raises.
+    Raises what `qframe.load` raises, and RecipeError for a backend where nothing is quantized.
     """
     from qframe.checkpoint import load
     from qframe.manifest import MANIFEST
@@ -118,10 +120,31 @@ def network_of(folder: Path, kernels: str) -> nn.Module:
     if (folder / MANIFEST).is_file():
         if kernels == NO_KERNELS:
             return load(folder, dequantize=True)
-        return load(folder, kernels=kernels)
+        network = load(folder, kernels=kernels)
+        _warn(network)
+        return network
+    if kernels not in (AUTO, NO_KERNELS):
+        raise RecipeError(
+            f"{folder} is not quantized, so no kernels of {kernels!r} can multiply with its codes; "
+            f"leave out --kernels"
+        )
     full = Network.from_folder(ModelFolder(folder))
     full.load(full.module, recurse=True)
     return full.module.eval()
+
+
+def _warn(network: nn.Module) -> None:
+    """Say which layers are dequantized in every call, and why."""
+    from qframe.kernel_layer import without_kernels
+    from qframe.report.table import some
+
+    left = without_kernels(network)
+    for reason in sorted(set(left.values())):
+        names = [name for name, why in left.items() if why == reason]
+        warn(
+            f"{len(names)} layers have no kernel and are dequantized in every call, which is slow "
+            f"(--kernels {NO_KERNELS} does it once): {some(names)}: {reason}"
+        )
 
 
 def _cache(folder: Path, asked: str | None) -> Any:

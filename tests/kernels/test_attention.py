@@ -45,6 +45,19 @@ def test_attention(heads, tokens, width, keys, values, seed):
 
 
 @pytest.mark.parametrize("axis", ["token", "channel"])
+@pytest.mark.parametrize("name", ["k_words", "v_words", "k_scale", "v_offset"])
+@pytest.mark.parametrize("dimension", [2, 3])
+def test_operands_that_do_not_fit_are_refused(axis, name, dimension):
+    """Else the memory beside them would be read."""
+    scheme = KVScheme(num_bits=4, axis=axis, group_size=8)
+    rng = np.random.default_rng(0)
+    operands = kernel_draws_other.attention(rng, (2, 1), 20, 16, scheme, scheme)
+    operands[name] = np.delete(operands[name], 0, dimension)
+    with pytest.raises(ValueError, match=f"{name[2:]} .* do not fit 20 tokens of 16 channels"):
+        attended(operands)
+
+
+@pytest.mark.parametrize("axis", ["token", "channel"])
 def test_an_infinite_query_of_one_head_spoils_no_other(axis):
     scheme = KVScheme(num_bits=4, axis=axis, group_size=32)
     rng = np.random.default_rng(0)

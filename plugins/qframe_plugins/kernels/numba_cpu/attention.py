@@ -45,14 +45,15 @@ def attend(
     q             [batch, heads, head_dim]
     keys, values  (words [batch, kv heads, rows, words], scale, offset, scheme)
 
-    Returns [batch, heads, head_dim] and [batch, heads], float32.
+    Returns [batch, heads, head_dim] and [batch, heads], float32. Raises ValueError for operands
+    that do not fit.
     """
     batch, heads, width = q.shape
     kv_heads = keys[0].shape[1]
     group = heads // kv_heads
     queries = np.ascontiguousarray(q) * np.float32(1 / math.sqrt(width))
     queries = queries.reshape(batch * kv_heads, group, width)
-    k, v = (rows_of(*each, width) for each in (keys, values))
+    k, v = (rows_of(*each, tokens, width) for each in (keys, values))
     unit = math.lcm(keys[3].step, values[3].step)
     piece = unit * -(-PIECE // unit)
     pieces = -(-tokens // piece)

@@ -2,7 +2,7 @@
 
 Source: Cheng et al., AutoRound, arXiv:2309.05516, eq. (3) (offsets and clipping) and algorithm 1
         (SignSGD, the best iterate is kept), with the output error tr(E H E^T) of one layer, or
-        tr(E H E^T) - 2 tr(G E^T): that of the outputs that the layer should have.
+        tr(E H E^T) + 2 tr(G E^T): that of the outputs that the layer should have.
 Error:  the output error of a row is at most that of the codes it starts from (docs/bounds.md,
         B10.c): products are float32, a sum over columns in ascending order, and their sum float64.
 

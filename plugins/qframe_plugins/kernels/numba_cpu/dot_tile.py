@@ -93,6 +93,16 @@ def emit_tile(
                     end(m, byte, total)
 
 
+def tokens_at(v: Vectors, x_at: Any, columns: Any, token: Any, first: Any, height: int) -> Any:
+    """Return where the numbers of a tile's tokens begin, in the step `first`.
+
+    x_at      of tokens as `share_arrange` lays them out, `columns` numbers of four bytes for each
+    """
+    b = v.builder
+    place = b.add(b.mul(token, columns), b.mul(first, INT64(height)))
+    return v.at(x_at, b.mul(place, INT64(BYTES)))
+
+
 def _make_tile(height: int) -> Callable[..., Any]:
     """Return the intrinsic that takes so many tokens at once."""
 
@@ -119,8 +129,7 @@ def _make_tile(height: int) -> Callable[..., Any]:
             w_at, _ = v.array(signature.args[6], values[6])
             row, token, first, quads, start, ahead = (values[i] for i in (1, 3, 4, 5, 7, 8))
             sums_at = v.at(sums_at, builder.mul(row, INT64(BYTES * PANEL)))
-            x_first = builder.add(builder.mul(token, all_quads), builder.mul(first, INT64(height)))
-            x_at = v.at(x_at, builder.mul(x_first, INT64(BYTES)))
+            x_at = tokens_at(v, x_at, all_quads, token, first, height)
             w_at = v.at(w_at, start)
             next_at = v.at(w_at, ahead)
 

@@ -20,6 +20,7 @@ from qframe_plugins.kernels.numba_cpu.dot_tile import (
     PANEL,
     emit_tile,
     height_of,
+    tokens_at,
 )
 from qframe_plugins.kernels.numba_cpu.simd import claim, kernel
 from qframe_plugins.kernels.numba_cpu.vectors import FLOAT32, INT64, Vectors
@@ -42,8 +43,7 @@ def _make_tile(height: int) -> Callable[..., Any]:
             w_at, _ = v.array(signature.args[6], values[6])
             row, token, first, count = (values[i] for i in (1, 3, 4, 5))
             sums_at = v.at(sums_at, builder.mul(row, INT64(BYTES * PANEL)))
-            x_first = builder.add(builder.mul(token, columns), builder.mul(first, INT64(height)))
-            x_at = v.at(x_at, builder.mul(x_first, INT64(BYTES)))
+            x_at = tokens_at(v, x_at, columns, token, first, height)
             emit_tile(v, FLOAT32, height, sums_at, x_at, w_at, count, v.muladd)
             return context.get_dummy_value()
 

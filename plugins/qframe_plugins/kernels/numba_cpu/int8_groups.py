@@ -28,6 +28,7 @@ from qframe_plugins.kernels.numba_cpu.dot_tile import (
     emit_tile,
     height_of,
     share_arrange,
+    tokens_at,
 )
 from qframe_plugins.kernels.numba_cpu.packed import PackedPanels, unpack
 from qframe_plugins.kernels.numba_cpu.simd import claim, kernel
@@ -98,8 +99,7 @@ def _make_group(height: int) -> Callable[..., Any]:
             )
             zero_at, scale_at = (v.array(signature.args[i], values[i])[0] for i in (8, 9))
             token, first, quads, start, group = (values[i] for i in (2, 3, 4, 6, 10))
-            x_first = builder.add(builder.mul(token, all_quads), builder.mul(first, INT64(height)))
-            x_at = v.at(x_at, builder.mul(x_first, INT64(BYTES)))
+            x_at = tokens_at(v, x_at, all_quads, token, first, height)
             row = INT64(BYTES * PANEL)
             y_at = v.at(y_at, builder.mul(token, row))
             zero_at, scale_at = (v.at(at, builder.mul(group, row)) for at in (zero_at, scale_at))

@@ -51,7 +51,7 @@ def _lanes(typing: Any) -> Any:
 
     def emit(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         v = Vectors(context, builder)
-        one = v.has("avx512vnni") or v.has("avxvnni")
+        one = v.has("avx512vnni" if v.register_bytes == _LINE else "avxvnni")
         return INT64(v.register_bytes if one else 0)
 
     return types.int64(), emit

@@ -47,8 +47,14 @@ _BYTE = 8
 _NATURAL, _BYTES, _WORDS = range(3)
 
 
-def rows_of(words: Words, scale: Float32, offset: Float32, scheme: KVScheme, width: int) -> Rows:
-    """Return the rows of operands of `attention_kv`; width is head_dim."""
+def rows_of(
+    words: Words, scale: Float32, offset: Float32, scheme: KVScheme, tokens: int, width: int
+) -> Rows:
+    """Return the rows of operands of `attention_kv`; width is head_dim.
+
+    Raises ValueError for operands that do not fit, of which memory beside them would be read.
+    """
+    _check(words, scale, offset, scheme, tokens, width)
     _, _, rows, length = words.shape
     bits, channel = scheme.num_bits, scheme.axis == "channel"
     codes = scheme.step if channel else width
@@ -81,6 +87,26 @@ def rows_of(words: Words, scale: Float32, offset: Float32, scheme: KVScheme, wid
         place,
         layout,
     )
+
+
+def _check(
+    words: Words, scale: Float32, offset: Float32, scheme: KVScheme, tokens: int, width: int
+) -> None:
+    batch, heads = words.shape[:2]
+    groups = scheme.scale_shape((batch, heads, tokens, width))
+    channel = scheme.axis == "channel"
+    rows, codes = (groups[2] * width, scheme.step) if channel else (tokens, width)
+    fit = (batch, heads, rows, -(-codes * scheme.num_bits // _WORD))
+    for name, got, expected in (
+        ("words", words.shape, fit),
+        ("scale", scale.shape, groups),
+        ("offset", offset.shape, groups),
+    ):
+        if tuple(got) != expected:
+            raise ValueError(
+                f"{name} {list(got)} do not fit {tokens} tokens of {width} channels, "
+                f"{scheme.describe()}: expected {list(expected)}"
+            )
 
 
 def _in_turn(codes: npt.NDArray[np.int64], length: int, each: int) -> npt.NDArray[np.int64]:
