@@ -87,13 +87,17 @@ class Fallbacks:
             f"its output error on held-out tokens is {found:.3%}, and {plain:.3%} when it is "
             f"rounded to nearest"
         )
+        self.overfitted(f"layer {problem.name!r}", problem.name, message)
+        return nearest
+
+    def overfitted(self, what: str, name: str, message: str) -> None:
+        """Record that a layer or block does worse than nearest; raise OverfitError if it must."""
         if self._recipe.on_overfit == "error":
             raise OverfitError(
-                f"layer {problem.name!r}: {message}; give more calibration text, or text of more "
-                f"kinds, or on_overfit='rtn'"
+                f"{what}: {message}; give more calibration text, or text of more kinds, or "
+                f"on_overfit='rtn'"
             )
-        self._add(Event(kind="overfit", layer=problem.name, message=message))
-        return nearest
+        self._add(Event(kind="overfit", layer=name, message=message))
 
     def _add(self, event: Event) -> None:
         self._events.append(event)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 PROGRAM_BYTES = 500_000_000  # Python with torch, transformers and numba; measured on Linux
 BLOCK_COPIES = 6  # of a block's weights: original, quantized, to nearest, codes, and in between
+LEARNING_COPIES = 10  # besides: weights and slopes of two chunks, and what is kept of each weight
 WRITING_COPIES = 2  # of what is written: safetensors makes its own
 KEPT_SHARE = 0.25  # of all that: freed memory that the allocator keeps; measured with glibc
 STATISTICS_BYTES = 64  # for a pair of columns: sums and factors in float64, calibration, held out
@@ -49,9 +50,10 @@ def peak_memory(job: Job) -> dict[str, int]:
         for name in (network.stored_name(f"{layer}.weight") for layer in job.plan.schemes)
         if name in folder_tensors
     )
+    learns = job.method.learns
     peak = {
         "program": PROGRAM_BYTES,
-        "largest block": BLOCK_COPIES * largest,
+        "largest block": (BLOCK_COPIES + LEARNING_COPIES * learns) * largest,
         "being written": WRITING_COPIES
         * (min(size + carried, MAX_SHARD_BYTES) + min(most_statistics_bytes(job), MAX_SHARD_BYTES)),
     }
@@ -60,8 +62,10 @@ def peak_memory(job: Job) -> dict[str, int]:
         tokens = round(samples) * window_of(job)
         inputs = sum({network.layers[n].columns for n in job.plan.schemes})
         peak["embeddings"] = carried
-        passes = 1 + any(map(job.host.wants_pairs, job.method.needs))  # one of the original network
-        peak["activations"] = 4 * passes * tokens * (inputs + (ACTIVATION_COPIES - 1) * widest)
+        # One more of the original network, and where blocks are learned their outputs in it.
+        passes = 1 + (learns or any(map(job.host.wants_pairs, job.method.needs)))
+        kept = inputs + (ACTIVATION_COPIES - 1 + learns) * widest
+        peak["activations"] = 4 * passes * tokens * kept
         peak["statistics"] = passes * STATISTICS_BYTES * widest * widest
     peak |= {"kept by the allocator": round(KEPT_SHARE * sum(peak.values()))}
     if job.candidates is not None:

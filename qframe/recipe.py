@@ -206,6 +206,11 @@ class Method:
         return self.rounder.needs.union(*(handler.needs for handler in self.handlers))
 
     @property
+    def learns(self) -> bool:
+        """Whether the rounder learns the layers of a block together (`qframe.blocks`)."""
+        return hasattr(self.rounder, "learn")
+
+    @property
     def scales(self) -> bool:
         """Whether a handler may scale inputs: all but those that only rotate, or keep columns."""
         return not all(
@@ -252,7 +257,13 @@ def parse_method(host: Host, recipe: Recipe) -> Method:
     where = f"method {recipe.method!r}"
     made = [host.configured(*part, options[part], where) for part in parts]
     _check_order(recipe.method, made[:-1])
-    return Method(recipe.method, made[-1], tuple(made[:-1]))
+    method = Method(recipe.method, made[-1], tuple(made[:-1]))
+    if method.learns and handlers:
+        raise UnsupportedError(
+            f"method {recipe.method!r}: {made[-1].name!r} learns the layers of a block before any "
+            f"handler sees them, so none can come before it; use it alone, or another rounder"
+        )
+    return method
 
 
 def _check_order(method: str, handlers: Sequence[OutlierHandler]) -> None:

@@ -38,6 +38,7 @@ from qframe.grids import grid_of, input_grid_of
 from qframe.host import Host
 from qframe.inputs import GroupInputs
 from qframe.judging import Court
+from qframe.learning import Learner
 from qframe.manifest import ORDER
 from qframe.observing import Known, Watch
 from qframe.packing import PackedWeight
@@ -106,11 +107,13 @@ class Solver:
         self._watch, self._court = Watch(host), Court(threads)
         self.events: list[Event] = []
         self._falls = Fallbacks(recipe, self.events)
+        self.learner = Learner(recipe, method, host, threads, self._falls)
 
     @property
     def pairs(self) -> bool:
         """Whether the method asks for inputs in the original network, beside those it gets."""
-        return any(self._host.wants_pairs(name) for name in self._method.needs)
+        needs = self._method.needs
+        return self._method.learns or any(self._host.wants_pairs(name) for name in needs)
 
     def __enter__(self) -> Self:
         return self
@@ -176,14 +179,18 @@ class Solver:
                 held_out=held_out,
             )
             clock = time.perf_counter()
-            quantized, used = self._round(problem)
             kept_in_16_bits = rewrites.kept.get(layer.name)
-            nearest = self._falls.overfit(
-                problem, quantized, original, transform, kept_in_16_bits, errors
-            )
-            if nearest is not None:
-                quantized, used = nearest, OVERFIT
-            round_seconds = time.perf_counter() - clock
+            learned = self.learner.take(layer.name)
+            if learned is None:
+                quantized, used = self._round(problem)
+                nearest = self._falls.overfit(
+                    problem, quantized, original, transform, kept_in_16_bits, errors
+                )
+                if nearest is not None:
+                    quantized, used = nearest, OVERFIT
+                round_seconds = time.perf_counter() - clock
+            else:
+                quantized, used, round_seconds = learned
 
             clock = time.perf_counter()
             packed = PackedWeight.pack(quantized, scheme, problem.grid, name=layer.name)

@@ -122,7 +122,8 @@ class Walk:
                 self._enter(stop.name)
                 self._find_groups(stop.name, steps, arrivals)
                 if self._original is not None:
-                    self._original.arrivals(stop, arrivals)
+                    originals = self._original.arrivals(stop, arrivals)
+                    self._learn(stop.name, arrivals, originals, fitted=len(data.inputs))
                     self._original.advance()
             elif stop.name in self.reports:
                 self._check_shared(stop.name, arrivals)
@@ -152,6 +153,24 @@ class Walk:
         """Return what became of input scales; None where there are none, or they are to stay."""
         found = self._folding
         return found if self._solver.folds and (found.folded or found.left) else None
+
+    def _learn(
+        self,
+        name: str,
+        arrivals: Mapping[int, Arrival],
+        originals: Mapping[int, Arrival],
+        *,
+        fitted: int,
+    ) -> None:
+        """Show a block to a rounder that learns its layers together, when its turn comes."""
+        prefix, block = f"{name}." if name else "", self._network.blocks[name]
+        layers = {
+            layer: (self._network.module.get_submodule(layer), self._network.weight(layer), scheme)
+            for layer, scheme in self._plan.schemes.items()
+            if layer.startswith(prefix) and layer not in self.reports
+        }
+        pairs = {number: (arrivals[number], originals[number]) for number in arrivals}
+        self._solver.learner.learn(name, block, layers, pairs, fitted=fitted, dtype=self._dtype)
 
     # Layers ------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import typer.main
 
+from qframe import blocks as blocks_of_layers
 from qframe import contracts, errors, hookspecs
 from qframe.cli.app import app
 from qframe.host import KINDS, Host, option_names
@@ -122,6 +123,14 @@ def contract_names():
     return sorted(used | {contract.__name__ for _, contract in KINDS.values()})
 
 
+@pytest.mark.parametrize("name", ["BlockProblem", "BlockRounder"])
+def test_what_learns_blocks_is_shown_as_it_is(name):
+    lines = definitions(inspect.getsource(blocks_of_layers))[name]
+    if name == "BlockProblem":
+        lines = {line for line in lines if not line.startswith("def ")}
+    assert shown()[name] == lines
+
+
 @pytest.mark.parametrize("name", contract_names())
 def test_every_contract_is_shown_as_it_is(name):
     lines = {
@@ -171,6 +180,7 @@ def test_the_defaults_of_keys_are_as_explained(section, model):
         ("gptq", "Options of GPTQ", "by actorder"),
         ("hqq", "Options of HQQ", ""),
         ("autoround", "Options of AutoRound", "1 / iterations"),
+        ("autoround_block", "Options of AutoRound for blocks", "1 / iterations"),
     ],
 )
 def test_the_defaults_of_rounders_are_as_explained(name, section, derived):

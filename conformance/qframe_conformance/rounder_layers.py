@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from qframe import Capabilities, Grid, InputGroup, LayerInfo, RoundingProblem, Scheme
 from qframe.claims import FittedScale, has_claim
-from qframe_conformance import kinds
+from qframe_conformance import kinds, rounder_blocks
 from qframe_conformance.engine import Scenario
 from qframe_conformance.kinds import Float64, Kind
 from qframe_conformance.rounder_cases import CalibrationCase, DeclarationCase, RounderCase
@@ -58,6 +58,7 @@ def scenarios(rounder: Any) -> list[Scenario]:
             seeds = st.integers(2 * number + 1, 2 * number + 2)
             made = seeds.map(partial(tall_layer, rounder, fitting[-1]))
             found.append(Scenario(f"{THREADS}-{strategy}", made, THREADS))
+    found += rounder_blocks.scenarios(rounder, declared)
     if has_claim(rounder, FittedScale):
         found += nearly_fitted(rounder, declared)
     return found

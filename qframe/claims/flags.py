@@ -85,3 +85,14 @@ class RowOrderFree:
 
     name = "row order"
     theorem = "B4.e"
+
+
+@dataclass(frozen=True, slots=True)
+class NoWorseBlock:
+    """B10.f: a block that is learned has no larger output error than its layers rounded to nearest.
+
+    Both are what `BlockProblem.error` returns for all inputs that are fitted on.
+    """
+
+    name = "no worse block"
+    theorem = "B10.f"

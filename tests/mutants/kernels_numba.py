@@ -323,8 +323,8 @@ MUTANTS = (
         (
             "tokens_of_the_first_part",
             "dot_tile.py",
-            "x_at = v.at(x_at, builder.mul(x_first, INT64(BYTES)))",
-            "x_at = v.at(x_at, builder.mul(builder.mul(token, all_quads), INT64(BYTES)))",
+            "place = b.add(b.mul(token, columns), b.mul(first, INT64(height)))",
+            "place = b.mul(token, columns)",
             "eight_bit_decode",
             "later parts of a long row meet the codes of the first.",
         ),

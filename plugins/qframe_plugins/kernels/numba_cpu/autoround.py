@@ -140,24 +140,10 @@ def _learn(w, hessian, g, width, grid, iterations, rate, best_k, best_s, best_z)
 
     All [columns or groups, LANES] float32.
     """
-    columns, groups = len(w), len(best_s)
-    qmin, qmax = np.float32(grid[0]), np.float32(grid[1])
+    columns = len(w)
     low, high = np.empty_like(best_s), np.empty_like(best_s)  # the range that codes reach
     lower, upper = np.ones_like(best_s), np.ones_like(best_s)  # shares of it
-    for group in range(groups):
-        used = np.zeros(LANES, np.bool_)
-        for column in range(group * width, min((group + 1) * width, columns)):
-            for lane in range(LANES):
-                used[lane] |= w[column, lane] != 0
-        for lane in range(LANES):
-            s, z = best_s[group, lane], best_z[group, lane]
-            if not used[lane]:  # zeros have scale 1 and keep it
-                low[group, lane] = high[group, lane] = 0
-            elif grid[2]:
-                high[group, lane] = s * ((qmax - qmin) / np.float32(2))
-                low[group, lane] = -high[group, lane]
-            else:
-                low[group, lane], high[group, lane] = s * (qmin - z), s * (qmax - z)
+    set_ranges(w, best_s, best_z, width, grid, low, high)
     error = np.empty((columns, LANES), np.float32)
     pull = np.empty((hessian.shape[1], LANES), np.float32)
     offset = np.zeros((columns, LANES), np.float32)
@@ -187,9 +173,29 @@ def _learn(w, hessian, g, width, grid, iterations, rate, best_k, best_s, best_z)
                     z[:, lane],
                 )
         speed = np.float32(rate * (1 - step / iterations)) if iterations > 0 else np.float32(0)
-        _descend(w, k, s, z, pull, width, grid, low, high, speed, offset, lower, upper)
-        _encode(w, offset, width, grid, low, high, lower, upper, k, s, z)
+        descend(w, k, s, z, pull, width, grid, low, high, speed, offset, lower, upper)
+        encode(w, offset, width, grid, low, high, lower, upper, k, s, z)
     return taken
+
+
+@kernel
+def set_ranges(w, s, z, width, grid, low, high):  # type: ignore[no-untyped-def]
+    """Set the ranges that the codes of groups reach; that of a group of zeros is empty."""
+    qmin, qmax = np.float32(grid[0]), np.float32(grid[1])
+    for group in range(len(s)):
+        used = np.zeros(LANES, np.bool_)
+        for column in range(group * width, min((group + 1) * width, len(w))):
+            for lane in range(LANES):
+                used[lane] |= w[column, lane] != 0
+        for lane in range(LANES):
+            scale, zero = s[group, lane], z[group, lane]
+            if not used[lane]:  # zeros have scale 1 and keep it
+                low[group, lane] = high[group, lane] = 0
+            elif grid[2]:
+                high[group, lane] = scale * ((qmax - qmin) / np.float32(2))
+                low[group, lane] = -high[group, lane]
+            else:
+                low[group, lane], high[group, lane] = scale * (qmin - zero), scale * (qmax - zero)
 
 
 @kernel
@@ -203,7 +209,7 @@ def _times(hessian, error, pull):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _descend(w, k, s, z, pull, width, grid, low, high, speed, offset, lower, upper):  # type: ignore[no-untyped-def]
+def descend(w, k, s, z, pull, width, grid, low, high, speed, offset, lower, upper):  # type: ignore[no-untyped-def]
     """Take a step against the sign of each gradient; rounding has slope 1 (straight through).
 
     A value q = s k has the gradient -2 pull. Where the code is not clipped dq = s dv + (k - w / s)
@@ -246,7 +252,7 @@ def _share(share, change):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _encode(w, offset, width, grid, low, high, lower, upper, k, s, z):  # type: ignore[no-untyped-def]
+def encode(w, offset, width, grid, low, high, lower, upper, k, s, z):  # type: ignore[no-untyped-def]
     """Set scales and zero points of the ranges, and k = clip(rint(w / s + offset) + z) - z."""
     qmin, qmax = np.float32(grid[0]), np.float32(grid[1])
     for group in range(len(s)):
