@@ -34,6 +34,7 @@ from qframe.weights import ModelFolder
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "roundings.md"
 GROUP = 64
+OPTIONS = {"autoround": ("iterations", "correction"), "autoround_block": ("iterations",)}
 ROWS = {
     "rtn": "rtn",
     "hqq": "hqq",
@@ -41,6 +42,7 @@ ROWS = {
     "hqq package": "hqq",
     "autoround": "autoround",
     "autoround, correction 1": "autoround:1",
+    "autoround, blocks": "autoround_block",
     "auto-round package": "autoround",
 }
 
@@ -62,7 +64,7 @@ def by_qframe(setting: Setting, method: str, bits: int) -> Mapping[str, torch.Te
     options = {"iterations": setting.iterations, "correction": float(correction or 0)}
     recipe = {
         "method": method,
-        "options": options if method == "autoround" else {},
+        "options": {key: options[key] for key in OPTIONS.get(method, ())},
         "scheme": {"num_bits": bits, "group_size": GROUP, "symmetric": False},
     }
     data = CalibrationData.from_tokens(windows, windows[:0], {"name": "topics"})

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -36,7 +37,10 @@ class BlockProblem:
     layers     layer name -> its rounding problem, without statistics
     run        (input number, layer name -> weight [rows, columns] float32) -> outputs, float32 of
                any shape. Slopes go through it. A layer that is not named has its own weight
-    targets    outputs in the network that is not quantized, one tensor for each input
+    targets    outputs in the network that is not quantized, one tensor for each input: a token of
+               `columns` numbers is what the last dimension holds
+    moved      how far each token of the inputs has moved from where it is in the original network,
+               like targets but for the last dimension, squared; None: not at all
     held_out   how many of the last inputs are kept aside: to choose with, never to fit
     threads    how many inputs run at once; no number depends on it
     """
@@ -45,6 +49,7 @@ class BlockProblem:
     layers: Mapping[str, RoundingProblem]
     run: Callable[[int, Weights], torch.Tensor]
     targets: Sequence[torch.Tensor]
+    moved: Sequence[torch.Tensor] | None = None
     held_out: int = 0
     threads: int = 1
 
@@ -53,10 +58,27 @@ class BlockProblem:
         """The numbers of inputs to fit on."""
         return range(len(self.targets) - self.held_out)
 
-    def error(self, weights: Weights, inputs: Sequence[int] | None = None) -> float:
-        """Return the mean squared error of outputs, over all numbers of some inputs.
+    @cached_property
+    def importance(self) -> Sequence[torch.Tensor]:
+        """What the squared error of each token counts, float64: like `moved`.
 
-        inputs   their numbers; None for all that are fitted on
+        A token that has moved by d counts m / (m + d), m the mean of all d that are fitted on. A
+        massive token that an earlier block has missed stays wrong whatever this one does, and would
+        outweigh all others.
+        """
+        if self.moved is None:
+            return [torch.ones(each.shape[:-1], dtype=torch.float64) for each in self.targets]
+        fitted = [self.moved[i].double() for i in self.fitted]
+        total = math.fsum(float(each.sum()) for each in fitted)
+        mean = total / max(sum(each.numel() for each in fitted), 1)
+        if not mean:
+            return [torch.ones(each.shape, dtype=torch.float64) for each in self.moved]
+        return [mean / (mean + each.double()) for each in self.moved]
+
+    def error(self, weights: Weights, inputs: Sequence[int] | None = None) -> float:
+        """Return the mean squared error of outputs, each token by its importance.
+
+        inputs   the numbers of those whose outputs count; None for all that are fitted on
         """
         chosen = self.fitted if inputs is None else inputs
 
@@ -64,41 +86,46 @@ class BlockProblem:
             with torch.no_grad():
                 return float(self._squares(number, weights))
 
-        errors = parallel.spread(one, chosen, self.threads)
-        return math.fsum(errors) / max(sum(self.targets[i].numel() for i in chosen), 1)
+        return self._mean(parallel.spread(one, chosen, self.threads), chosen)
 
-    def slopes(self, weights: Weights, inputs: Sequence[int]) -> dict[str, torch.Tensor]:
-        """Return the gradient of the summed squared error by each weight, [rows, columns] float32.
+    def slopes(
+        self, weights: Weights, inputs: Sequence[int]
+    ) -> tuple[float, dict[str, torch.Tensor]]:
+        """Return the error of some inputs, and the slope of the sum of squares by each weight.
 
         weights   of every layer
         inputs    the numbers of those whose outputs count
 
-        Zeros for a layer that no token reached.
+        A slope is [rows, columns] float32, zeros for a layer that no token reached.
         """
 
-        def one(number: int) -> tuple[torch.Tensor | None, ...]:
+        def one(number: int) -> tuple[float, tuple[torch.Tensor | None, ...]]:
             with torch.enable_grad():
                 leaves = {
                     name: weight.detach().requires_grad_() for name, weight in weights.items()
                 }
                 error = self._squares(number, leaves)
                 if not error.requires_grad:
-                    return (None,) * len(leaves)
-                return torch.autograd.grad(error, list(leaves.values()), allow_unused=True)
+                    return float(error), (None,) * len(leaves)
+                wanted = list(leaves.values())
+                return float(error.detach()), torch.autograd.grad(error, wanted, allow_unused=True)
 
         found = parallel.spread(one, inputs, self.threads)
         total = {}
         for place, (name, weight) in enumerate(weights.items()):
             total[name] = torch.zeros_like(weight)
-            for slopes in found:  # in the order of inputs, whatever ended first
+            for _, slopes in found:  # in the order of inputs, whatever ended first
                 slope = slopes[place]
                 if slope is not None:
                     total[name] += slope
-        return total
+        return self._mean([error for error, _ in found], inputs), total
+
+    def _mean(self, errors: Sequence[float], inputs: Sequence[int]) -> float:
+        return math.fsum(errors) / max(sum(self.targets[i].numel() for i in inputs), 1)
 
     def _squares(self, number: int, weights: Weights) -> torch.Tensor:
-        made = self.run(number, weights)
-        return (made - self.targets[number]).double().square().sum()
+        lost = (self.run(number, weights) - self.targets[number]).double().square()
+        return (lost.sum(-1) * self.importance[number]).sum()
 
 
 class BlockRounder(Rounder, Protocol):
@@ -160,6 +187,7 @@ class NetworkBlock:
                 layers=layers,
                 run=lambda number, weights: self._run(arrivals[number], weights),
                 targets=targets,
+                moved=[_moved(*each) for each in zip(arrivals, originals, targets, strict=True)],
                 held_out=held_out,
                 threads=threads,
             )
@@ -195,3 +223,17 @@ class NetworkBlock:
                 f"block's outputs needs a tensor; use a method that learns layer by layer"
             )
         return made.float()
+
+
+def _moved(here: Arrival, there: Arrival, target: torch.Tensor) -> torch.Tensor:
+    """Return the squared distance of each token of a block's first argument from the original one.
+
+    Zeros where that is no tensor with as many tokens as the outputs have.
+    """
+    x, y = (next(iter((*each.args, *each.kwargs.values())), None) for each in (here, there))
+    tokens = target.shape[:-1]
+    if not isinstance(x, torch.Tensor) or not isinstance(y, torch.Tensor):
+        return torch.zeros(tokens, dtype=torch.float64)
+    if x.shape != y.shape or x.shape[:-1] != tokens:
+        return torch.zeros(tokens, dtype=torch.float64)
+    return (x.double() - y.double()).square().sum(-1)

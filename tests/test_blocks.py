@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 import qframe
 from qframe import CalibrationData, Capabilities, Grid, Host, Scheme, hookimpl, rounding
 from qframe.blocks import BlockProblem, NetworkBlock
+from qframe.bounds import UNIT
 from qframe.calibration import Arrival
 from qframe.contracts import RoundingProblem
 from qframe.errors import ModelError, NonFiniteError, OverfitError, PluginError, UnsupportedError
@@ -124,7 +125,8 @@ def test_slopes_are_those_of_the_error(kind, seed, threads):
             run=lambda i, w: run64(module, arrivals(1, 4, 2, 3)[i], w),
             targets=[each.double() for each in problem.targets],
         )
-        slopes = exact.slopes(weights, exact.fitted)
+        error, slopes = exact.slopes(weights, exact.fitted)
+        assert error == exact.error(weights)
         along = sum(float((slopes[n] * ways[n]).sum()) for n in LAYERS)
         numbers = sum(each.numel() for each in exact.targets)
 
@@ -154,27 +156,78 @@ def test_numbers_do_not_depend_on_threads(dtype):
             weights = {n: weight_of(module, n) * 1.5 for n in LAYERS}
             found.append((problem.error(weights), problem.slopes(weights, [2, 0])))
     assert found[0][0] == found[1][0]
-    assert all(torch.equal(found[0][1][n], found[1][1][n]) for n in LAYERS)
+    assert found[0][1][0] == found[1][1][0]
+    assert all(torch.equal(found[0][1][1][n], found[1][1][1][n]) for n in LAYERS)
 
 
 def test_the_error_is_the_mean_over_the_numbers_of_those_inputs():
     module = Gated()
     with shown(module, 5, 3, held_out=1) as problem:
+        problem = dataclasses.replace(problem, moved=None)
         assert problem.error({}) == problem.error({}, [0])
         made = [problem.run(i, {}) - problem.targets[i] for i in (0, 1)]
-        squares = [float(each.double().square().sum()) for each in made]
+        squares = [float(each.double().square().sum(-1).sum()) for each in made]
         assert problem.error({}) == squares[0] / made[0].numel()
         assert problem.error({}, [0, 1]) == math.fsum(squares) / (8 * 6)
+
+
+def test_a_token_that_has_moved_far_counts_less():
+    module = Gated()
+    with shown(module, 5, 3, held_out=1) as problem:
+        moved = [each.args[0].double() * 0.1 for each in arrivals(1, 5, 3)]
+        distances = [each.square().sum(-1) for each in moved]
+        for found, expected in zip(problem.moved, distances, strict=True):
+            # What float32 takes off x * 1.1, relative to the tenth that is left.
+            assert ((found - expected).abs() <= expected * 2 * 11 * UNIT["float32"] * 2).all()
+        mean = float(problem.moved[0].sum()) / 5
+        assert torch.equal(problem.importance[1], mean / (mean + problem.moved[1]))
+        counted = [
+            (problem.run(i, {}) - problem.targets[i]).double().square().sum(-1)
+            * problem.importance[i]
+            for i in (0, 1)
+        ]
+        assert problem.error({}) == float(counted[0].sum()) / (5 * 6)
+        further = [problem.moved[0], problem.moved[1] * 100]
+        other = dataclasses.replace(problem, moved=further)
+        assert torch.equal(other.importance[0], problem.importance[0])  # held out: no say in it
+
+
+def test_tokens_that_have_not_moved_all_count_the_same():
+    module = Gated()
+    block = NetworkBlock(
+        "block", module, {n: module.get_submodule(n) for n in LAYERS}, torch.float32
+    )
+    here = arrivals(1, 5)
+    with block.problem(problems(module), here, here, held_out=0, threads=1) as problem:
+        assert torch.equal(problem.importance[0], torch.ones(1, 5, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("first", [3, torch.zeros(2), torch.zeros(2, 5, 6)])
+def test_a_first_argument_that_is_not_the_tokens_says_nothing_of_how_far_they_moved(first):
+    class Other(Gated):
+        def forward(self, given, x):
+            return super().forward(x)
+
+    module = Other()
+    here, there = (
+        [Arrival((first, each.args[0] * by), {}) for each in arrivals(1, 5)] for by in (1.0, 2.0)
+    )
+    block = NetworkBlock(
+        "block", module, {n: module.get_submodule(n) for n in LAYERS}, torch.float32
+    )
+    with block.problem(problems(module), here, there, held_out=0, threads=1) as problem:
+        assert torch.equal(problem.moved[0], torch.zeros(1, 5, dtype=torch.float64))
 
 
 def test_a_layer_that_no_token_reaches_has_no_slope():
     module = Gated()
     with shown(module, 5) as problem:
         weights = {n: weight_of(module, n) for n in LAYERS} | {"spare": torch.ones(2, 3)}
-        slopes = problem.slopes(weights, [0])
+        _, slopes = problem.slopes(weights, [0])
         assert torch.equal(slopes["spare"], torch.zeros(2, 3))
         assert slopes["up"].abs().sum() > 0
-        nothing = problem.slopes({"spare": torch.ones(2, 3)}, [0])
+        error, nothing = problem.slopes({"spare": torch.ones(2, 3)}, [0])
+        assert error == problem.error({}, [0])
         assert torch.equal(nothing["spare"], torch.zeros(2, 3))
 
 

@@ -99,6 +99,10 @@ class BlockCase:
             layers=layers,
             run=lambda number, weights: block(inputs[number], {**own, **weights}),
             targets=[block(x, own) for x in originals],
+            moved=[
+                (x.double() - y.double()).square().sum(-1)
+                for x, y in zip(inputs, originals, strict=True)
+            ],
             held_out=1,
         )
 

@@ -37,7 +37,7 @@ class BlockLearner:
         kept, least = self.start(now), self.error(problem, now)
         moved = {name: torch.zeros_like(made.codes) for name, made in now.items()}
         for _ in range(self.steps):
-            slopes = problem.slopes(values(now), self.inputs(problem))
+            _, slopes = problem.slopes(values(now), self.inputs(problem))
             now = {
                 name: self.step(problem.layers[name], made, slopes[name], moved[name])
                 for name, made in now.items()

@@ -36,13 +36,14 @@ def test_the_error_of_blocks_falls(symmetric, strategy):
     """That nothing gets worse would also hold of a search that never finds anything."""
     size = 5 if strategy == "group" else None
     scheme = Scheme(num_bits=3, strategy=strategy, group_size=size, symmetric=symmetric)
-    start, reached = [], []
+    ratios = []
     for seed in range(8):
         drawn = case(seed, scheme, iterations=80)
-        start.append(drawn.problem.error(values(nearest(drawn.problem))))
-        reached.append(drawn.problem.error(values(drawn.made)))
-    assert 3 * np.median(reached) < 2 * np.median(start)
-    assert sum(a < b for a, b in zip(reached, start, strict=True)) >= 5  # some inputs are zeros
+        start = drawn.problem.error(values(nearest(drawn.problem)))
+        if start:  # inputs of zeros make outputs of zeros
+            ratios.append(drawn.problem.error(values(drawn.made)) / start)
+    assert len(ratios) == 7
+    assert np.median(ratios) < 3 / 4
 
 
 def test_it_says_what_it_has_reached():

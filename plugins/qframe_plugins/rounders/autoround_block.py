@@ -9,8 +9,11 @@ the original one.
 Error:  the squared error of the block's outputs on all calibration tokens is at most that of layers
         rounded to nearest (docs/bounds.md, B10.f), and no weight moves by more than a step (B10.a).
 
-Where this departs from the paper: what is kept is the best of a few iterates on all tokens, and
-not the best of all on the few tokens that each was tried on.
+Where this departs from the paper:
+  * a token that has moved far before the block counts less (`BlockProblem.importance`). Else a
+    massive one decides about everything after the block that failed to make it what it was;
+  * an iterate's error is compared with that of rounding to nearest on the same tokens, for they
+    differ in how much there is to lose. The best and the last are tried on all tokens at the end.
 
 A layer that is in no block, or in one that no token reaches, is learned by itself: `autoround`.
 """
@@ -18,6 +21,7 @@ A layer that is in no block, or in one that no token reaches, is learned by itse
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated
@@ -32,8 +36,6 @@ if TYPE_CHECKING:
 
     from qframe.blocks import BlockProblem
     from qframe_plugins.kernels.numba_cpu.autoround_blocks import Descent
-
-_LOOKS = 4  # iterates that are tried on all tokens, the last of them at the end
 
 
 @dataclass(frozen=True)
@@ -71,23 +73,29 @@ class AutoRoundBlock:
         from qframe import rounding
 
         nearest = {name: rounding.to_nearest(layer) for name, layer in problem.layers.items()}
+        plain = {name: rounding.dequantize(q) for name, q in nearest.items()}
         descents = {name: _descent(problem.layers[name], q) for name, q in nearest.items()}
-        kept: Mapping[str, QuantizedWeight] = nearest
-        start = least = problem.error({name: rounding.dequantize(q) for name, q in nearest.items()})
+        before = [problem.error(plain, [number]) for number in problem.fitted]
         turns = batches(len(problem.fitted), self.batch_chunks, rng)
         rate = self.learning_rate or 1 / max(self.iterations, 1)
-        looks = {self.iterations - self.iterations * k // (2 * _LOOKS) for k in range(_LOOKS)}
-        for step in range(1, self.iterations + 1):
+        best, most = nearest, math.inf  # by what is left of the error of the batch
+        for step in range(self.iterations):
+            batch = next(turns)
             weights = {name: torch.from_numpy(d.values()) for name, d in descents.items()}
-            slopes = problem.slopes(weights, next(turns))
-            speed = rate * (1 - (step - 1) / self.iterations)
+            error, slopes = problem.slopes(weights, batch)
+            usual = math.fsum(before[number] for number in batch) / len(batch)
+            if error < most * usual:
+                most = error / usual
+                best = {name: _codes(d, nearest[name]) for name, d in descents.items()}
             for name, descent in descents.items():
-                descent.step(slopes[name].numpy(), speed)
-            if step in looks:
-                found = {n: _codes(d, nearest[n]) for n, d in descents.items()}
-                error = problem.error({n: rounding.dequantize(q) for n, q in found.items()})
-                if error < least:
-                    kept, least = found, error
+                descent.step(slopes[name].numpy(), rate * (1 - step / self.iterations))
+        last = {name: _codes(d, nearest[name]) for name, d in descents.items()}
+        kept, start = nearest, problem.error(plain)
+        least = start
+        for made in (best, last):
+            error = problem.error({name: rounding.dequantize(q) for name, q in made.items()})
+            if error < least:
+                kept, least = made, error
         info = {"block_error": least, "block_error_nearest": start}
         return {name: dataclasses.replace(q, info=info) for name, q in kept.items()}
 
