@@ -9,6 +9,7 @@ says how PEERS is made. The packages' weights are those that they themselves dec
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import tempfile
 from collections.abc import Mapping
@@ -34,15 +35,16 @@ from qframe.weights import ModelFolder
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "roundings.md"
 GROUP = 64
-OPTIONS = {"autoround": ("iterations", "correction"), "autoround_block": ("iterations",)}
 ROWS = {
     "rtn": "rtn",
     "hqq": "hqq",
     "hqq package, whole zero points": "hqq --whole-zero-points",
     "hqq package": "hqq",
+    "autoround, correction 0": "autoround:correction=0",
+    "autoround, correction 1": "autoround:correction=1",
     "autoround": "autoround",
-    "autoround, correction 1": "autoround:1",
-    "autoround, blocks": "autoround_block",
+    "autoround, 200 iterations": "autoround:iterations=200",
+    "autoround_block": "autoround_block",
     "auto-round package": "autoround",
 }
 
@@ -60,11 +62,12 @@ class Setting:
 def by_qframe(setting: Setting, method: str, bits: int) -> Mapping[str, torch.Tensor]:
     """Return the weights that a method of qframe's decodes to."""
     windows = torch.from_numpy(np.load(setting.tokens))
-    method, _, correction = method.partition(":")
-    options = {"iterations": setting.iterations, "correction": float(correction or 0)}
+    method, _, words = method.partition(":")
+    options = {"iterations": setting.iterations} if method.startswith("autoround") else {}
+    options |= {key: json.loads(value) for key, value in (w.split("=") for w in words.split())}
     recipe = {
         "method": method,
-        "options": {key: options[key] for key in OPTIONS.get(method, ())},
+        "options": options,
         "scheme": {"num_bits": bits, "group_size": GROUP, "symmetric": False},
     }
     data = CalibrationData.from_tokens(windows, windows[:0], {"name": "topics"})
@@ -127,9 +130,9 @@ def document(
         f"points as floats;",
         "qframe's are integers, which the package has as an option for its start. The package "
         "`auto-round` learns",
-        "for the outputs of a whole block in the original network, qframe's for those of a layer: "
-        "on the same inputs,",
-        "and with a `correction` for those of the original network as well.",
+        "for the outputs of a whole block in the original network, as `autoround_block` does; "
+        "`autoround` learns for those",
+        "of a layer, of which `correction` takes a share from the original network.",
         "",
         "| bits | | mean KL | perplexity | top-1 % |",
         "|--:|---|--:|--:|--:|",

@@ -61,7 +61,6 @@ from qframe.bounds.methods import (
     half_steps,
     no_worse,
     no_worse_power,
-    no_worse_towards,
     output_bound,
     radius,
 )
@@ -146,7 +145,6 @@ __all__ = [
     "nearest_value",
     "no_worse",
     "no_worse_power",
-    "no_worse_towards",
     "ocp_scale",
     "output_bound",
     "quantile",

@@ -49,30 +49,13 @@ def no_worse(
     dtype     in which the method compared the two
     lengths   sum |e_j| of both, for products that underflow
     moved     sqrt(d |H| d^T) of both, added, d what float32 takes off the values (`decode`): the
-              method may have compared exact values
+              method may have compared exact values. Where weights are an aim, twice what the
+              method's may be from the check's in the norm of H (`gptq_aim`) besides
     """
     relative = 2 * gamma(2 * columns + 4, UNIT[dtype]) * as_array(size)
     lost = 2 * columns * (2 + as_array(lengths)) * ETA[dtype]
     compared, apart = as_array(baseline) + relative + lost, as_array(moved)
     return as_array(np.where(apart == 0, compared, (np.sqrt(compared) + apart) ** 2))
-
-
-def no_worse_towards(
-    baseline: Numbers,
-    size: Numbers,
-    columns: int,
-    dtype: str = "float64",
-    lengths: Numbers = 0.0,
-    drift: Numbers = 0.0,
-) -> Array:
-    """B10.c: the same with an objective e H e^T + 2 g e^T, which need not be positive.
-
-    size    |e| |H| |e|^T + 2 |g| |e|^T of both, |g| no less than the sum of magnitudes that makes g
-    drift   (2 sqrt(e H e^T) + sqrt(d |H| d^T)) sqrt(d |H| d^T) + 2 |g| d^T of both
-    """
-    relative = 2 * gamma(2 * columns + 6, UNIT[dtype]) * as_array(size)
-    lost = 2 * columns * (4 + as_array(lengths)) * ETA[dtype]
-    return as_array(as_array(baseline) + relative + lost + as_array(drift))
 
 
 def output_bound(reach: Numbers, factor: float, size: Numbers, columns: int) -> Array:

@@ -10,9 +10,10 @@ import numpy as np
 
 from qframe import bounds
 from qframe.certificates import ROWS, Certificate, Closest, Evidence
+from qframe.claims.gptq import Babai
 from qframe.claims.nearest import unequal_steps
 from qframe.contracts import QuantizedWeight, RoundingProblem
-from qframe.hessian import Float64, mismatch, second_moments
+from qframe.hessian import Float64, second_moments
 from qframe.scheme import Scheme
 
 if TYPE_CHECKING:
@@ -26,14 +27,17 @@ class NoWorseThan:
     objective    "output": (w - q) H (w - q)^T. "weight": the sum of (w - q)^2
     sums         the arithmetic in which the method compares
     observer     the scales that nearest is given: of this observer, or None: of the scheme's
-    correction   share of 2 w M (w - q)^T that is added to the output error: with 1 that is of the
-                 outputs on the inputs of the original network. Needs the statistic "mismatch"
+    correction   with more than 0 the output error is that of the aim instead of the weight, which
+                 takes so large a share of what makes up for inputs that have moved (B3.h): (a - q)
+                 H (a - q)^T. The weight is what nearest rounds. Needs the statistic "mismatch"
+    dampening_frac   of the aim, as for `Babai`
     """
 
     objective: Literal["output", "weight"] = "output"
     sums: Literal["float32", "float64"] = "float64"
     observer: Literal["minmax", "mse"] | None = None
     correction: float = 0.0
+    dampening_frac: float = 0.0
     name = "no worse than nearest"
     theorem = "B10.c"
 
@@ -43,48 +47,38 @@ class NoWorseThan:
 
     def certify(self, evidence: Evidence) -> Certificate:
         """Compare row by row, both objectives in float64."""
+        import torch
+
         from qframe import rounding
 
         problem = evidence.problem
         weight, columns = problem.weight.double(), problem.weight.shape[1]
+        hessian = second_moments(problem) if self.objective == "output" else None
         nearest = _nearest(problem, self.observer)
+        spare = _spare(evidence.quantized, problem), _spare(nearest, problem)
+        apart = np.zeros(len(weight))  # how far the method's aim may be from the check's
+        if self.correction:
+            replay = Babai(self.dampening_frac, correction=self.correction).replay(evidence, self)
+            if isinstance(replay, Certificate):
+                return replay
+            aim = replay.weight.double()
+            rounded = torch.from_numpy(bounds.gptq_aim_rounded(problem.weight.numpy(), aim.numpy()))
+            spare = spare[0] + rounded, spare[1] + rounded
+            weight = aim
+            if replay.moved is not None:
+                apart = 2 * replay.moved
         own = weight - rounding.dequantize(evidence.quantized)
         theirs = weight - rounding.dequantize(nearest)
-        spare = _spare(evidence.quantized, problem), _spare(nearest, problem)
-        hessian = second_moments(problem) if self.objective == "output" else None
-        pull = self._pull(problem) if self.correction else None
 
         def judge(part: slice) -> tuple[Float64, Float64]:
             mine, size = _objective(own[part], hessian, spare[0][part])
             base, base_size = _objective(theirs[part], hessian, spare[1][part])
             lengths = (own[part].abs() + theirs[part].abs()).sum(1).numpy()
-            moved = [np.sqrt(_objective(each[part], hessian)[1]) for each in spare]
-            total = moved[0] + moved[1]
-            if pull is None:
-                sizes = size + base_size
-                return mine, bounds.no_worse(base, sizes, columns, self.sums, lengths, total)
-            towards, reach = (each[part] for each in pull)
-            linear = [2 * (towards * each[part]).sum(1).numpy() for each in (own, theirs)]
-            sides = ((own, spare[0], size, mine), (theirs, spare[1], base_size, base))
-            drift, sizes = np.zeros_like(mine), np.zeros_like(mine)
-            for (error, off, quadratic, value), reached in zip(sides, moved, strict=True):
-                slope = 2 * (reach * (error[part].abs() + off[part])).sum(1).numpy()
-                sizes = sizes + quadratic + slope
-                drift = drift + (2 * np.sqrt(value) + reached) * reached
-                drift = drift + 2 * (reach * off[part]).sum(1).numpy()
-            # Neither has to be positive: both are compared with as much added to each.
-            shift = np.abs(linear[0]) + np.abs(linear[1])
-            start = base + linear[1] + shift
-            allowed = bounds.no_worse_towards(start, sizes, columns, self.sums, lengths, drift)
-            return mine + linear[0] + shift, allowed
+            moved = sum(np.sqrt(_objective(each[part], hessian)[1]) for each in spare)
+            sizes, total = size + base_size, moved + apart[part]
+            return mine, bounds.no_worse(base, sizes, columns, self.sums, lengths, total)
 
         return _row_by_row(evidence, judge).certificate(self)
-
-    def _pull(self, problem: RoundingProblem) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return correction W M, and the same of magnitudes, [rows, columns] float64."""
-        moved, weight = mismatch(problem), problem.weight.double()
-        both = (weight @ moved, weight.abs() @ moved.abs())
-        return self.correction * both[0], self.correction * both[1]
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from qframe_conformance import check_plugin
 from qframe_conformance.kinds import INPUTS, hessian_of, original_inputs
 from qframe_conformance.strategies import rounding_problem
 from qframe_plugins.rounders.gptq import GPTQ
-from qframe_plugins.rounders.qronos import CORRECTIONS, Qronos, relative_change
+from qframe_plugins.rounders.qronos import CORRECTIONS, Qronos, aim_of, relative_change
 
 RNG = np.random.default_rng(0)  # it takes no random numbers
 W4 = Scheme(num_bits=4, group_size=8)
@@ -81,7 +81,7 @@ def test_the_aim_is_the_minimum_of_the_damped_objective():
     """Its gradient A (H + damping) - W (H + damping) - W M is within rounding of zero."""
     drawn, _ = problem()
     hessian = drawn.statistics["hessian"]
-    aim = Qronos()._aim(drawn, hessian, 0.01, 1.0).double()
+    aim = aim_of(drawn, hessian, 0.01, 1.0).double()
     damped = hessian.clone()
     damped.diagonal().add_(0.01 * hessian.diagonal().mean())
     weight = drawn.weight.double()

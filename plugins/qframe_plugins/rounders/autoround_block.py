@@ -101,7 +101,7 @@ class AutoRoundBlock:
 
     def round(self, problem: RoundingProblem, rng: np.random.Generator) -> QuantizedWeight:
         """Return the codes of a layer that is learned by itself; see `autoround`."""
-        return AutoRound(self.iterations, self.learning_rate).round(problem, rng)
+        return AutoRound(self.iterations, self.learning_rate, correction=0.0).round(problem, rng)
 
 
 def _descent(problem: RoundingProblem, start: QuantizedWeight) -> Descent:

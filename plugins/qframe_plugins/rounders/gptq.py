@@ -260,10 +260,6 @@ class Factor:
 
         stored = torch.empty(codes.shape, dtype=torch.int16)
         stored[:, self.order] = torch.from_numpy(codes)
-        events: tuple[Event, ...] = ()
-        if self.damp > self.wanted:
-            message = f"dampening_frac {self.wanted:g} failed, {self.damp:g} was used"
-            events = (Event(kind="damping raised", layer=self.name, message=message),)
         return QuantizedWeight(
             codes=stored,
             scale=scale,
@@ -271,8 +267,16 @@ class Factor:
             group_index=index,
             order=self.order.to(torch.int32),
             info={"damp": self.damp, "dead_columns": int(self.dead.sum()), **info},
-            events=events,
+            events=self.events,
         )
+
+    @property
+    def events(self) -> tuple[Event, ...]:
+        """What is to be told of the damping: that another one was needed."""
+        if self.damp <= self.wanted:
+            return ()
+        message = f"dampening_frac {self.wanted:g} failed, {self.damp:g} was used"
+        return (Event(kind="damping raised", layer=self.name, message=message),)
 
 
 def revive(hessian: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

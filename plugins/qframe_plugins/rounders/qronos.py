@@ -108,7 +108,7 @@ class Qronos:
         from qframe_plugins.kernels.numba_cpu import gptq as solver
 
         weight, scheme, grid = problem.weight, problem.scheme, problem.grid
-        aim = self._aim(problem, factor.hessian, factor.damp, share)
+        aim = aim_of(problem, factor.hessian, factor.damp, share)
         index = rounding.group_index(weight.shape[1], scheme)
         scale, zero_point = rounding.fit_scales(weight, scheme, grid, name=problem.name)
         codes = solver.solve_static(
@@ -122,35 +122,6 @@ class Qronos:
         )
         moved = relative_change(weight, aim)
         return factor.quantized(codes, scale, zero_point, index, correction=share, moved=moved)
-
-    def _aim(
-        self, problem: RoundingProblem, hessian: torch.Tensor, damp: float, share: float
-    ) -> torch.Tensor:
-        """Return W + share W M (H + damping)^-1, [rows, columns] float32.
-
-        hessian   with dead diagonals replaced, [columns, columns] float64
-        """
-        import torch
-
-        from qframe import parallel
-        from qframe.weights import check_finite
-
-        if not share:
-            return problem.weight
-        damped = hessian.clone()
-        damped.diagonal().add_(damp * damped.diagonal().mean())
-        with parallel.one_torch_thread():
-            lower, failed = torch.linalg.cholesky_ex(damped)
-            if int(failed):
-                raise HessianError(
-                    f"layer {problem.name!r}: the damped Hessian of {problem.tokens} tokens is too "
-                    f"near to singular for qronos; use a higher dampening_frac"
-                )
-            weight = problem.weight.double()
-            pull = (weight @ problem.statistics["mismatch"].double()).T
-            aim = (weight + share * torch.cholesky_solve(pull, lower).T).float()
-        check_finite(aim, f"layer {problem.name!r}: what its weight should become")
-        return aim
 
     def _best(self, problem: RoundingProblem, tried: list[QuantizedWeight]) -> QuantizedWeight:
         """Return what has the least output error on held-out tokens, the first of equals."""
@@ -168,6 +139,40 @@ class Qronos:
                 change = rounding.dequantize(quantized) - weight
                 losses.append(energy(change, moment) - 2 * total(towards.double() * change))
         return tried[losses.index(min(losses))]
+
+
+def aim_of(
+    problem: RoundingProblem, hessian: torch.Tensor, damp: float, share: float
+) -> torch.Tensor:
+    """Return W + share W M (H + damping)^-1, [rows, columns] float32.
+
+    hessian   with dead diagonals replaced, [columns, columns] float64
+    damp      share of the mean of its diagonal that is added to it
+
+    Needs statistics["mismatch"]. Raises HessianError where H + damping is near to singular,
+    NonFiniteError for an aim that is not finite.
+    """
+    import torch
+
+    from qframe import parallel
+    from qframe.weights import check_finite
+
+    if not share:
+        return problem.weight
+    damped = hessian.clone()
+    damped.diagonal().add_(damp * damped.diagonal().mean())
+    with parallel.one_torch_thread():
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if int(failed):
+            raise HessianError(
+                f"layer {problem.name!r}: the damped Hessian of {problem.tokens} tokens is too "
+                f"near to singular to make up for the layers before; use a higher dampening_frac"
+            )
+        weight = problem.weight.double()
+        pull = (weight @ problem.statistics["mismatch"].double()).T
+        aim = (weight + share * torch.cholesky_solve(pull, lower).T).float()
+    check_finite(aim, f"layer {problem.name!r}: what its weight should become")
+    return aim
 
 
 def relative_change(weight: torch.Tensor, aim: torch.Tensor) -> float:

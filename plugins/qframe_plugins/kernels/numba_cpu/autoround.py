@@ -1,8 +1,7 @@
 """Learned rounding by signed gradients, on panels of 64 rows.
 
 Source: Cheng et al., AutoRound, arXiv:2309.05516, eq. (3) (offsets and clipping) and algorithm 1
-        (SignSGD, the best iterate is kept), with the output error tr(E H E^T) of one layer, or
-        tr(E H E^T) + 2 tr(G E^T): that of the outputs that the layer should have.
+        (SignSGD, the best iterate is kept), with the output error tr(E H E^T) of one layer.
 Error:  the output error of a row is at most that of the codes it starts from (docs/bounds.md,
         B10.c): products are float32, a sum over columns in ascending order, and their sum float64.
 
@@ -42,7 +41,6 @@ def learn(
     scale_dtype: str,
     iterations: int,
     rate: float,
-    pull: Float64 | None = None,
 ) -> tuple[Int16, Float32, Int16]:
     """Return the (codes, scale, zero point) of least output error that were met, row by row.
 
@@ -52,8 +50,6 @@ def learn(
                  [rows, groups]; it stays where nothing is better
     group_size   neighbouring columns that share a scale; the last group may be smaller
     rate         of the first step, of offsets and of shares of the range; it falls linearly to 0
-    pull         G, [rows, columns] float64, finite: E = W - Q has the error tr(E H E^T) + 2 tr(G
-                 E^T). None for zeros
 
     Raises ValueError for operands that do not fit.
     """
@@ -64,17 +60,12 @@ def learn(
     if hessian.shape != (columns, columns):
         raise ValueError(f"hessian {hessian.shape} does not fit {columns} columns")
     grid = grid_of(qmin, qmax, symmetric=symmetric, scale_dtype=scale_dtype)
-    if pull is not None and pull.shape != weight.shape:
-        raise ValueError(f"pull {pull.shape} does not fit a weight {weight.shape}")
-    moment, exponent = _scaled(hessian)
-    force = np.zeros((0, 0)) if pull is None else np.ldexp(pull, -exponent)
     made = codes.astype(np.int16), scale.astype(np.float32), zero_point.astype(np.int16)
     share(
         _share_panels,
         -(-rows // LANES),
         np.require(weight, np.float32, _OWN),
-        moment,
-        np.require(force, np.float32, _OWN),
+        _scaled(hessian),
         np.int64(group_size),
         grid,
         np.int64(iterations),
@@ -84,8 +75,8 @@ def learn(
     return made
 
 
-def _scaled(hessian: Float64) -> tuple[Float32, int]:
-    """Return H in float32, over the power of two that makes its largest diagonal about 1, and that.
+def _scaled(hessian: Float64) -> Float32:
+    """Return H in float32, over the power of two that makes its largest diagonal about 1.
 
     Columns are filled up with zeros to a multiple of what a tile takes.
     """
@@ -93,12 +84,12 @@ def _scaled(hessian: Float64) -> tuple[Float32, int]:
     _, exponent = np.frexp(hessian.diagonal().max(initial=0))
     padded = np.zeros((columns, -(-columns // QUAD) * QUAD), np.float32)
     padded[:, :columns] = np.ldexp(hessian, -int(exponent))
-    return padded, int(exponent)
+    return padded
 
 
 @kernel
 def _share_panels(  # type: ignore[no-untyped-def]
-    counter, weight, hessian, force, width, grid, iterations, rate, codes, scale, zero
+    counter, weight, hessian, width, grid, iterations, rate, codes, scale, zero
 ):
     """Claim panels of rows, and improve their codes, scales and zero points."""
     rows, columns = weight.shape
@@ -108,20 +99,17 @@ def _share_panels(  # type: ignore[no-untyped-def]
         first = panel * LANES
         count = min(LANES, rows - first)
         w = np.zeros((columns, LANES), np.float32)
-        g = np.zeros((columns, LANES), np.float32)
         k = np.zeros((columns, LANES), np.float32)  # codes minus zero points
         s, z = np.ones((groups, LANES), np.float32), np.zeros((groups, LANES), np.float32)
         for lane in range(count):
             for column in range(columns):
                 w[column, lane] = weight[first + lane, column]
-                if len(force) > 0:
-                    g[column, lane] = force[first + lane, column]
                 origin = zero[first + lane, column // width]
                 k[column, lane] = np.float32(codes[first + lane, column] - origin)
             for group in range(groups):
                 s[group, lane] = scale[first + lane, group]
                 z[group, lane] = np.float32(zero[first + lane, group])
-        taken = _learn(w, hessian, g, width, grid, iterations, rate, k, s, z)
+        taken = _learn(w, hessian, width, grid, iterations, rate, k, s, z)
         for lane in range(count):
             if not taken[lane]:
                 continue
@@ -135,7 +123,7 @@ def _share_panels(  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _learn(w, hessian, g, width, grid, iterations, rate, best_k, best_s, best_z):  # type: ignore[no-untyped-def]
+def _learn(w, hessian, width, grid, iterations, rate, best_k, best_s, best_z):  # type: ignore[no-untyped-def]
     """Replace best_k, best_s, best_z, lane by lane, by what has less error; return where it has.
 
     All [columns or groups, LANES] float32.
@@ -158,9 +146,8 @@ def _learn(w, hessian, g, width, grid, iterations, rate, best_k, best_s, best_z)
         loss = np.zeros(LANES, np.float64)
         for column in range(columns):
             for lane in range(LANES):
-                force = pull[column, lane] + g[column, lane]  # half of the error's slope
-                loss[lane] += np.float64(error[column, lane]) * np.float64(force + g[column, lane])
-                pull[column, lane] = force
+                force = np.float64(pull[column, lane])  # half of the error's slope
+                loss[lane] += np.float64(error[column, lane]) * force
         for lane in range(LANES):
             better = step > 0 and loss[lane] < best[lane] < np.inf  # inf: float32 overflowed
             if step == 0 or better:
