@@ -1,6 +1,10 @@
 """Text from networks, how fast it comes, and the commands `qframe generate` and `qframe bench`."""
 
+import os
+import re
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -244,3 +248,30 @@ def test_bench_shows_each_network_beside_float32(run, eight_bits, model):
     assert sizes[0] > 1.9 * sizes[1]
     assert list(run("bench", model, *arguments, "--json").json()["networks"])[1:] == ["bfloat16"]
     assert np.isfinite(record["networks"]["bfloat16"]["decode_speed"])
+
+
+def fresh(cache, *arguments):
+    """Run `qframe ARGUMENTS` in a process with a cache of its own; return what it printed."""
+    done = subprocess.run(
+        [sys.executable, "-m", "qframe", *map(str, arguments)],
+        env={**os.environ, "NUMBA_CACHE_DIR": str(cache)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return " ".join(done.stdout.split()), " ".join(done.stderr.split())
+
+
+def test_a_first_run_says_that_it_compiles_and_a_second_one_does_not(eight_bits, tmp_path):
+    out, said = fresh(tmp_path, "warmup", eight_bits)
+    assert out.endswith("is ready: its kernels are compiled and kept")
+    assert said.count("compiling kernels, once for this installation") == 1
+    assert re.search(r"\d+ kernels compiled in [\d.]+ s; the next run has them from", said)
+    _, again = fresh(tmp_path, "generate", eight_bits, PROMPT, "-n", "2")
+    assert "compil" not in again
+    assert "written at" in again
+
+
+def test_full_precision_has_nothing_to_compile(model, tmp_path):
+    _, said = fresh(tmp_path, "warmup", model)
+    assert "compil" not in said

@@ -21,6 +21,7 @@ from qframe.cli.plugins import plugins
 from qframe.cli.quantize import quantize
 from qframe.cli.screen import print_plain
 from qframe.cli.verify import verify
+from qframe.cli.warmup import warmup
 
 app = typer.Typer(
     cls=CommandGroup,
@@ -59,6 +60,7 @@ for _function, _name in (
     (verify, "verify"),
     (generate, "generate"),
     (bench, "bench"),
+    (warmup, "warmup"),
     (demo, "demo"),
     (inspect, "inspect"),
     (plugins, "plugins"),

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from qframe.cli.screen import print_error
+from qframe.cli.screen import note, print_error
 from qframe.errors import QframeError
 
 INTERNAL_ERROR = 1
@@ -111,6 +111,34 @@ def _quiet(debug: bool) -> Iterator[None]:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # Fallbacks are logged as they happen and listed at the end; here the list is enough.
     logging.getLogger("qframe").addHandler(logging.NullHandler())
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), compiling_told():
         warnings.simplefilter("ignore")
         yield
+
+
+class _Compiling(logging.Handler):
+    """Says that kernels are being compiled, and keeps what there is to say in the end."""
+
+    last = ""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if hasattr(record, "compiled"):
+            self.last = record.getMessage()
+        else:
+            note(record.getMessage())
+
+
+@contextmanager
+def compiling_told() -> Iterator[None]:
+    """Let users know why a first run takes longer: its kernels are compiled, and then kept."""
+    log, handler = logging.getLogger("qframe.compiling"), _Compiling(logging.INFO)
+    before = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(before)
+        if handler.last:
+            note(f"{handler.last}; the next run has them from numba's cache")

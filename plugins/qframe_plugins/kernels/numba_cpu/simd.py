@@ -23,6 +23,8 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from qframe_plugins.kernels.numba_cpu import compiling  # noqa: F401 - it watches from now on
+
 STRIPE_BYTES = 256  # a stripe is one row of a panel: 64 float32 or 32 float64 lanes
 LANES = STRIPE_BYTES // 4  # lanes of a float32 stripe
 QUAD = 4  # stripes that a tile updates at once

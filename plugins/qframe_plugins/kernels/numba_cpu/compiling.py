@@ -1,0 +1,47 @@
+"""Tells that kernels are being compiled, which happens once for an installation.
+
+It goes to the logger "qframe.compiling", level INFO: a first record when the first kernel is not in
+numba's cache, and `record.compiled`, (kernels, seconds), on one that follows the last so far.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+from numba.core import event
+
+log = logging.getLogger("qframe.compiling")
+
+
+class _Watch(event.Listener):  # type: ignore[misc]
+    """Counts compilations; one that another one asks for is part of it."""
+
+    def __init__(self) -> None:
+        self.kernels, self.seconds = 0, 0.0
+        self._depth, self._began = 0, 0.0
+
+    def on_start(self, event: Any) -> None:
+        """Say so the first time."""
+        if not self.kernels and not self._depth:
+            log.info("compiling kernels, once for this installation")
+        if not self._depth:
+            self._began = time.perf_counter()
+        self._depth += 1
+
+    def on_end(self, event: Any) -> None:
+        """Count it."""
+        self._depth -= 1
+        self.kernels += 1
+        if not self._depth:
+            self.seconds += time.perf_counter() - self._began
+            log.info(
+                "%d kernels compiled in %.1f s",
+                self.kernels,
+                self.seconds,
+                extra={"compiled": (self.kernels, self.seconds)},
+            )
+
+
+event.register("numba:compile", _Watch())
