@@ -29,6 +29,7 @@ from qframe.embedded import model_folder
 DOCUMENT = Path(__file__).parent.parent / "docs" / "results.md"
 FOUND = Path(__file__).parent / "results.json"
 PROTOCOL = ["--num-calibration-samples", "24", "--max-seq-length", "512", "--window", "512"]
+AUTOROUND = "autoround:iterations=50"
 Cells = Mapping[tuple[str, str, str], Mapping[str, Any]]  # (table, method, scheme) -> row
 
 
@@ -80,7 +81,7 @@ TABLES = (
     Table(
         "asymmetric",
         "Weights, asymmetric, groups of 64",
-        ("rtn", "awq", "hqq", "autoround:iterations=50", "awq+gptq"),
+        ("rtn", "awq", "hqq", AUTOROUND, f"hadamard+{AUTOROUND}", "awq+gptq"),
         ("W4A16", "W3A16"),
         ("--group-size", "64", "--asymmetric"),
     ),
@@ -247,6 +248,11 @@ PROMISES = (
         "Qronos does no worse than GPTQ at 3 bits: KL over GPTQ's",
         1.0,
         ratio("weights", "W3A16", "qronos", "gptq"),
+    ),
+    Promise(
+        "A rotation before AutoRound does no harm at 3 bits: KL over AutoRound's",
+        1.0,
+        ratio("asymmetric", "W3A16", f"hadamard+{AUTOROUND}", AUTOROUND),
     ),
     Promise(
         "LLM.int8() loses nearly nothing: perplexity above full precision's",
