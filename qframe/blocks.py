@@ -37,8 +37,8 @@ class BlockProblem:
     layers     layer name -> its rounding problem, without statistics
     run        (input number, layer name -> weight [rows, columns] float32) -> outputs, float32 of
                any shape. Slopes go through it. A layer that is not named has its own weight
-    targets    outputs in the network that is not quantized, one tensor for each input: a token of
-               `columns` numbers is what the last dimension holds
+    targets    outputs in the network that is not quantized, one tensor for each input; the numbers
+               of a token lie along the last dimension
     moved      how far each token of the inputs has moved from where it is in the original network,
                like targets but for the last dimension, squared; None: not at all
     held_out   how many of the last inputs are kept aside: to choose with, never to fit
@@ -96,7 +96,8 @@ class BlockProblem:
         weights   of every layer
         inputs    the numbers of those whose outputs count
 
-        A slope is [rows, columns] float32, zeros for a layer that no token reached.
+        A slope is [rows, columns] float32, zeros for a layer that no token reached. Raises
+        NonFiniteError where one is not finite.
         """
 
         def one(number: int) -> tuple[float, tuple[torch.Tensor | None, ...]]:
@@ -118,6 +119,7 @@ class BlockProblem:
                 slope = slopes[place]
                 if slope is not None:
                     total[name] += slope
+            check_finite(total[name], f"block {self.name!r}: the slope of its error by {name!r}")
         return self._mean([error for error, _ in found], inputs), total
 
     def _mean(self, errors: Sequence[float], inputs: Sequence[int]) -> float:

@@ -231,6 +231,16 @@ def test_a_layer_that_no_token_reaches_has_no_slope():
         assert torch.equal(nothing["spare"], torch.zeros(2, 3))
 
 
+def test_slopes_that_are_not_finite_are_refused_by_name():
+    module = Gated()
+    with shown(module, 5) as problem:
+        weights = {n: weight_of(module, n) for n in LAYERS}
+        weights["down"] *= 2.0**120  # its products overflow
+        weights["gate"] *= 2.0**20
+        with pytest.raises(NonFiniteError, match=r"block 'block': the slope of its error by"):
+            problem.slopes(weights, [0])
+
+
 def test_a_block_that_returns_no_tensor_is_refused_by_name():
     module = Gated()
     module.forward = lambda x, scale: {"it": x}
