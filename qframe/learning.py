@@ -51,11 +51,9 @@ class Learner:
                    from `fitted` on they are held out
         dtype      torch.bfloat16 lets matrix products run in bfloat16
 
-        Does nothing where the rounder does not learn blocks, and where no token is fitted on.
-        Raises PluginError for codes that are not those of the block's layers.
+        Does nothing where no token is fitted on. Raises PluginError for codes that are not those of
+        the block's layers, and for a weight that was changed.
         """
-        if not self._method.learns:
-            return
         clock = time.perf_counter()
         numbers = sorted(arrivals)
         held_out = sum(number >= fitted for number in numbers)
@@ -77,8 +75,9 @@ class Learner:
             problems, here, there, held_out=held_out, threads=self._threads
         ) as problem:
             rng = np.random.default_rng([self._recipe.seed, zlib.crc32(name.encode())])
+            before = {layer: weight._version for layer, (_, weight, _) in layers.items()}
             made = cast(BlockRounder, self._method.rounder).learn(problem, rng)
-            self._check(problem, made)
+            self._check(problem, made, before)
             used, codes = self._recipe.method, self._no_worse(problem, made)
         if codes is not made:
             used = OVERFIT
@@ -92,8 +91,11 @@ class Learner:
         """
         return self._learned.pop(layer, None)
 
-    def _check(self, problem: BlockProblem, made: object) -> None:
-        """Raise PluginError for what is not one QuantizedWeight for each layer."""
+    def _check(self, problem: BlockProblem, made: object, before: Mapping[str, int]) -> None:
+        """Raise PluginError for what is not one QuantizedWeight for each layer.
+
+        before   layer name -> version of its weight before it was shown to the rounder
+        """
         rounder = f"rounder {self._method.rounder.name!r}"
         if not isinstance(made, Mapping) or made.keys() != problem.layers.keys():
             got = sorted(made) if isinstance(made, Mapping) else type(made).__name__
@@ -106,6 +108,10 @@ class Learner:
                 raise PluginError(
                     f"{rounder} returned {type(codes).__name__} for layer {layer!r}, expected "
                     f"QuantizedWeight"
+                )
+            if problem.layers[layer].weight._version != before[layer]:
+                raise PluginError(
+                    f"{rounder} changed the weight of layer {layer!r} in place; work on a copy"
                 )
 
     def _no_worse(

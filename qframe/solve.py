@@ -107,7 +107,9 @@ class Solver:
         self._watch, self._court = Watch(host), Court(threads)
         self.events: list[Event] = []
         self._falls = Fallbacks(recipe, self.events)
-        self.learner = Learner(recipe, method, host, threads, self._falls)
+        self.learner = (
+            Learner(recipe, method, host, threads, self._falls) if method.learns else None
+        )
 
     @property
     def pairs(self) -> bool:
@@ -180,7 +182,7 @@ class Solver:
             )
             clock = time.perf_counter()
             kept_in_16_bits = rewrites.kept.get(layer.name)
-            learned = self.learner.take(layer.name)
+            learned = None if self.learner is None else self.learner.take(layer.name)
             if learned is None:
                 quantized, used = self._round(problem)
                 nearest = self._falls.overfit(

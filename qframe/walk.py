@@ -163,6 +163,8 @@ class Walk:
         fitted: int,
     ) -> None:
         """Show a block to a rounder that learns its layers together, when its turn comes."""
+        if self._solver.learner is None:
+            return
         prefix, block = f"{name}." if name else "", self._network.blocks[name]
         layers = {
             layer: (self._network.module.get_submodule(layer), self._network.weight(layer), scheme)

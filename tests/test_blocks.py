@@ -359,6 +359,15 @@ def test_what_is_no_code_for_each_layer_is_refused(tiny_llama, tmp_path, returne
     assert not (tmp_path / "out").exists()
 
 
+def test_a_weight_that_is_changed_in_place_is_refused(tiny_llama, tmp_path):
+    def change(problem, made):
+        next(iter(problem.layers.values())).weight[0, 0] = 0
+        return made
+
+    with pytest.raises(PluginError, match=r"changed the weight of layer 'model.layers.0"):
+        run(tiny_llama, tmp_path / "out", Shown(change))
+
+
 def worse(problem, made):
     return {n: dataclasses.replace(q, codes=q.codes.roll(1, 1)) for n, q in made.items()}
 

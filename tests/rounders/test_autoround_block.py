@@ -14,7 +14,7 @@ from qframe.errors import NonFiniteError, UncalibratedLayerError
 from qframe.host import objection
 from qframe_conformance.rounder_blocks import SPARE, UP, block_case, values
 from qframe_conformance.strategies import correlated, rounding_problem
-from qframe_plugins.kernels.numba_cpu.autoround_blocks import Descent
+from qframe_plugins.kernels.numba_cpu.autoround_block import Descent
 from qframe_plugins.rounders.autoround import AutoRound
 from qframe_plugins.rounders.autoround_block import AutoRoundBlock, batches
 from tests.rounders.alike import same

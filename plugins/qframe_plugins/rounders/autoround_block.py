@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from qframe.blocks import BlockProblem
-    from qframe_plugins.kernels.numba_cpu.autoround_blocks import Descent
+    from qframe_plugins.kernels.numba_cpu.autoround_block import Descent
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class AutoRoundBlock:
 def _descent(problem: RoundingProblem, start: QuantizedWeight) -> Descent:
     """Return the state of a layer that begins rounded to nearest."""
     from qframe.weights import check_finite
-    from qframe_plugins.kernels.numba_cpu.autoround_blocks import Descent
+    from qframe_plugins.kernels.numba_cpu.autoround_block import Descent
 
     weight, scheme, grid = problem.weight, problem.scheme, problem.grid
     check_finite(weight, f"layer {problem.name!r}: its weight")

@@ -102,24 +102,33 @@ def _share_panels(  # type: ignore[no-untyped-def]
         k = np.zeros((columns, LANES), np.float32)  # codes minus zero points
         s, z = np.ones((groups, LANES), np.float32), np.zeros((groups, LANES), np.float32)
         for lane in range(count):
-            for column in range(columns):
-                w[column, lane] = weight[first + lane, column]
-                origin = zero[first + lane, column // width]
-                k[column, lane] = np.float32(codes[first + lane, column] - origin)
-            for group in range(groups):
-                s[group, lane] = scale[first + lane, group]
-                z[group, lane] = np.float32(zero[first + lane, group])
+            lay_out(weight, codes, scale, zero, first + lane, width, lane, w, k, s, z)
         taken = _learn(w, hessian, width, grid, iterations, rate, k, s, z)
         for lane in range(count):
-            if not taken[lane]:
-                continue
-            for group in range(groups):
-                scale[first + lane, group] = s[group, lane]
-                zero[first + lane, group] = np.int16(z[group, lane])
-            for column in range(columns):
-                code = k[column, lane] + z[column // width, lane]
-                codes[first + lane, column] = np.int16(code)
+            if taken[lane]:
+                hand_back(k, s, z, lane, width, first + lane, codes, scale, zero)
         panel = claim(counter)
+
+
+@kernel
+def lay_out(weight, codes, scale, zero, row, width, lane, w, k, s, z):  # type: ignore[no-untyped-def]
+    """Put a row into a lane of a panel: k is codes minus zero points, which are floats there."""
+    for group in range(scale.shape[1]):
+        s[group, lane] = scale[row, group]
+        z[group, lane] = np.float32(zero[row, group])
+    for column in range(weight.shape[1]):
+        w[column, lane] = weight[row, column]
+        k[column, lane] = np.float32(codes[row, column] - zero[row, column // width])
+
+
+@kernel
+def hand_back(k, s, z, lane, width, row, codes, scale, zero):  # type: ignore[no-untyped-def]
+    """Put a lane of a panel back into a row of codes, scales and zero points."""
+    for group in range(scale.shape[1]):
+        scale[row, group] = s[group, lane]
+        zero[row, group] = np.int16(z[group, lane])
+    for column in range(codes.shape[1]):
+        codes[row, column] = np.int16(k[column, lane] + z[column // width, lane])
 
 
 @kernel

@@ -44,4 +44,6 @@ class _Watch(event.Listener):  # type: ignore[misc]
             )
 
 
-event.register("numba:compile", _Watch())
+def watch() -> None:
+    """Tell of compilations from now on. For one call in a process."""
+    event.register("numba:compile", _Watch())

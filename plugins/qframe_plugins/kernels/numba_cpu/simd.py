@@ -23,7 +23,7 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from qframe_plugins.kernels.numba_cpu import compiling  # noqa: F401 - it watches from now on
+from qframe_plugins.kernels.numba_cpu import compiling
 
 STRIPE_BYTES = 256  # a stripe is one row of a panel: 64 float32 or 32 float64 lanes
 LANES = STRIPE_BYTES // 4  # lanes of a float32 stripe
@@ -37,6 +37,8 @@ KERNEL_ABI = hashlib.sha256(
 ).hexdigest()[:12]
 
 Function = Callable[..., Any]
+
+compiling.watch()  # every kernel comes through here
 
 
 def kernel(function: Function) -> Function:

@@ -14,7 +14,13 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from qframe_plugins.kernels.numba_cpu.autoround import descend, encode, set_ranges
+from qframe_plugins.kernels.numba_cpu.autoround import (
+    descend,
+    encode,
+    hand_back,
+    lay_out,
+    set_ranges,
+)
 from qframe_plugins.kernels.numba_cpu.scales import check_groups, grid_of
 from qframe_plugins.kernels.numba_cpu.simd import LANES, claim, kernel
 from qframe_plugins.kernels.numba_cpu.threads import share
@@ -138,14 +144,10 @@ def _share_start(  # type: ignore[no-untyped-def]
     panel = claim(counter)
     while panel < len(w):
         first = panel * LANES
+        at = panel
         for lane in range(min(LANES, len(weight) - first)):
-            for group in range(scale.shape[1]):
-                s[panel, group, lane] = scale[first + lane, group]
-                z[panel, group, lane] = np.float32(zero[first + lane, group])
-            for column in range(weight.shape[1]):
-                origin = zero[first + lane, column // width]
-                w[panel, column, lane] = weight[first + lane, column]
-                k[panel, column, lane] = np.float32(codes[first + lane, column] - origin)
+            row = first + lane
+            lay_out(weight, codes, scale, zero, row, width, lane, w[at], k[at], s[at], z[at])
         set_ranges(w[panel], s[panel], z[panel], width, grid, low[panel], high[panel])
         panel = claim(counter)
 
@@ -215,11 +217,7 @@ def _share_codes(counter, k, s, z, width, codes, scale, zero):  # type: ignore[n
     panel = claim(counter)
     while panel < len(k):
         first = panel * LANES
+        at = panel
         for lane in range(min(LANES, len(codes) - first)):
-            for group in range(scale.shape[1]):
-                scale[first + lane, group] = s[panel, group, lane]
-                zero[first + lane, group] = np.int16(z[panel, group, lane])
-            for column in range(codes.shape[1]):
-                code = k[panel, column, lane] + z[panel, column // width, lane]
-                codes[first + lane, column] = np.int16(code)
+            hand_back(k[at], s[at], z[at], lane, width, first + lane, codes, scale, zero)
         panel = claim(counter)
