@@ -1,5 +1,6 @@
 """AutoRound for blocks: the block's error falls, and what is kept is never worse than nearest."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -9,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qframe import Scheme, rounding
+from qframe.blocks import BlockProblem
 from qframe.contracts import Rounder
 from qframe.errors import NonFiniteError, UncalibratedLayerError
 from qframe.host import objection
@@ -54,6 +56,33 @@ def test_it_says_what_it_has_reached():
             "block_error": problem.error(values(made)),
             "block_error_nearest": problem.error(values(nearest(problem))),
         }
+
+
+@pytest.mark.parametrize("rate", [0.02, 0.3, 4.0])
+@pytest.mark.parametrize("seed", range(5))
+def test_the_best_of_all_iterates_is_kept(rate, seed):
+    """Each batch is all of the inputs here, so every iterate's error is that of all tokens."""
+    drawn = case(seed, iterations=12, learning_rate=rate, batch_chunks=3)
+    problem, met = drawn.copy(), []
+
+    class Watched(BlockProblem):
+        def slopes(self, weights, inputs):
+            met.append(self.error(weights))
+            return super().slopes(weights, inputs)
+
+    fields = {f.name: getattr(problem, f.name) for f in dataclasses.fields(problem)}
+    made = drawn.rounder.learn(Watched(**fields), np.random.default_rng(0))
+    reached = problem.error(values(made))
+    assert len(met) == 12
+    assert met[0] == problem.error(values(nearest(problem)))
+    assert reached <= min(met)  # or the one after the last step is better still
+    assert made[UP].info["block_error"] == reached
+
+
+def test_what_the_last_step_reaches_is_tried_as_well():
+    """After one step there is nothing else."""
+    drawn = [case(seed, iterations=1, learning_rate=0.1) for seed in range(8)]
+    assert any(not same(each.made[UP], nearest(each.problem)[UP]) for each in drawn)
 
 
 def test_without_iterations_it_rounds_to_nearest():
