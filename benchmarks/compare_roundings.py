@@ -42,6 +42,7 @@ ROWS = {
     "hqq package": "hqq",
     "autoround, correction 0": "autoround:correction=0",
     "autoround, correction 1": "autoround:correction=1",
+    "autoround, no sweeps": "autoround:sweeps=0",
     "autoround": "autoround",
     "autoround, 200 iterations": "autoround:iterations=200",
     "autoround_block": "autoround_block",
@@ -132,7 +133,8 @@ def document(
         "`auto-round` learns",
         "for the outputs of a whole block in the original network, as `autoround_block` does; "
         "`autoround` learns for those",
-        "of a layer, of which `correction` takes a share from the original network.",
+        "of a layer, of which `correction` takes a share from the original network, and betters codes",
+        "one by one afterwards, in sweeps.",
         "",
         "| bits | | mean KL | perplexity | top-1 % |",
         "|--:|---|--:|--:|--:|",

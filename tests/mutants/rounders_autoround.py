@@ -81,6 +81,47 @@ class Learner:
         return dataclasses.replace(start, codes=torch.from_numpy(np.int16(kept)))
 
 
+class Swept(Learner):
+    """Makes each code the best one in turn, as the others are, after what was learned."""
+
+    sweeps = 3
+
+    def result(self, start, kept, last):
+        return super().result(start, self.swept(kept.copy()), last)
+
+    def round(self, problem, rng):
+        self.problem = problem
+        return super().round(problem, rng)
+
+    def swept(self, codes):
+        problem, start = self.problem, rounding.to_nearest(self.problem)
+        weight, hessian = problem.weight.double().numpy(), self.hessian(problem)
+        scale, zero = (
+            rounding.expand(each, start.group_index, len(weight)).double().numpy()
+            for each in (start.scale, start.zero_point)
+        )
+        for _ in range(self.sweeps):
+            error = weight - scale * (codes - zero)
+            for j in np.flatnonzero(hessian.diagonal() > 0):
+                s, x = scale[:, j], weight[:, j] / scale[:, j]
+                place = np.rint(codes[:, j] - zero[:, j] + self.change(error, hessian, j) / s)
+                place = self.reached(place, x) + zero[:, j]
+                codes[:, j] = np.clip(place, problem.grid.qmin, problem.grid.qmax)
+                self.replaced(error, j, weight[:, j] - s * (codes[:, j] - zero[:, j]))
+        return codes
+
+    def change(self, error, hessian, j):
+        """Return by what the values of a column should change."""
+        return error @ hessian[:, j] / hessian[j, j]
+
+    def reached(self, place, x):
+        """Return the nearest place that an offset can give."""
+        return np.clip(place, np.rint(x - 1 / 2), np.rint(x + 1 / 2))
+
+    def replaced(self, error, j, new):
+        error[:, j] = new
+
+
 # Wrong ----------------------------------------------------------------------------------------
 
 
@@ -146,6 +187,34 @@ class HessianOfOneKind(Learner):
 
     def hessian(self, problem):
         return np.eye(problem.weight.shape[1])
+
+
+class SweptAllAtOnce(Swept):
+    """Changes all codes of a sweep by the same errors: together they overshoot."""
+
+    def replaced(self, error, j, new):
+        pass
+
+
+class SweptTheOtherWay(Swept):
+    """Changes codes away from where the loss is least: a sign is wrong."""
+
+    def change(self, error, hessian, j):
+        return -super().change(error, hessian, j)
+
+
+class SweptWithoutWeight(Swept):
+    """Forgets what the column itself weighs in the loss."""
+
+    def change(self, error, hessian, j):
+        return error @ hessian[:, j]
+
+
+class SweptAnywhere(Swept):
+    """Gives codes that no offset can give, so that weights move by several steps."""
+
+    def reached(self, place, x):
+        return place
 
 
 class Towards(Learner):
@@ -219,6 +288,10 @@ KILLED_BY = {
     StartsAboveZero: "sign_symmetry",
     TiesUp: "sign_symmetry",
     HessianOfOneKind: "calibration",
+    SweptAllAtOnce: "no_worse_than_nearest",
+    SweptTheOtherWay: "no_worse_than_nearest",
+    SweptWithoutWeight: "no_worse_than_nearest",
+    SweptAnywhere: "radius",
 }
 OF_OUTPUTS = dict.fromkeys(
     (PulledAway, PulledTwice, MovedTheOtherWay, NotPulled, NearestOfTheAim), "no_worse_than_nearest"
@@ -230,5 +303,6 @@ TWINS = twins(
         Learner: "learns offsets and no ranges, in float64",
         Towards: "makes up for the layers before, in float64",
         AtOnce: "other rates and fewer steps",
+        Swept: "each code in turn after that",
     }
 )

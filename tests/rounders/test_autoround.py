@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qframe import Scheme, rounding
-from qframe.bounds import ETA, UNIT
+from qframe.bounds import ETA, UNIT, decode, no_worse
 from qframe.certificates import Evidence
 from qframe.contracts import Rounder
 from qframe.errors import HessianError, NonFiniteError, UncalibratedLayerError
@@ -29,6 +29,7 @@ from qframe_conformance.strategies import (
     white,
 )
 from qframe_plugins.kernels.numba_cpu.autoround import learn
+from qframe_plugins.kernels.numba_cpu.autoround_block import Descent
 from qframe_plugins.rounders.autoround import AutoRound
 from qframe_plugins.rounders.gptq import revive
 from tests.rounders.alike import depends_on_rows_alone, same
@@ -153,7 +154,88 @@ def test_ranges_are_learned_and_not_only_offsets():
 @settings(max_examples=30)
 @given(problems())
 def test_without_iterations_it_rounds_to_nearest(drawn):
-    assert same(run(drawn, iterations=0), rounding.to_nearest(drawn))
+    assert same(run(drawn, iterations=0, sweeps=0), rounding.to_nearest(drawn))
+
+
+@pytest.mark.parametrize("rate", [0.02, 0.3, 1.0])
+@pytest.mark.parametrize("seed", range(4))
+def test_the_best_of_all_iterates_is_kept(rate, seed):
+    """Of each row; the descent is walked anew, by slopes in float64."""
+    drawn = ordinary(columns=24, seed=seed, group_size=8, num_bits=3, symmetric=False)
+    start, steps = rounding.to_nearest(drawn), 12
+    arrays = [each.numpy() for each in (drawn.weight, start.codes, start.scale, start.zero_point)]
+    walk = Descent(
+        *arrays, 8, drawn.grid.qmin, drawn.grid.qmax, symmetric=False, scale_dtype="float16"
+    )
+    least = losses(drawn, start)
+    for step in range(steps):
+        error = drawn.weight.double() - torch.from_numpy(walk.values())
+        slope = -(error @ drawn.statistics["hessian"])
+        walk.step(slope.float().numpy(), rate * (1 - step / steps))
+        codes, scale, zero_point = map(torch.from_numpy, walk.codes())
+        met = dataclasses.replace(start, codes=codes, scale=scale, zero_point=zero_point)
+        least = torch.minimum(least, losses(drawn, met))
+    made = run(drawn, iterations=steps, learning_rate=rate, sweeps=0)
+    size = (
+        2 * float(drawn.weight.abs().sum(1).max()) ** 2 * float(drawn.statistics["hessian"].max())
+    )
+    assert (losses(drawn, made).numpy() <= no_worse(least, size, 24, "float32")).all()
+
+
+def spared(drawn, made):
+    """Return what float32 may take off values (B1.d)."""
+    index, rows = made.group_index, len(made.codes)
+    scale, zero = (rounding.expand(each, index, rows) for each in (made.scale, made.zero_point))
+    return decode(scale.numpy(), made.codes.numpy() - zero.numpy())
+
+
+@given(problems(), st.sampled_from([0, 9]), st.sampled_from([1, 4]))
+def test_a_sweep_costs_no_row_output_and_moves_no_range(drawn, iterations, sweeps):
+    swept, plain = (run(drawn, iterations=iterations, sweeps=n) for n in (sweeps, 0))
+    assert torch.equal(swept.scale, plain.scale)
+    assert torch.equal(swept.zero_point, plain.zero_point)
+    hessian = drawn.statistics["hessian"].abs()
+    both = [(drawn.weight.double() - rounding.dequantize(q)).abs() for q in (swept, plain)]
+    size = sum(((error @ hessian) * error).sum(1) for error in both).numpy()
+    lengths = sum(error.sum(1) for error in both).numpy()
+    spare = [spared(drawn, q) for q in (swept, plain)]
+    moved = sum(np.sqrt(((d @ hessian.numpy()) * d).sum(1)) for d in spare)
+    allowed = no_worse(losses(drawn, plain), size, len(hessian), "float32", lengths, moved)
+    assert (losses(drawn, swept).numpy() <= allowed).all()
+
+
+@settings(max_examples=60)
+@given(st.integers(1, 9), st.integers(1, 7), st.sampled_from([-1, 1, 2]), st.integers(0, 99))
+def test_after_enough_sweeps_no_code_alone_can_be_bettered(columns, rows, group_size, seed):
+    """Numbers are quarters of small integers and scales 1, so that nothing rounds but the codes."""
+    rng = np.random.default_rng(seed)
+    root = rng.integers(-2, 3, (columns, columns))
+    weight = rng.integers(-12, 13, (rows, columns)) / 4
+    weight[:, :: columns if group_size < 0 else group_size] = 3  # one of each group
+    scheme = Scheme(group_size=group_size, scale_rule="restricted", num_bits=3)
+    drawn = rounding_problem(weight, scheme, (root.T @ root).astype(np.float64))
+    made = run(drawn, iterations=0, sweeps=100)
+    assert bool((made.scale == 1).all())
+    for column in range(columns):
+        for code in range(drawn.grid.qmin, drawn.grid.qmax + 1):
+            other = made.codes.clone()
+            other[:, column] = code
+            reached = (drawn.weight[:, column] - code).abs() <= 1  # an offset of 1/2, and rounding
+            found = losses(drawn, dataclasses.replace(made, codes=other))
+            assert bool((found >= losses(drawn, made))[reached].all())
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_sweeps_find_what_the_descent_leaves(symmetric):
+    """Inputs are mixed, but not nearly dependent: a code alone can then do little."""
+    rng = np.random.default_rng(0)
+    inputs = rng.normal(size=(256, 64)) @ (rng.normal(size=(64, 64)) / 8 + np.eye(64))
+    inputs[:, 5] = 0  # which must not keep the others from it
+    scheme = Scheme(group_size=16, num_bits=3, symmetric=symmetric)
+    drawn = rounding_problem(rng.normal(size=(12, 64)), scheme, hessian_of(inputs))
+    none, one, many = (losses(drawn, run(drawn, iterations=50, sweeps=n)) for n in (0, 1, 10))
+    assert float(10 * one.sum()) < float(9 * none.sum())
+    assert float(many.sum()) < float(one.sum())
 
 
 def test_weights_that_lie_on_the_grid_are_given_back():
@@ -254,6 +336,7 @@ def test_the_kernel_refuses_operands_that_do_not_fit(changes, message):
         "scale_dtype": "float16",
         "iterations": 1,
         "rate": 1.0,
+        "sweeps": 1,
     }
     with pytest.raises(ValueError, match=message):
         learn(**(operands | changes))

@@ -8,12 +8,18 @@ of the gradient of the output error, rounding having slope 1, and the best that 
 Error:  the output error of a row is at most that of round-to-nearest (docs/bounds.md, B10.c), and
         without a correction no weight moves by more than a step (B10.a).
 
-Where this departs from the paper: the error is that of the layer on all calibration tokens, and not
-that of a block on some of them (`autoround_block`); so rows are learned apart, each keeps its own
-best, and no random numbers are needed. As there, inputs are those in the quantized network and
-outputs should be those in the original one: what is learned for is Qronos's aim, W + W M H^-1,
-which `correction` takes a share of (B3.h). With 0 it is the weight. Where rounding the weight to
-nearest comes closer to the aim than all that was learned, a row is rounded to nearest.
+Where this departs from the paper:
+  * the error is that of the layer on all calibration tokens, and not that of a block on some of
+    them (`autoround_block`); so rows are learned apart, each keeps its own best, and no random
+    numbers are needed;
+  * the descent moves all offsets at once, by ever smaller steps, and ends where many a code alone
+    could still be bettered. Sweeps do that, code by code, with the ranges that were learned
+    (coordinate descent: Behdin et al., QuantEase, arXiv:2309.01885), for codes that an offset can
+    give;
+  * as there, inputs are those in the quantized network and outputs should be those in the original
+    one: what is learned for is Qronos's aim, W + W M H^-1, which `correction` takes a share of
+    (B3.h). With 0 it is the weight. Where rounding the weight to nearest comes closer to the aim
+    than all that was learned, a row is rounded to nearest.
 """
 
 from __future__ import annotations
@@ -41,6 +47,7 @@ class AutoRound:
     iterations      steps of the descent
     learning_rate   of the first step, in steps of the grid and shares of the range; it falls
                     linearly to 0. None: 1 / iterations, with which an offset can just reach 1/2
+    sweeps          how often each code, in turn, is then made the best one as the others are
     correction      share of what is needed to make up for the layers before
     dampening_frac  share of the mean of diag(H) that is added to the diagonal to find that: what
                     few tokens tell of the inputs pulls less. Up to 1 it is tenfold where that fails
@@ -48,6 +55,7 @@ class AutoRound:
 
     iterations: Annotated[int, Field(ge=0)] = 200
     learning_rate: Annotated[float, Field(gt=0)] | None = None
+    sweeps: Annotated[int, Field(ge=0)] = 10
     correction: Annotated[float, Field(ge=0, le=1)] = 0.5
     dampening_frac: Annotated[float, Field(gt=0, le=1)] = 0.1
 
@@ -129,6 +137,7 @@ class AutoRound:
             scale_dtype=scheme.scale_dtype,
             iterations=self.iterations,
             rate=self.learning_rate or 1 / max(self.iterations, 1),
+            sweeps=self.sweeps,
         )
         codes, scale, zero_point = map(torch.from_numpy, made)
         return QuantizedWeight(

@@ -1,7 +1,9 @@
-"""Learned rounding by signed gradients, on panels of 64 rows.
+"""Learned rounding by signed gradients, and code by code after that, on panels of 64 rows.
 
 Source: Cheng et al., AutoRound, arXiv:2309.05516, eq. (3) (offsets and clipping) and algorithm 1
-        (SignSGD, the best iterate is kept), with the output error tr(E H E^T) of one layer.
+        (SignSGD, the best iterate is kept), with the output error tr(E H E^T) of one layer. Sweeps
+        are the coordinate descent of Behdin et al., QuantEase, arXiv:2309.01885, algorithm 1, on
+        codes that an offset can give.
 Error:  the output error of a row is at most that of the codes it starts from (docs/bounds.md,
         B10.c): products are float32, a sum over columns in ascending order, and their sum float64.
 
@@ -41,6 +43,7 @@ def learn(
     scale_dtype: str,
     iterations: int,
     rate: float,
+    sweeps: int,
 ) -> tuple[Int16, Float32, Int16]:
     """Return the (codes, scale, zero point) of least output error that were met, row by row.
 
@@ -50,6 +53,7 @@ def learn(
                  [rows, groups]; it stays where nothing is better
     group_size   neighbouring columns that share a scale; the last group may be smaller
     rate         of the first step, of offsets and of shares of the range; it falls linearly to 0
+    sweeps       how often each code is then made the best one as the others are
 
     Raises ValueError for operands that do not fit.
     """
@@ -70,6 +74,7 @@ def learn(
         grid,
         np.int64(iterations),
         np.float64(rate),
+        np.int64(sweeps),
         *made,
     )
     return made
@@ -89,7 +94,7 @@ def _scaled(hessian: Float64) -> Float32:
 
 @kernel
 def _share_panels(  # type: ignore[no-untyped-def]
-    counter, weight, hessian, width, grid, iterations, rate, codes, scale, zero
+    counter, weight, hessian, width, grid, iterations, rate, sweeps, codes, scale, zero
 ):
     """Claim panels of rows, and improve their codes, scales and zero points."""
     rows, columns = weight.shape
@@ -103,7 +108,7 @@ def _share_panels(  # type: ignore[no-untyped-def]
         s, z = np.ones((groups, LANES), np.float32), np.zeros((groups, LANES), np.float32)
         for lane in range(count):
             lay_out(weight, codes, scale, zero, first + lane, width, lane, w, k, s, z)
-        taken = _learn(w, hessian, width, grid, iterations, rate, k, s, z)
+        taken = _learn(w, hessian, width, grid, iterations, rate, sweeps, k, s, z)
         for lane in range(count):
             if taken[lane]:
                 hand_back(k, s, z, lane, width, first + lane, codes, scale, zero)
@@ -132,46 +137,99 @@ def hand_back(k, s, z, lane, width, row, codes, scale, zero):  # type: ignore[no
 
 
 @kernel
-def _learn(w, hessian, width, grid, iterations, rate, best_k, best_s, best_z):  # type: ignore[no-untyped-def]
+def _learn(w, hessian, width, grid, iterations, rate, sweeps, best_k, best_s, best_z):  # type: ignore[no-untyped-def]
     """Replace best_k, best_s, best_z, lane by lane, by what has less error; return where it has.
 
     All [columns or groups, LANES] float32.
     """
-    columns = len(w)
     low, high = np.empty_like(best_s), np.empty_like(best_s)  # the range that codes reach
     lower, upper = np.ones_like(best_s), np.ones_like(best_s)  # shares of it
     set_ranges(w, best_s, best_z, width, grid, low, high)
-    error = np.empty((columns, LANES), np.float32)
+    error, offset = np.empty_like(w), np.zeros_like(w)
     pull = np.empty((hessian.shape[1], LANES), np.float32)
-    offset = np.zeros((columns, LANES), np.float32)
     k, s, z = best_k.copy(), best_s.copy(), best_z.copy()
-    best, taken = np.empty(LANES, np.float64), np.zeros(LANES, np.bool_)
-    for step in range(iterations + 1):  # the first is the start
-        for column in range(columns):
-            group = column // width
-            for lane in range(LANES):
-                error[column, lane] = w[column, lane] - s[group, lane] * k[column, lane]
-        _times(hessian, error, pull)
-        loss = np.zeros(LANES, np.float64)
-        for column in range(columns):
-            for lane in range(LANES):
-                force = np.float64(pull[column, lane])  # half of the error's slope
-                loss[lane] += np.float64(error[column, lane]) * force
-        for lane in range(LANES):
-            better = step > 0 and loss[lane] < best[lane] < np.inf  # inf: float32 overflowed
-            if step == 0 or better:
-                best[lane] = loss[lane]
-            if better:
-                taken[lane] = True
-                best_k[:, lane], best_s[:, lane], best_z[:, lane] = (
-                    k[:, lane],
-                    s[:, lane],
-                    z[:, lane],
-                )
-        speed = np.float32(rate * (1 - step / iterations)) if iterations > 0 else np.float32(0)
+    taken = np.zeros(LANES, np.bool_)
+    best = _loss(w, hessian, k, s, width, error, pull)
+    for step in range(iterations):
+        speed = np.float32(rate * (1 - step / iterations))
         descend(w, k, s, z, pull, width, grid, low, high, speed, offset, lower, upper)
         encode(w, offset, width, grid, low, high, lower, upper, k, s, z)
+        loss = _loss(w, hessian, k, s, width, error, pull)
+        _keep(loss, k, s, z, best, taken, best_k, best_s, best_z)
+    k[:], s[:], z[:] = best_k, best_s, best_z
+    _loss(w, hessian, k, s, width, error, pull)
+    for _ in range(sweeps):
+        if not _sweep(w, hessian, s, z, width, grid, k, error, pull):
+            break
+        loss = _loss(w, hessian, k, s, width, error, pull)
+        _keep(loss, k, s, z, best, taken, best_k, best_s, best_z)
     return taken
+
+
+@kernel
+def _loss(w, hessian, k, s, width, error, pull):  # type: ignore[no-untyped-def]
+    """Set error = w - s k and pull = H error, half of the loss's slope; return each lane's loss."""
+    for column in range(len(w)):
+        group = column // width
+        for lane in range(LANES):
+            error[column, lane] = w[column, lane] - s[group, lane] * k[column, lane]
+    for column in range(0, len(pull), QUAD):
+        _pull(hessian, error, column, pull)
+    loss = np.zeros(LANES, np.float64)
+    for column in range(len(w)):
+        for lane in range(LANES):
+            loss[lane] += np.float64(error[column, lane]) * np.float64(pull[column, lane])
+    return loss
+
+
+@kernel
+def _pull(hessian, error, column, pull):  # type: ignore[no-untyped-def]
+    """Set some rows of pull = H error, from `column` on."""
+    for row in range(column, column + QUAD):
+        for lane in range(LANES):
+            pull[row, lane] = 0
+    tile_add(pull, column, hessian, 0, column, error, 0, len(error))
+
+
+@kernel
+def _keep(loss, k, s, z, best, taken, best_k, best_s, best_z):  # type: ignore[no-untyped-def]
+    """Keep the lanes that have less loss than the best so far."""
+    for lane in range(LANES):
+        if loss[lane] < best[lane] < np.inf:  # inf: float32 overflowed
+            best[lane], taken[lane] = loss[lane], True
+            best_k[:, lane], best_s[:, lane], best_z[:, lane] = k[:, lane], s[:, lane], z[:, lane]
+
+
+@kernel
+def _sweep(w, hessian, s, z, width, grid, k, error, pull):  # type: ignore[no-untyped-def]
+    """Make each code, in turn, the best one that an offset can give it; return how many changed.
+
+    error = w - s k, which is kept so. With all other codes as they are the loss is a parabola in a
+    value, lowest at s k + (H error)_j / H_jj.
+    """
+    qmin, qmax = np.float32(grid[0]), np.float32(grid[1])
+    half, changed = np.float32(0.5), 0
+    for first in range(0, len(w), QUAD):
+        _pull(hessian, error, first, pull)
+        last = min(first + QUAD, len(w))
+        for column in range(first, last):
+            weight, group = hessian[column, column], column // width
+            if not weight > 0:
+                continue
+            for lane in range(LANES):
+                scale, zero = s[group, lane], z[group, lane]
+                x = w[column, lane] / scale
+                aim = np.rint(k[column, lane] + pull[column, lane] / (weight * scale))
+                aim = min(max(aim, np.rint(x - half)), np.rint(x + half))
+                aim = min(max(aim + zero, qmin), qmax) - zero
+                moved = aim - k[column, lane]
+                if moved != 0:
+                    changed += 1
+                    k[column, lane] = aim
+                    error[column, lane] = w[column, lane] - scale * aim
+                    for later in range(column + 1, last):
+                        pull[later, lane] -= hessian[column, later] * scale * moved
+    return changed
 
 
 @kernel
@@ -192,16 +250,6 @@ def set_ranges(w, s, z, width, grid, low, high):  # type: ignore[no-untyped-def]
                 low[group, lane] = -high[group, lane]
             else:
                 low[group, lane], high[group, lane] = scale * (qmin - zero), scale * (qmax - zero)
-
-
-@kernel
-def _times(hessian, error, pull):  # type: ignore[no-untyped-def]
-    """Set pull = H error."""
-    for column in range(len(pull)):
-        for lane in range(LANES):
-            pull[column, lane] = 0
-    for column in range(0, len(pull), QUAD):
-        tile_add(pull, column, hessian, 0, column, error, 0, len(error))
 
 
 @kernel
