@@ -133,8 +133,9 @@ def document(
         "`auto-round` learns",
         "for the outputs of a whole block in the original network, as `autoround_block` does; "
         "`autoround` learns for those",
-        "of a layer, of which `correction` takes a share from the original network, and betters codes",
-        "one by one afterwards, in sweeps.",
+        "of a layer, of which `correction` takes a share from the original network, and betters "
+        "codes one by one",
+        "after that, in sweeps.",
         "",
         "| bits | | mean KL | perplexity | top-1 % |",
         "|--:|---|--:|--:|--:|",
