@@ -258,7 +258,8 @@ def load(
                  Layers whose activations are not quantized become plain linear layers
     kernels      the backend whose kernels multiply with the codes themselves, or "auto": for each
                  layer the fastest that serves it. Layers that none serves go on without, which is
-                 logged as a warning. None: weights are dequantized in each call
+                 logged as a warning. A quantized KV cache is attended to as codes, where its
+                 quantizer can. None: weights are dequantized in each call
 
     Raises VerifyError when the folder is not what its manifest says; UnsupportedError for a backend
     that is not there; ValueError for both `dequantize` and `kernels`.
@@ -292,6 +293,10 @@ def load(
         for reason in sorted(set(left.values())):
             names = [name for name, why in left.items() if why == reason]
             log.warning("%d layers run without kernels, %s ...: %s", len(names), names[0], reason)
+        if hasattr(module, "set_attn_implementation"):
+            from qframe.kv_attention import attend_to_codes  # with transformers, which is slow
+
+            attend_to_codes(module)
     return module.eval()
 
 

@@ -6,6 +6,10 @@
 New tokens are attended to as they came, and past ones as the store gives them back: in a prompt all
 tokens see each other in full precision, as in KIVI, and what is generated sees the prompt as codes.
 
+A quantizer that attends to codes (`FusedAttention`) does so for every token that comes alone, if
+the network's attention is that of `qframe.kv_attention`. Such a token is put into the store first,
+and what becomes codes by that is attended to as codes at once.
+
 A cache is told nothing of the attention mask. Padding is stored like any token, counts into the
 range of its group where tokens share one, and takes the places of sinks when it stands on the left.
 """
@@ -17,16 +21,18 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import numpy as np
 import torch
 from torch import nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from qframe.contracts import KVCacheQuantizer, KVStore
+from qframe.claims import ExactWindow, FusedAttention
+from qframe.contracts import KVAttention, KVCacheQuantizer, KVStore
 from qframe.errors import NonFiniteError, RecipeError
 from qframe.host import Host
+from qframe.kv_attention import Unread
 from qframe.kv_scheme import KV_CHUNK, KVCacheScheme
 from qframe.manifest import parse_manifest
 from qframe.recipe import kv_quantizer
@@ -68,6 +74,11 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]
         super().__init__()
         self._quantizer, self._scheme = quantizer, scheme
         self._number, self._seed = number, seed
+        claims = getattr(quantizer, "claims", ())
+        self._attends = any(isinstance(each, FusedAttention) for each in claims) and any(
+            isinstance(each, ExactWindow) and all(map(each.kept, scheme.parts.values()))
+            for each in claims  # so the newest token stays as it came
+        )
         self.stores: dict[str, KVStore] = {}
         self._shapes: dict[str, tuple[int, int]] = {}  # kind -> heads and head_dim
         self.batch = 0
@@ -91,19 +102,34 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        keys = self._appended("key", key_states)
-        return keys, self._appended("value", value_states)
+        given = {"key": key_states, "value": value_states}
+        if self._attends and key_states.shape[2] == 1:
+            for kind, states in given.items():
+                self._append(kind, states)
+            return Unread.of(self, "key", key_states), Unread.of(self, "value", value_states)
+        keys, values = (self._with_past(kind, states) for kind, states in given.items())
+        for kind, states in given.items():
+            self._append(kind, states)
+        return keys, values
 
-    def _appended(self, kind: str, states: torch.Tensor) -> torch.Tensor:
-        store, found = self.stores[kind], states
-        if store.length:
-            found = torch.cat((store.read().to(states.device), states), dim=2)
+    def _with_past(self, kind: str, states: torch.Tensor) -> torch.Tensor:
+        store = self.stores[kind]
+        if not store.length:
+            return states
+        return torch.cat((store.read().to(states.device), states), dim=2)
+
+    def _append(self, kind: str, states: torch.Tensor) -> None:
         try:
-            store.append(states.detach().cpu().contiguous())
+            self.stores[kind].append(states.detach().cpu().contiguous())
         except NonFiniteError as error:
             message = f"KV cache, layer {self._number}, {kind}: {error}"
             raise NonFiniteError(message) from error
-        return found
+
+    def attend(self, query: torch.Tensor) -> torch.Tensor:
+        """Return what the newest token attends to, from codes: `KVAttention.attend`."""
+        quantizer = cast(KVAttention, self._quantizer)
+        found = quantizer.attend(query.cpu(), self.stores["key"], self.stores["value"])
+        return found.to(query.device)
 
     def get_seq_length(self) -> int:
         """Return the tokens of each sequence."""

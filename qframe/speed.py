@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,12 +57,15 @@ def measure(
     new_tokens: int = 32,
     rounds: int = 5,
     seed: int = 0,
+    caches: Mapping[str, Callable[[], Any]] | None = None,
 ) -> dict[str, Speed]:
     """Return the speed of each network. They take turns in every round.
 
     networks   of transformers: they take `past_key_values` and return `logits`. What they read
                and write are the same tokens for all, drawn from `seed`: speed does not depend on
                them, but for networks that choose among experts
+    caches     name of a network -> what returns an empty cache for it; the others have
+               transformers' own
 
     Raises RecipeError for numbers below 1.
     """
@@ -79,7 +83,9 @@ def measure(
     with torch.inference_mode():
         for number in range(rounds + 1):
             for name, network in networks.items():
-                took = _once(network, tokens, prompt_tokens)
+                start = (caches or {}).get(name)
+                cache = None if start is None else start()
+                took = _once(network, tokens, prompt_tokens, cache)
                 if number:  # in the first round kernels are compiled and pages are fetched
                     times[name].append(took)
     return {
@@ -94,10 +100,12 @@ def measure(
     }
 
 
-def _once(network: nn.Module, tokens: torch.Tensor, prompt: int) -> tuple[float, float]:
+def _once(network: nn.Module, tokens: torch.Tensor, prompt: int, cache: Any) -> tuple[float, float]:
     """Return the seconds of reading a prompt, and of one token after another."""
     start = time.perf_counter()
-    cache = network(tokens[:, :prompt], use_cache=True, logits_to_keep=1).past_key_values
+    first = tokens[:, :prompt]
+    made = network(first, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    cache = made.past_key_values
     between = time.perf_counter()
     for place in range(prompt, tokens.shape[1]):
         network(tokens[:, place : place + 1], past_key_values=cache, use_cache=True)

@@ -18,7 +18,7 @@ from qframe.errors import ModelError, RecipeError
 from qframe.generation import generate
 from qframe.held import held_bytes
 from qframe.kernel_layer import KernelLinear
-from qframe.kv_cache import QuantizedKVCache
+from qframe.kv_cache import QuantizedKVCache, QuantizedLayer
 from qframe.speed import measure, unquantized
 from qframe.timing import in_turn, speedup
 from tests.ran import command
@@ -248,6 +248,25 @@ def test_bench_shows_each_network_beside_float32(run, eight_bits, model):
     assert sizes[0] > 1.9 * sizes[1]
     assert list(run("bench", model, *arguments, "--json").json()["networks"])[1:] == ["bfloat16"]
     assert np.isfinite(record["networks"]["bfloat16"]["decode_speed"])
+
+
+def test_bench_times_a_quantized_cache_as_well(run, eight_bits, model, monkeypatch):
+    attended, real = [], QuantizedLayer.attend
+
+    def attend(self, query):
+        attended.append(self.get_seq_length())
+        return real(self, query)
+
+    monkeypatch.setattr(QuantizedLayer, "attend", attend)
+    arguments = ("--prompt-tokens", "40", "--new-tokens", "2", "--rounds", "1", "--kv-scheme")
+    networks = run("bench", eight_bits, *arguments, "KV8", "--json").json()["networks"]
+    assert list(networks)[2:] == ["quantized, numba", "quantized, numba, KV8 cache"]
+    assert attended == [41, 41, 42, 42] * 2  # layers, tokens, and a round before the first
+    assert "float32, KV2 cache" in run("bench", model, *arguments, "KV2").out
+    refused = run("bench", model, *arguments, "KV5")
+    assert refused.code != 0
+    assert "unknown preset 'KV5'" in refused.err
+    assert "loading" not in refused.err.replace("loading libraries", "")
 
 
 def fresh(cache, *arguments):

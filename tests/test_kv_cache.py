@@ -2,6 +2,7 @@
 
 What a quantized cache must give is computed by `recomputed`, which keeps all tokens as they came
 and quantizes them anew for every step: codes depend on the tokens alone (docs/bounds.md, B7.g).
+Tokens that come alone are in the store when it is read, and others not yet.
 """
 
 import copy
@@ -47,7 +48,10 @@ class RecomputedLayer(DynamicLayer):
         super().update(*new)
         if past is None:
             return new
-        parts = zip(self.scheme.parts.items(), past, new, strict=True)
+        parts = list(zip(self.scheme.parts.items(), past, new, strict=True))
+        kept = all(part.residual_length for part in self.scheme.parts.values())
+        if key_states.shape[2] == 1 and kept and self.quantizer == KIVI():  # which attends to codes
+            return tuple(self.stored(*kind, torch.cat((p, n), dim=2)) for kind, p, n in parts)
         return tuple(torch.cat((self.stored(*kind, p), n), dim=2) for kind, p, n in parts)
 
     def stored(self, kind, scheme, x):

@@ -147,7 +147,7 @@ def attends_to_what_is_read(case: KVCase) -> Outcome:
     exact = Attention.of(case.query, *(as_float64(each.read) for each in pair))
     repeats = case.query.shape[1] // case.x.shape[1]
     # A value is rounded when it is read, and once more in the kernel's own way.
-    errors = tuple(np.repeat(2 * _decoding(each), repeats, axis=1) for each in pair)
+    errors = tuple(np.repeat(2 * decoding(each), repeats, axis=1) for each in pair)
     _, allowed = bounds.kv_attention(
         exact.query,
         exact.keys,
@@ -161,7 +161,7 @@ def attends_to_what_is_read(case: KVCase) -> Outcome:
     return within(as_float64(output) - exact.output, allowed + own, "|o^ - o|", "B7.e")
 
 
-def _decoding(evidence: KVEvidence) -> Float64:
+def decoding(evidence: KVEvidence) -> Float64:
     """Return what each number that is read may be off from scale * code + offset."""
     allowed = np.zeros(tuple(evidence.read.shape))
     for part in evidence.parts:

@@ -12,11 +12,17 @@ from qframe.cli.command import Debug, Json, Threads
 from qframe.cli.generate import NO_KERNELS, network_of
 from qframe.cli.progress import progress_shown
 from qframe.cli.screen import print_json, print_result
+from qframe.kv_scheme import KV_PRESETS, KVCacheScheme
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import nn
 
+    from qframe.kv_cache import QuantizedKVCache
     from qframe.speed import Speed
+
+QUANTIZED = "quantized"
 
 
 def bench(
@@ -37,6 +43,14 @@ def bench(
         str,
         typer.Option("--kernels", metavar="BACKEND", help="Which kernels multiply, or auto."),
     ] = "auto",
+    kv_scheme: Annotated[
+        str | None,
+        typer.Option(
+            "--kv-scheme",
+            metavar="NAME",
+            help=f"Also with a KV cache that is quantized: {', '.join(KV_PRESETS)}.",
+        ),
+    ] = None,
     threads: Threads = None,
     as_json: Json = False,
     debug: Debug = False,
@@ -47,6 +61,7 @@ def bench(
 
     All take turns in one run; ratios are medians over the rounds. A time alone means little.
     """
+    scheme = None if kv_scheme is None else KVCacheScheme.preset(kv_scheme)
     with progress_shown() as progress:
         progress.step("loading libraries")
         import torch
@@ -55,10 +70,16 @@ def bench(
 
         torch.set_num_threads(threads or torch.get_num_threads())
         progress.step(f"loading {folder} several times")
-        networks = _networks(folder, kernels)
+        networks, caches = _networks(folder, kernels), {}
+        if scheme is not None:
+            caches = _with_cache(networks, f"{kv_scheme} cache", scheme)
         progress.step(f"timing {len(networks)} networks, {rounds} rounds")
         speeds = measure(
-            networks, prompt_tokens=prompt_tokens, new_tokens=new_tokens, rounds=rounds
+            networks,
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            rounds=rounds,
+            caches=caches,
         )
     if as_json:
         print_json({"threads": torch.get_num_threads(), "networks": _records(speeds)})
@@ -83,13 +104,28 @@ def _networks(folder: Path, kernels: str) -> dict[str, nn.Module]:
     return {**plain, _described(network, kernels): network}
 
 
+def _with_cache(
+    networks: dict[str, nn.Module], what: str, scheme: KVCacheScheme
+) -> dict[str, Callable[[], QuantizedKVCache]]:
+    """Add the fastest network once more, and return what starts its caches, by its name."""
+    from qframe.kv_attention import attend_to_codes
+    from qframe.kv_cache import QuantizedKVCache
+
+    name = next((each for each in networks if each.startswith(QUANTIZED)), "float32")
+    network = networks[name]
+    attend_to_codes(network)
+    name = f"{name}, {what}"
+    networks[name] = network
+    return {name: lambda: QuantizedKVCache(scheme)}
+
+
 def _described(network: nn.Module, asked: str) -> str:
     """Return the backends that a network runs on."""
     from qframe.kernel_layer import KernelLinear
 
     layers = [each for each in network.modules() if isinstance(each, KernelLinear)]
     used = sorted({name.partition("/")[2] for layer in layers for name in layer.kernels})
-    return f"quantized, {' and '.join(used) or f'no kernels ({asked})'}"
+    return f"{QUANTIZED}, {' and '.join(used) or f'no kernels ({asked})'}"
 
 
 def _records(speeds: dict[str, Speed]) -> dict[str, Any]:
@@ -130,6 +166,6 @@ def _print(speeds: dict[str, Speed], threads: int) -> None:
     legend = (
         f"Tokens a second: {first.prompt_tokens} read at once, {first.new_tokens} written one by "
         f"one, {threads} threads. Ratios are medians of {len(first.prefill)} rounds in turn. "
-        f"memory: of weights, with what kernels lay out beside them."
+        f"memory: of weights, with what kernels lay out beside them; without the KV cache."
     )
     print_result(stacked(shown, Text(legend, style=FAINT)))

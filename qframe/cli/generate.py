@@ -73,12 +73,15 @@ def generate(
         import torch
 
         from qframe.generation import generate as go_on
+        from qframe.kv_attention import attend_to_codes
 
         if threads is not None:
             torch.set_num_threads(threads)
         progress.step(f"loading {folder}")
         network = network_of(folder, kernels)
         cache = _cache(folder, kv_scheme)
+        if cache is not None:
+            attend_to_codes(network)
     text = sys.stdin.read() if prompt == "-" else prompt
     made = go_on(
         network,

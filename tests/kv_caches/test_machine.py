@@ -5,6 +5,7 @@ exact, bits are compared.
 """
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -13,10 +14,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from qframe import KVCacheScheme, bounds
 from qframe.claims.kv import KVHalfStep
 from qframe.held import held_bytes
+from qframe.kv_attention import Unread
 from qframe.kv_cache import QuantizedLayer
 from qframe.kv_evidence import KVClaim, KVEvidence
-from qframe_conformance.kv_attention import Attention
+from qframe_conformance.kv_attention import Attention, decoding
 from qframe_conformance.kv_lanes import LANES, lanes
+from qframe_plugins.kv_caches import kivi
 from qframe_plugins.kv_caches.kivi import KIVI
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -32,6 +35,14 @@ PART = st.fixed_dictionaries(
     }
 )
 SEEDS = st.integers(0, 2**32)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_runs():
+    """Let few tokens be a long run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kivi, "LONG", 8)
+        yield
 
 
 class Caches(RuleBasedStateMachine):
@@ -70,6 +81,11 @@ class Caches(RuleBasedStateMachine):
         given = self.layer.update(new["key"], new["value"])
         for kind, seen in zip(self.scheme.parts, given, strict=True):
             whole = new[kind] if past is None else torch.cat((past[kind], new[kind]), dim=2)
+            if isinstance(seen, Unread):  # what it pushed out of the window is codes already
+                assert tokens == 1
+                assert seen.shape == whole.shape
+                assert torch.equal(seen[:, :, -1:], new[kind])
+                whole = self.layer.stores[kind].read()
             assert torch.equal(seen, whole)
             old = self.x[kind]
             self.x[kind] = new[kind] if old is None else torch.cat((old, new[kind]), dim=2)
@@ -169,6 +185,18 @@ class Caches(RuleBasedStateMachine):
         error = got.double().numpy() - stored.output
         assert bounds.ratio(error, rounded + stored.rounding[1]) <= 1
         assert bounds.ratio(error + stored.output - exact.output, allowed + own[1] + rounded) <= 1
+        got = self.layer.attend(query).double().numpy()
+        # What is read is rounded, and what the kernel makes of codes in its own way.
+        off = [2 * np.repeat(decoding(each), shared, axis=1) for each in found.values()]
+        _, rounded = bounds.kv_attention(
+            stored.query,
+            stored.keys,
+            stored.values,
+            stored.weights,
+            (off[0], off[1]),
+            rescalings=self.length,
+        )
+        assert bounds.ratio(got - stored.output, rounded + stored.rounding[1]) <= 1
 
     @invariant()
     @precondition(lambda self: hasattr(self, "layer"))

@@ -20,8 +20,9 @@ they are read. Codes are then the nearest to rotated numbers (B7.h).
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -30,11 +31,14 @@ from qframe.errors import NonFiniteError
 
 if TYPE_CHECKING:
     import numpy as np
+    import numpy.typing as npt
     import torch
 
 Flush = Literal["group", "residual"]
 LARGEST = {"float32": 2.0**100, "float16": 65504.0, "bfloat16": 2.0**100}
 """scale_dtype -> the largest number that is taken: no scale, offset or sum with it can overflow."""
+
+LONG = 1024  # tokens of a run that others join only when they are as many
 
 
 @dataclass(frozen=True)
@@ -54,10 +58,23 @@ class Run:
     offset: torch.Tensor | None
 
     @property
+    def stop(self) -> int:
+        """The token after the last one."""
+        return self.start + self.tokens
+
+    @property
     def nbytes(self) -> int:
         """The bytes of its tensors."""
         offset = 0 if self.offset is None else self.offset.nbytes
         return self.words.nbytes + self.scale.nbytes + offset
+
+    def span(self, start: int, stop: int, step: int) -> Run:
+        """Return some of the tokens, from the first of their group on; nothing is copied."""
+        first = (start - self.start) // step
+        last = -(-(stop - self.start) // step)
+        begin = self.start + first * step
+        run = self.mapped(lambda t: t[:, :, first:last], stop - begin)
+        return dataclasses.replace(run, start=begin)
 
     def mapped(self, change: Callable[[torch.Tensor], torch.Tensor], tokens: int) -> Run:
         """Return the run with every tensor changed, and so many tokens."""
@@ -83,8 +100,9 @@ class Run:
 class Store:
     """The keys, or the values, of one layer: sinks, runs of codes, and the newest tokens.
 
-    There are several runs only after a crop into a group: what remains of that group cannot grow,
-    since its other tokens counted into its scales.
+    New codes go into a short run, which joins the one before when it is long: so few are copied
+    when some come. After a crop into a group what remains of it cannot grow, since its other tokens
+    counted into its scales.
     """
 
     def __init__(self, scheme: KVScheme, flush: Flush, *, rotate: bool) -> None:
@@ -113,12 +131,30 @@ class Store:
         sinks = 0 if self._sinks is None else self._sinks.shape[2]
         return sinks + sum(run.tokens for run in self._runs)
 
+    @property
+    def runs(self) -> Sequence[Run]:
+        """What is stored as codes, from left to right."""
+        return self._runs
+
     def read(self) -> torch.Tensor:
         """Return all tokens [batch, heads, length, head_dim], in the dtype that was appended."""
+        self._filled()
+        return self.span(0, self.length)
+
+    def span(self, start: int, stop: int) -> torch.Tensor:
+        """Return some of them."""
         import torch
 
         sinks, recent = self._filled()
-        return torch.cat((sinks, *(self._decode(run) for run in self._runs), recent), dim=2)
+        after = self._coded
+        found = [sinks[:, :, start:stop]]
+        for run in self._runs:
+            first, last = max(start, run.start), min(stop, run.stop)
+            if first < last:
+                part = run.span(first, last, self.scheme.step)
+                found.append(self._decode(part)[:, :, first - part.start :])
+        found.append(recent[:, :, max(start - after, 0) : max(stop - after, 0)])
+        return torch.cat(found, dim=2)
 
     def blocks(self) -> list[KVBlock]:
         """Return what is stored as codes, from left to right."""
@@ -205,11 +241,14 @@ class Store:
             )
 
     def _add(self, run: Run) -> None:
-        """Put a run behind the others; a run grows, unless its last group was cropped."""
-        if self._runs and self._runs[-1].tokens % self.scheme.step == 0:
-            self._runs[-1] = self._runs[-1].joined(run)
-        else:
-            self._runs.append(run)
+        """Put a run behind the others, and join it with those before that may grow."""
+        self._runs.append(run)
+        while len(self._runs) > 1:
+            before, last = self._runs[-2:]
+            settled = before.tokens >= LONG > last.tokens
+            if settled or before.tokens % self.scheme.step:
+                break
+            self._runs[-2:] = [before.joined(last)]
 
     def _cropped(self, run: Run, tokens: int) -> Run:
         if tokens >= run.tokens:
@@ -304,6 +343,23 @@ class Store:
             codes = codes.transpose(3, 4).flatten(2, 3)[:, :, : run.tokens]
         return codes.to(torch.int16) + self.scheme.grid.qmin
 
+    def rows(
+        self, start: int, stop: int
+    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32], npt.NDArray[np.float32], KVScheme]:
+        """Return tokens of one run, of which the first begins a group, as `attention_kv` has them.
+
+        Words are not copied.
+        """
+        run = next(each for each in self._runs if each.start <= start < each.stop)
+        step = self.scheme.step
+        first, last = (start - run.start) // step, -(-(stop - run.start) // step)
+        scale, offset = self._scales(run)
+        words = run.words[:, :, first:last]
+        if self.scheme.axis == "channel":
+            words = words.flatten(2, 3)
+        scale, offset = scale[:, :, first:last], offset[:, :, first:last]
+        return words.numpy(), scale.numpy(), offset.numpy(), self.scheme
+
     def _scales(self, run: Run) -> tuple[torch.Tensor, torch.Tensor]:
         """Return scale and offset of a run in float32, for the caller to keep."""
         import torch
@@ -327,6 +383,44 @@ class Store:
             largest = torch.finfo(recent.dtype).max
             x = x.clamp(-largest, largest)
         return x.to(recent.dtype)
+
+
+def shared_codes(keys: Store, values: Store) -> Iterator[tuple[int, int]]:
+    """Yield (first token, the one after the last) of what is codes in a run of either store."""
+    steps = keys.scheme.step, values.scheme.step
+    for key in keys.runs:
+        for value in values.runs:
+            start, stop = max(key.start, value.start), min(key.stop, value.stop)
+            while start < stop and any(  # a group is taken from its first token on
+                (start - run.start) % step for run, step in zip((key, value), steps, strict=True)
+            ):
+                start += 1
+            if start < stop:
+                yield start, stop
+
+
+def _on_codes(
+    query: torch.Tensor, keys: Store, values: Store, start: int, stop: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the output of some tokens [batch, query heads, head_dim], and log sum exp."""
+    import torch
+
+    from qframe_plugins.kernels.numba_cpu import attention
+
+    k, v = (store.rows(start, stop) for store in (keys, values))
+    out, lse = attention.attend(query.numpy(), k, v, stop - start)
+    return torch.from_numpy(out), torch.from_numpy(lse)
+
+
+def _on_numbers(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the same for numbers [batch, heads, tokens, head_dim] float32."""
+    batch, heads, width = query.shape
+    q = query.reshape(batch, keys.shape[1], -1, width) / math.sqrt(width)
+    logits = q @ keys.transpose(2, 3)
+    out = logits.softmax(-1) @ values
+    return out.reshape(batch, heads, width), logits.logsumexp(-1).reshape(batch, heads)
 
 
 def turned(x: torch.Tensor) -> torch.Tensor:
@@ -365,11 +459,38 @@ class KIVI:
         found = (window, claims.Streaming(), claims.PackedCodes())
         if self.rotate:
             return (claims.KVRotatedHalfStep(), *found)
-        return (claims.KVHalfStep(), claims.KVScale(), *found)
+        attends = claims.FusedAttention(online=True)
+        return (claims.KVHalfStep(), claims.KVScale(), attends, *found)
 
     def start(self, kind: str, scheme: KVScheme, rng: np.random.Generator) -> Store:
         """Return an empty store; keys and values differ only in their scheme."""
         return Store(scheme, self.flush, rotate=self.rotate)
+
+    def attend(self, query: torch.Tensor, keys: Store, values: Store) -> torch.Tensor:
+        """Return softmax(q K^T / sqrt(head_dim)) V, [batch, query heads, head_dim] float32.
+
+        Where keys and values both are codes the kernel attends to them; the others, and all that
+        were rotated, are read. What comes of each part is put together by its denominator.
+        """
+        import torch
+
+        found, rest, at = [], [], 0
+        for start, stop in () if self.rotate else shared_codes(keys, values):
+            found.append(_on_codes(query, keys, values, start, stop))
+            rest.append((at, start))
+            at = stop
+        rest.append((at, keys.length))
+        loose = [(start, stop) for start, stop in rest if start < stop]
+        if loose:
+            k, v = (
+                torch.cat([store.span(*each) for each in loose], dim=2).float()
+                for store in (keys, values)
+            )
+            found.append(_on_numbers(query, k, v))
+        if len(found) == 1:
+            return found[0][0]
+        share = torch.stack([lse for _, lse in found]).softmax(0)[..., None]
+        return (share * torch.stack([out for out, _ in found])).sum(0)
 
     def nbytes(self, scheme: KVScheme, shape: tuple[int, int, int, int], itemsize: int) -> int:
         """Return the bytes of a store of so many tokens (docs/bounds.md, B7.g)."""

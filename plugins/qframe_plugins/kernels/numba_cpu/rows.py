@@ -39,8 +39,8 @@ Rows: TypeAlias = tuple[Words, Float32, Float32, npt.NDArray[np.int64], Layout]
 
 place    [codes of a row] int64, where each lies in a decoded row
 layout   (numbers of a decoded row, whole registers; tokens of a row, 0 where a row is one token;
-         rows of a lane, words and groups of a row; codes of a row; bits; the lowest code; codes of
-         a group; how they are unpacked)
+         rows from lane to lane, words and groups of a row; codes of a row; bits; the lowest code;
+         codes of a group; how they are unpacked)
 """
 
 _BYTE = 8
@@ -52,7 +52,8 @@ def rows_of(
 ) -> Rows:
     """Return the rows of operands of `attention_kv`; width is head_dim.
 
-    Raises ValueError for operands that do not fit, of which memory beside them would be read.
+    Operands that leave out the first or the last tokens of larger ones are not copied. Raises
+    ValueError for operands that do not fit, of which memory beside them would be read.
     """
     _check(words, scale, offset, scheme, tokens, width)
     _, _, rows, length = words.shape
@@ -68,25 +69,54 @@ def rows_of(
         each = length if group == codes else group * bits // _WORD
         place = _in_turn(place, length, each)
         filled += 8 * (each % 2)  # a last word alone is followed by eight more numbers
+    groups = 1 if channel else scale.shape[3]
+    flat, apart = _flat((words, scale, offset), (length, groups, groups), rows)
     layout = (
         -(-max(filled, 1) // _LANES) * _LANES,
         scheme.step if channel else 0,
-        rows,
+        apart,
         length,
-        1 if channel else scale.shape[3],
+        groups,
         codes,
         bits,
         scheme.grid.qmin,
         group,
         way,
     )
-    return (
-        np.ascontiguousarray(words).reshape(-1),
-        np.ascontiguousarray(scale).reshape(-1),
-        np.ascontiguousarray(offset).reshape(-1),
-        place,
-        layout,
-    )
+    return flat[0], flat[1], flat[2], place, layout
+
+
+def _flat(
+    parts: tuple[Words, Float32, Float32], widths: tuple[int, int, int], rows: int
+) -> tuple[list[Any], int]:
+    """Return arrays [batch, heads, ...] as flat ones, and how many rows lie from lane to lane.
+
+    widths   numbers of a row, in each of them
+    """
+    batch, heads = parts[0].shape[:2]
+    found = {_apart(part, width) for part, width in zip(parts, widths, strict=True)}
+    apart = found.pop()
+    if found or apart is None or apart < rows:
+        return [np.ascontiguousarray(part).reshape(-1) for part in parts], rows
+    flat = []
+    for part, width in zip(parts, widths, strict=True):
+        count = ((batch * heads - 1) * apart + rows) * width
+        flat.append(np.lib.stride_tricks.as_strided(part, (count,), (part.itemsize,)))
+    return flat, apart
+
+
+def _apart(part: npt.NDArray[Any], width: int) -> int | None:
+    """Return how many rows lie from one lane to the next; None where lanes lie otherwise."""
+    (batch, heads), row = part.shape[:2], width * part.itemsize
+    inner = np.cumprod((1, *part.shape[:1:-1]))[:-1][::-1] * part.itemsize
+    if not part.size or part.strides[2:] != tuple(inner):
+        return None
+    if batch == heads == 1:  # nothing lies apart
+        return part.size // width
+    lane = part.strides[1 if heads > 1 else 0]
+    if lane % row or (batch > 1 and part.strides[0] != heads * lane):
+        return None
+    return int(lane // row)
 
 
 def _check(
