@@ -21,6 +21,7 @@ from qframe.kernel_layer import KernelLinear
 from qframe.kv_cache import QuantizedKVCache, QuantizedLayer
 from qframe.speed import measure, unquantized
 from qframe.timing import in_turn, speedup
+from qframe_plugins.kv_caches import kivi
 from tests.ran import command
 from tests.tiny import write_llama
 
@@ -267,6 +268,16 @@ def test_bench_times_a_quantized_cache_as_well(run, eight_bits, model, monkeypat
     assert refused.code != 0
     assert "unknown preset 'KV5'" in refused.err
     assert "loading" not in refused.err.replace("loading libraries", "")
+
+
+def test_warmup_attends_to_the_codes_of_a_cache(run, model, tmp_path, monkeypatch):
+    recipe = {"method": "rtn", "scheme": "W8A16", "kv_cache_scheme": {"preset": "KV8"}}
+    qframe.quantize(model, recipe, out=tmp_path / "OUT")
+    reached, real = [], kivi.shared_codes
+    monkeypatch.setattr(kivi, "shared_codes", lambda *stores: reached.extend(real(*stores)) or [])
+    made = run("warmup", tmp_path / "OUT")
+    assert made.code == 0, made.err
+    assert reached
 
 
 def fresh(cache, *arguments):

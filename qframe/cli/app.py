@@ -8,6 +8,7 @@ import typer
 
 from qframe import __version__
 from qframe.cli.bench import bench
+from qframe.cli.bench_kernels import bench_kernels
 from qframe.cli.command import Command
 from qframe.cli.compare import compare
 from qframe.cli.demo import demo
@@ -60,6 +61,7 @@ for _function, _name in (
     (verify, "verify"),
     (generate, "generate"),
     (bench, "bench"),
+    (bench_kernels, "bench-kernels"),
     (warmup, "warmup"),
     (demo, "demo"),
     (inspect, "inspect"),

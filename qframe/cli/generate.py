@@ -79,7 +79,7 @@ def generate(
             torch.set_num_threads(threads)
         progress.step(f"loading {folder}")
         network = network_of(folder, kernels)
-        cache = _cache(folder, kv_scheme)
+        cache = cache_of(folder, kv_scheme)
         if cache is not None:
             attend_to_codes(network)
     text = sys.stdin.read() if prompt == "-" else prompt
@@ -150,7 +150,7 @@ def _warn(network: nn.Module) -> None:
         )
 
 
-def _cache(folder: Path, asked: str | None) -> Any:
+def cache_of(folder: Path, asked: str | None) -> Any:
     """Return an empty cache, as asked or as the folder's recipe says; None: not quantized."""
     from qframe.kv_cache import QuantizedKVCache
     from qframe.manifest import MANIFEST, parse_manifest

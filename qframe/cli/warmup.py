@@ -8,12 +8,13 @@ from typing import Annotated
 import typer
 
 from qframe.cli.command import Debug, Threads
-from qframe.cli.generate import network_of
+from qframe.cli.generate import cache_of, network_of
 from qframe.cli.progress import progress_shown
 from qframe.cli.screen import print_plain
 from qframe.dispatch import AUTO
 
 PROMPT_TOKENS, NEW_TOKENS = 64, 2  # many tokens at once, and one by one: either has its kernels
+WITH_CACHE = 320  # tokens of which some are codes, in a cache whose groups and window are usual
 
 
 def warmup(
@@ -35,6 +36,14 @@ def warmup(
 
         progress.step(f"loading {folder}")
         network = network_of(folder, kernels)
-        progress.step(f"reading {PROMPT_TOKENS} tokens and writing {NEW_TOKENS}")
-        measure({"": network}, prompt_tokens=PROMPT_TOKENS, new_tokens=NEW_TOKENS, rounds=1)
+        cached = cache_of(folder, None) is not None
+        prompt = WITH_CACHE if cached else PROMPT_TOKENS
+        progress.step(f"reading {prompt} tokens and writing {NEW_TOKENS}")
+        measure(
+            {"": network},
+            prompt_tokens=prompt,
+            new_tokens=NEW_TOKENS,
+            rounds=1,
+            caches={"": lambda: cache_of(folder, None)} if cached else None,
+        )
     print_plain(f"{folder} is ready: its kernels are compiled and kept")
