@@ -44,6 +44,8 @@ def drawn(rng):
         yield "dequantize", weight
         x = kernel_draws.activations(rng, 130, scheme.group_width(130))
         yield "linear_weight_only", {"x": x, **weight}
+        for few in (1, 2, 4):
+            yield "linear_weight_only", {"x": x[:few], **weight}
     for columns, rows, threshold in ((130, 70, 6.0), (64, 3, 0.0), (300, 129, 1.0)):
         yield "linear_int8_outliers", kernel_draws_int8.outliers(rng, columns, rows, threshold)
     for bits, size, axes in (

@@ -12,6 +12,7 @@ from qframe.kernel_judges import judge
 from qframe.kernels import ARITHMETICS, OPS, run
 from qframe_conformance import kernel_draws
 from qframe_plugins.kernels import numba_ops
+from qframe_plugins.kernels.numba_cpu.few_tokens import FEW
 
 COUNTS = st.one_of(st.integers(0, 14), st.sampled_from([47, 49, 97]))
 COLUMNS = st.one_of(st.integers(1, 9), st.sampled_from([63, 64, 130, 700]))
@@ -45,6 +46,20 @@ def test_products_with_a_weight(count, columns, rows, bits, size, symmetric, sca
     x = rng.normal(size=(count, columns)).astype(np.float32)
     operands = {"x": x, **weight(rng, bits, size, symmetric, rows, columns, scattered)}
     assert broken("linear_weight_only", operands, numba_ops.LinearWeightOnly()) == {}
+
+
+@given(COLUMNS, ROWS, st.sampled_from([2, 3, 4, 8]), SIZES, *[st.booleans()] * 2, SEEDS)
+def test_few_tokens_have_the_bits_of_many(columns, rows, bits, size, symmetric, scattered, seed):
+    """They are multiplied in another way."""
+    rng = np.random.default_rng(seed)
+    x = torch.from_numpy(rng.normal(size=(FEW + 5, columns)).astype(np.float32))
+    parts = weight(rng, bits, size, symmetric, rows, columns, scattered)
+    kernel = numba_ops.LinearWeightOnly()
+    laid = kernel.prepare(*(torch.from_numpy(each) for each in parts.values()))
+    many = kernel(x, laid)
+    for count in range(1, FEW + 2):
+        assert torch.equal(kernel(x[:count], laid), many[:count])
+    assert torch.equal(kernel(x[-2:], laid), many[-2:])
 
 
 @given(COLUMNS, ROWS, st.sampled_from([2, 4, 8]), SIZES, *[st.booleans()] * 2, SEEDS)

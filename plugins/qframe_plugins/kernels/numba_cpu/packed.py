@@ -39,6 +39,7 @@ class PackedPanels:
     planes    of codes, each [panels, bytes] uint8: one, or two for three bits
     scale     [panels, groups, PANEL] float32, 0 beyond the weight
     zero      [panels, groups, PANEL] int32, the zero point less the lowest code
+    centre    the number that all zero points less the lowest code are; None: they differ
     bits      of a code, one of WIDTHS
     quads     of columns that a group takes, filled up
     spread    [columns] int64, where each column lies among all that are taken; None: where it is
@@ -48,6 +49,7 @@ class PackedPanels:
     planes: tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]
     scale: npt.NDArray[np.float32]
     zero: npt.NDArray[np.int32]
+    centre: int | None
     bits: int
     quads: int
     spread: npt.NDArray[np.int64] | None
@@ -58,6 +60,13 @@ class PackedPanels:
     def groups(self) -> int:
         """How many groups a row has."""
         return self.scale.shape[1]
+
+    @property
+    def filled(self) -> tuple[tuple[Array, ...], tuple[tuple[int, ...], ...]]:
+        """The planes that hold codes, and for each as many numbers as a code has bits in it."""
+        if self.bits == 3:
+            return self.planes, ((0, 0), (0,))
+        return self.planes[:1], ((0,) * self.bits,)
 
     def taken(self, x: Array) -> Array:
         """Return x [tokens, columns] in the order of the layout, C-contiguous, filled with 0."""
@@ -103,11 +112,14 @@ def pack(codes: Array, scale: Array, zero_point: Array, group_index: Array) -> P
         padded = np.zeros((panels * PANEL, groups), target.dtype)
         padded[:rows] = values
         target[:] = padded.reshape(panels, PANEL, groups).transpose(0, 2, 1)
+    values = zero_point.astype(np.int32) - lowest
+    centre = int(values.flat[0]) if values.size and (values == values.flat[0]).all() else None
     straight = groups * wide == columns and bool((spread == np.arange(columns)).all())
     return PackedPanels(
         planes=planes,
         scale=scales,
         zero=zeros,
+        centre=centre,
         bits=bits,
         quads=wide // BYTES,
         spread=None if straight else spread,

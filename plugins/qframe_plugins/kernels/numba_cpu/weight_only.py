@@ -1,6 +1,7 @@
 """Products of float32 activations with a weight in codes: `linear_weight_only`.
 
-Method: a part of a panel is decoded to float32 in the fastest cache, and all tokens meet it there.
+Method: a part of a panel is decoded to float32 in the fastest cache, and all tokens meet it there;
+        where they are few, in registers.
 Error:  docs/bounds.md, B9.b, value by value: one rounding of a weight, then a recursive sum in the
         order of the groups. The bits do not depend on the number of threads.
 """
@@ -11,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qframe_plugins.kernels.numba_cpu.dot_tile import BLOCK, BYTES, PANEL, height_of
+from qframe_plugins.kernels.numba_cpu.few_tokens import FEW, multiply_few
 from qframe_plugins.kernels.numba_cpu.float_tile import multiply_tokens, share_arrange
 from qframe_plugins.kernels.numba_cpu.packed import PackedPanels, decode
 from qframe_plugins.kernels.numba_cpu.simd import claim, kernel
@@ -32,17 +34,40 @@ def multiply(x: Float32, weight: PackedPanels) -> Float32:
     share(share_arrange, -(-tokens // BLOCK), taken, arranged)
     read = sum(plane.nbytes for plane in weight.planes)
     panels = worth_sharing(len(weight.scale), read, tokens * weight.rows * weight.columns)
-    share(
-        _share_panels,
-        panels,
-        arranged,
-        *weight.planes,
-        weight.bits,
-        weight.scale,
-        weight.zero,
-        y,
-    )
+    if tokens <= FEW:
+        planes, widths = weight.filled
+        zero = weight.zero if weight.centre is None else np.int64(weight.centre)
+        share(_share_few, panels, arranged, planes, widths, weight.scale, zero, y)
+    else:
+        planes = weight.planes
+        share(_share_panels, panels, arranged, *planes, weight.bits, weight.scale, weight.zero, y)
     return y
+
+
+@kernel
+def _share_few(counter, x, planes, widths, scale, zero, y):  # type: ignore[no-untyped-def]
+    """Claim panels, and compute their columns of y, for a few tokens."""
+    tokens, columns = x.shape
+    groups = scale.shape[1]
+    quads = columns // BYTES // groups  # of a group
+    sums = np.empty((tokens, PANEL), np.float32)
+    panel = claim(counter)
+    while panel * PANEL < y.shape[1]:
+        for token in range(tokens):
+            for lane in range(PANEL):
+                sums[token, lane] = 0
+        for group in range(groups):
+            place = (panel, group)
+            token = 0
+            while token < tokens:
+                height = height_of(tokens - token)
+                part = (token, group * quads, quads)
+                multiply_few(sums, x, planes, widths, scale, zero, place, part, height)
+                token += height
+        for token in range(tokens):
+            for lane in range(min(PANEL, y.shape[1] - panel * PANEL)):
+                y[token, panel * PANEL + lane] = sums[token, lane]
+        panel = claim(counter)
 
 
 @kernel
