@@ -137,12 +137,12 @@ def _emit_row(
                         for m in range(height)
                     ]
                     for r in range(across):
-                        fields = []
+                        parts = []
                         for i, (width, _) in enumerate(sources):
                             each = 8 // width
                             move = 8 * byte + width * (quad % each)
-                            fields.append((raws[i, quad // each, r], move, width))
-                        weight = b.fmul(stand_for(fields, r), scales[r])
+                            parts.append((raws[i, quad // each, r], move, width))
+                        weight = b.fmul(stand_for(parts, r), scales[r])
                         for m in range(height):
                             place = m * across + r
                             totals[place] = v.muladd(weight, numbers[m], totals[place])

@@ -108,12 +108,12 @@ def pack(codes: Array, scale: Array, zero_point: Array, group_index: Array) -> P
     planes = _planes(quads, bits)
     scales = aligned((panels, groups, PANEL), np.float32)
     zeros = aligned((panels, groups, PANEL), np.int32)
-    for values, target in ((scale, scales), (zero_point.astype(np.int32) - lowest, zeros)):
+    points = zero_point.astype(np.int32) - lowest
+    for values, target in ((scale, scales), (points, zeros)):
         padded = np.zeros((panels * PANEL, groups), target.dtype)
         padded[:rows] = values
         target[:] = padded.reshape(panels, PANEL, groups).transpose(0, 2, 1)
-    values = zero_point.astype(np.int32) - lowest
-    centre = int(values.flat[0]) if values.size and (values == values.flat[0]).all() else None
+    centre = int(points.flat[0]) if points.size and (points == points.flat[0]).all() else None
     straight = groups * wide == columns and bool((spread == np.arange(columns)).all())
     return PackedPanels(
         planes=planes,
