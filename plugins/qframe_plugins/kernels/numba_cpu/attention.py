@@ -22,7 +22,7 @@ from numba.extending import intrinsic
 from qframe import KVScheme
 from qframe_plugins.kernels.numba_cpu.rows import CHUNK, decode, rows_of
 from qframe_plugins.kernels.numba_cpu.simd import claim, kernel
-from qframe_plugins.kernels.numba_cpu.threads import share
+from qframe_plugins.kernels.numba_cpu.threads import share, worth_sharing
 from qframe_plugins.kernels.numba_cpu.vectors import FLOAT32, INT32, INT64, Vectors
 
 PIECE = 1024  # tokens of a piece, at least
@@ -62,7 +62,9 @@ def attend(
     state = np.empty((lanes * pieces, group, 2), np.float32)
     out = np.empty((lanes, group, width), np.float32)
     lse = np.empty((lanes, group), np.float32)
-    share(_share_pieces, lanes * pieces, queries, *k, *v, tokens, piece, sums, state)
+    read = sum(part.nbytes for each in (k, v) for part in each[:3])
+    tasks = worth_sharing(lanes * pieces, read, 2 * batch * heads * tokens * width)
+    share(_share_pieces, tasks, queries, *k, *v, tokens, piece, sums, state)
     _merge(sums, state, out, lse)
     return out.reshape(batch, heads, width), lse.reshape(batch, heads)
 

@@ -13,6 +13,7 @@ Error:  docs/bounds.md, B7.a: one product and one sum, or one rounding of both.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -64,11 +65,11 @@ def rows_of(
     if bits in (2, 4) and (group == codes or group * bits % _WORD == 0):
         way = _WORDS
     filled = _WORD // bits * length if way == _WORDS else codes
-    place = np.arange(codes, dtype=np.int64)
+    each = 0
     if way == _WORDS and bits == 4:
         each = length if group == codes else group * bits // _WORD
-        place = _in_turn(place, length, each)
         filled += 8 * (each % 2)  # a last word alone is followed by eight more numbers
+    place = _places(codes, length, each)
     groups = 1 if channel else scale.shape[3]
     flat, apart = _flat((words, scale, offset), (length, groups, groups), rows)
     layout = (
@@ -93,6 +94,8 @@ def _flat(
 
     widths   numbers of a row, in each of them
     """
+    if all(part.flags.c_contiguous for part in parts):
+        return [part.reshape(-1) for part in parts], rows
     batch, heads = parts[0].shape[:2]
     found = {_apart(part, width) for part, width in zip(parts, widths, strict=True)}
     apart = found.pop()
@@ -137,6 +140,16 @@ def _check(
                 f"{name} {list(got)} do not fit {tokens} tokens of {width} channels, "
                 f"{scheme.describe()}: expected {list(expected)}"
             )
+
+
+@cache
+def _places(codes: int, length: int, each: int) -> npt.NDArray[np.int64]:
+    """Return where the codes of a row lie; each is 0 where they lie one after the other."""
+    place = np.arange(codes, dtype=np.int64)
+    if each:
+        place = _in_turn(place, length, each)
+    place.flags.writeable = False
+    return place
 
 
 def _in_turn(codes: npt.NDArray[np.int64], length: int, each: int) -> npt.NDArray[np.int64]:
