@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from typing import Any, Final
+from typing import Final
 
 from qframe.contracts import Kernel, OpCall
 from qframe.errors import UnsupportedError
@@ -30,7 +30,7 @@ class Dispatch:
         """Raises UnsupportedError for a backend that no kernel has."""
         self.backend = backend
         self._kernels: dict[str, list[Kernel]] = {}
-        for kernel in sorted(kernels, key=_priority):
+        for kernel in in_order(kernels):
             self._kernels.setdefault(kernel.op, []).append(kernel)
         self._said: set[tuple[str, str, str]] = set()
         known = sorted({each.backend for found in self._kernels.values() for each in found})
@@ -64,6 +64,6 @@ class Dispatch:
         )
 
 
-def _priority(kernel: Any) -> int:
-    """Return the place of a kernel in the order, the highest priority first."""
-    return -int(getattr(kernel, "priority", 0))
+def in_order(kernels: Iterable[Kernel]) -> list[Kernel]:
+    """Return kernels in the order in which "auto" asks them, the highest priority first."""
+    return sorted(kernels, key=lambda kernel: -int(getattr(kernel, "priority", 0)))

@@ -71,16 +71,18 @@ class Unread(torch.Tensor):
         return made
 
     def read(self) -> torch.Tensor:
-        """Return the numbers, as an ordinary tensor."""
-        with torch._C.DisableTorchFunctionSubclass():
-            tokens, device = self.shape[2], self.device
-        store = self.layer.stores[self.kind]
+        """Return the numbers, as an ordinary tensor. Raises ModelError where they are old."""
+        return self.store().read().to(self.device)
+
+    def store(self) -> KVStore:
+        """Return where they are. Raises ModelError where other tokens have come since."""
+        store, tokens = self.layer.stores[self.kind], self.shape[2]
         if store.length != tokens:
             raise ModelError(
                 f"the {self.kind}s of {tokens} tokens are read when the cache has {store.length}; "
                 f"a network must use what a cache returns before it goes on"
             )
-        return store.read().to(device)
+        return store
 
     @classmethod
     def __torch_function__(
@@ -101,6 +103,14 @@ def _read(one: Any) -> Any:
     return one.read() if isinstance(one, Unread) else one
 
 
+def _together(key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Return whether these are all keys and values of one layer. Raises ModelError as `read`."""
+    if not isinstance(key, Unread) or not isinstance(value, Unread) or key.layer is not value.layer:
+        return False
+    stores = key.layer.stores
+    return key.store() is stores["key"] and value.store() is stores["value"]
+
+
 def attention(
     module: nn.Module,
     query: torch.Tensor,
@@ -119,8 +129,7 @@ def attention(
         and (scaling is None or math.isclose(scaling, 1 / math.sqrt(width)))
         and all(others.get(name) is None for name in ("softcap", "position_bias", "cache"))
     )
-    unread = isinstance(key, Unread) and isinstance(value, Unread)
-    if unread and plain and query.shape[2] == 1:
+    if plain and query.shape[2] == 1 and _together(key, value):
         found = key.layer.attend(query[:, :, 0].float())  # type: ignore[attr-defined]
         return found.to(query.dtype)[:, None], None
     made: tuple[torch.Tensor, torch.Tensor | None] = sdpa_attention_forward(

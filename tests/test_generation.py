@@ -270,6 +270,16 @@ def test_bench_times_a_quantized_cache_as_well(run, eight_bits, model, monkeypat
     assert "loading" not in refused.err.replace("loading libraries", "")
 
 
+def test_without_kernels_no_codes_are_attended_to(run, eight_bits, monkeypatch):
+    called = []
+    monkeypatch.setattr(QuantizedLayer, "attend", lambda *given: called.append(given) or 1 / 0)
+    given = ("--kv-scheme", "KV8", "-n", "3", "--kernels")
+    assert run("generate", eight_bits, "a", *given, "none").code == 0
+    assert not called
+    assert run("generate", eight_bits, "a", *given, "auto").code != 0
+    assert called
+
+
 def test_warmup_attends_to_the_codes_of_a_cache(run, model, tmp_path, monkeypatch):
     recipe = {"method": "rtn", "scheme": "W8A16", "kv_cache_scheme": {"preset": "KV8"}}
     qframe.quantize(model, recipe, out=tmp_path / "OUT")

@@ -10,6 +10,7 @@ import typer
 from qframe.cli.command import Debug, Json, Threads
 from qframe.cli.progress import progress_shown
 from qframe.cli.screen import print_json, print_result
+from qframe.dispatch import in_order
 from qframe.errors import RecipeError
 from qframe.kernels import OPS
 
@@ -65,8 +66,7 @@ def bench_kernels(
 
         torch.set_num_threads(threads or torch.get_num_threads())
         host = Host.discover(plugin or ())
-        kernels = [host.get("kernel", name) for name in host.names("kernel")]
-        kernels.sort(key=lambda each: -int(getattr(each, "priority", 0)))
+        kernels = in_order(host.get("kernel", name) for name in host.names("kernel"))
         sizes = [
             Sizes(
                 rows=rows,

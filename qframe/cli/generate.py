@@ -80,7 +80,7 @@ def generate(
         progress.step(f"loading {folder}")
         network = network_of(folder, kernels)
         cache = cache_of(folder, kv_scheme)
-        if cache is not None:
+        if cache is not None and kernels != NO_KERNELS:
             attend_to_codes(network)
     text = sys.stdin.read() if prompt == "-" else prompt
     made = go_on(

@@ -10,10 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from qframe import KVCacheScheme, KVScheme
 from qframe.errors import ModelError
-from qframe.kv_attention import NAME, Unread, attend_to_codes
+from qframe.kv_attention import NAME, Unread, attend_to_codes, attention
 from qframe.kv_cache import QuantizedKVCache, QuantizedLayer
 from qframe_plugins.kernels.numba_cpu.rows import rows_of
 from qframe_plugins.kv_caches import kivi
@@ -151,6 +152,29 @@ def test_they_cannot_be_read_when_there_are_other_tokens():
     layer.update(*(numbers(2, 2, 1, 8) for _ in "kv"))
     with pytest.raises(ModelError, match=r"keys of 101 tokens .* has 102"):
         keys.sum()
+
+
+def test_they_cannot_be_attended_to_when_there_are_other_tokens():
+    layer, old = layer_of(100, 1)
+    layer.update(*(numbers(2, 2, 1, 8) for _ in "kv"))
+    with pytest.raises(ModelError, match=r"keys of 101 tokens .* has 102"):
+        attention(nn.Module(), numbers(2, 2, 1, 8), *old, None)
+
+
+def pairs():
+    """Yield keys and values that are not those of one layer."""
+    _, (keys, values) = layer_of(100, 1)
+    _, (_, others) = layer_of(60, 40, 1)
+    yield keys, others
+    yield values, keys
+
+
+@pytest.mark.parametrize("pair", list(pairs()), ids=["of two layers", "exchanged"])
+def test_keys_and_values_that_do_not_belong_together_are_read(pair, monkeypatch):
+    query = numbers(2, 2, 1, 8, seed=5)
+    wanted, _ = sdpa_attention_forward(nn.Module(), query, *(each.read() for each in pair), None)
+    monkeypatch.setattr(QuantizedLayer, "attend", lambda *given: pytest.fail("attended to codes"))
+    assert torch.equal(attention(nn.Module(), query, *pair, None)[0], wanted)
 
 
 @pytest.mark.parametrize("pieces", [(1,), (5, 1, 7), (100,)])
