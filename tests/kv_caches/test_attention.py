@@ -123,6 +123,17 @@ def test_some_tokens_are_those_of_all(axis, start):
         assert torch.equal(store.span(start, stop), store.read()[:, :, start:stop])
 
 
+def test_what_was_rotated_is_read():
+    """Codes stand for rotated numbers, which the query would have to meet rotated."""
+    quantizer, query = KIVI(rotate=True), numbers(1, 4, 8, seed=9)
+    stores = []
+    for seed in (1, 2):
+        stores.append(quantizer.start("key", KVScheme(residual_length=4), np.random.default_rng(0)))
+        stores[-1].append(numbers(1, 2, 40, 8, seed=seed))
+    wanted, _ = kivi._on_numbers(query, *(store.read() for store in stores))
+    assert torch.equal(quantizer.attend(query, *stores), wanted)
+
+
 # Keys and values that nobody has read -----------------------------------------------------------
 
 
