@@ -459,6 +459,10 @@ class Kernel(Protocol):
 
     prepare             a method that lays out the constant operands once; what it returns takes
                         their place in the call
+    from_activations    of linear_int8 and linear_int8_groups, a method that takes activations
+                        [tokens, columns] float32 in the place of codes and scales, and makes them
+                        itself: the same bits as for the codes that quantize_activations makes, a
+                        scale absmax / 127 and codes that are rounded quotients
     device              where its operands must be; "cpu" unless it says otherwise
     priority            an integer: of several that serve a call, the one with the highest is taken
                         where none is asked for by name; 0

@@ -44,7 +44,7 @@ class KernelLinear(QuantizedLinear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the layer's output for x [..., columns], in the dtype of x."""
         transform = self._layout.transform
-        z = x.to(torch.float32)
+        z = x if x.dtype == torch.float32 else x.to(torch.float32)
         if transform is not None:
             z = transform.move(z)
         z = z.reshape(-1, self.in_features)
@@ -54,7 +54,8 @@ class KernelLinear(QuantizedLinear):
             y = self._product(transform.rest(z)) + z[:, transform.kept] @ self._kept.T
         if self.bias is not None:
             y = y + self.bias
-        return y.reshape(*x.shape[:-1], self.out_features).to(x.dtype)
+        y = y.reshape(*x.shape[:-1], self.out_features)
+        return y if x.dtype == y.dtype else y.to(x.dtype)
 
 
 def _plan(
@@ -92,6 +93,9 @@ def _plan(
     op = "linear_int8_groups" if plain is None else "linear_int8"
     second = chosen(op, 1, columns, rows)
     laid = _prepared(second, _parts(weight) if plain is None else plain)
+    at_once = getattr(second, "from_activations", None)
+    if at_once is not None and first.backend == second.backend:
+        return (_name(first), _name(second)), lambda z: at_once(z, *laid), laid
 
     def product(z: torch.Tensor) -> torch.Tensor:
         return _called(second, first(z), laid)

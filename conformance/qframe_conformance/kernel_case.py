@@ -72,6 +72,24 @@ class KernelCase:
             frames[name] = frame(self.operands[name], "packed", str(frames[name].tensor.device))
         return self._call(frames)
 
+    def of_activations(self, x: Array) -> Array:
+        """Return what comes of activations [tokens, columns] in the place of codes and scales.
+
+        Raises Refused like `answer`.
+        """
+        frames = self.frames
+        constants = tuple(frames[o.name].tensor for o in self.op.operands if o.constant)
+        device = getattr(self.kernel, "device", "cpu")
+        layout = LAYOUTS[self.seed % len(LAYOUTS)]
+        try:
+            if hasattr(self.kernel, "prepare"):
+                constants = (self.kernel.prepare(*constants),)
+            made = self.kernel.from_activations(frame(x, layout, device).tensor, *constants)
+        except QframeError as error:
+            raise Refused(f"refused: {type(error).__name__}: {error}") from error
+        self._check((made,))
+        return _array(made)
+
     def _call(self, frames: dict[str, Frame]) -> tuple[Array, ...]:
         given = [
             frames[o.name].tensor if o.is_tensor else self.operands[o.name]

@@ -36,6 +36,8 @@ __all__ = ["KernelCase", "scenarios"]
 POISONED = ("x", "x_scale", "q")
 """Operands in which a NaN may stand, whichever an op has."""
 
+_LEAST = np.float32(2.0**-149)  # a scale that would vanish is this
+
 SPIKE = 2.0**-60
 """The probability with which B8.c is wrong about one answer, over the signs that are drawn."""
 
@@ -116,6 +118,22 @@ def few_tokens(case: KernelCase) -> Outcome:
         for theorem in part.judged:
             largest = max(largest, _compare(part, theorem))
     return largest
+
+
+@check("kernel", "structure", unless=lambda kernel, _: _takes_none(kernel))
+def takes_activations(case: KernelCase) -> Outcome:
+    """Declared: activations give the bits that the codes which are made of them give."""
+    if case.optional:
+        return SKIPPED
+    for count in (1, 3, case.sizes()[case.op.along]):
+        part = case.cut(min(count, case.sizes()[case.op.along]))
+        x = part.operands["x_codes"].astype(np.float32) * part.operands["x_scale"][:, None]
+        largest = np.abs(x).max(1, initial=0)
+        scale = np.where(largest > 0, np.maximum(largest / np.float32(127), _LEAST), np.float32(1))
+        codes = np.rint(x / scale[:, None]).astype(np.int8)
+        wanted = part.with_operands(x_codes=codes, x_scale=scale)
+        same_bits(wanted.answer[0], part.of_activations(x), "the answer to activations")
+    return None
 
 
 @check("kernel", "structure", unless=lambda kernel, _: _not_poisoned(kernel))
@@ -262,6 +280,12 @@ def second_moments(case: KernelCase) -> Outcome:
 def _not_deterministic(kernel: Any) -> str | None:
     if not getattr(kernel, "deterministic", True):
         return "the kernel declares that it is not deterministic"
+    return None
+
+
+def _takes_none(kernel: Any) -> str | None:
+    if not hasattr(kernel, "from_activations"):
+        return "the kernel does not declare from_activations"
     return None
 
 

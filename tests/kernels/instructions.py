@@ -16,7 +16,7 @@ from qframe.host import Host
 from qframe.kernel_judges import judge
 from qframe.kernels import OPS, arithmetic_of, run
 from qframe_conformance import kernel_draws, kernel_draws_int8, kernel_draws_other
-from qframe_plugins.kernels.numba_cpu import int8
+from qframe_plugins.kernels.numba_cpu import int8_products
 
 SAME = ("quantize_activations", "linear_int8", "linear_int8_groups")
 INSTRUCTIONS = ("vpdpbusd", "vpmaddwd", "pmaddwd")
@@ -38,7 +38,7 @@ def drawn(rng):
     for bits, size, symmetric in ((2, 32, True), (3, 7, False), (4, 128, False), (8, None, True)):
         strategy = "channel" if size is None else "group"
         scheme = Scheme(num_bits=bits, group_size=size, symmetric=symmetric, strategy=strategy)
-        for shape in ((1, 64, 3), (13, 700, 70)):
+        for shape in ((1, 64, 3), (13, 700, 70), (2, 131, 66), (4, 300, 65)):
             yield "linear_int8_groups", kernel_draws_int8.groups(rng, *shape, scheme)
         weight = kernel_draws.weight(rng, scheme, 70, 130)
         yield "dequantize", weight
@@ -87,7 +87,8 @@ def main():
             answer = tuple(np.asarray(tensors[i]) for i, o in enumerate(op.operands) if o.in_place)
         for theorem, comparison in judge(name, operands, answer, arithmetic_of(kernel)).items():
             worst[theorem] = max(worst.get(theorem, 0.0), comparison.ratio)
-    assembly = int8._share_panels.inspect_asm(int8._share_panels.signatures[0])
+    panels = int8_products._share_panels
+    assembly = panels.inspect_asm(panels.signatures[0])
     print(
         json.dumps(
             {

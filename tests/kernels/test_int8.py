@@ -18,7 +18,7 @@ from qframe.contracts import OpCall
 from qframe.kernel_judges import judge
 from qframe.kernels import ARITHMETICS
 from qframe_plugins.kernels import numba_ops, torch_ops
-from qframe_plugins.kernels.numba_cpu import int8, int8_groups, int8_outliers, packed, tokens
+from qframe_plugins.kernels.numba_cpu import int8_outliers, int8_products, packed, tokens
 from qframe_plugins.kernels.numba_cpu.dot_tile import PANEL
 
 ROOT = Path(__file__).parents[2]
@@ -38,7 +38,7 @@ def codes(rng, count, columns, kind):
 def expected(x, x_scale, w, w_scale):
     """Return the answer with the roundings that the kernel has, in its order."""
     product = x.astype(np.int64) @ w.T.astype(np.int64)
-    return product.astype(np.float32) * x_scale[:, None] * w_scale
+    return product.astype(np.float32) * w_scale * x_scale[:, None]
 
 
 @given(COUNTS, COLUMNS, ROWS, st.sampled_from(["any", "extreme"]), SEEDS)
@@ -48,7 +48,7 @@ def test_products_of_codes_are_exact(count, columns, rows, kind, seed):
     x, w = codes(rng, count, columns, kind), codes(rng, rows, columns, kind)
     x_scale = np.exp2(rng.uniform(-9, 9, count)).astype(np.float32)
     w_scale = np.exp2(rng.uniform(-9, 9, rows)).astype(np.float32)
-    made = int8.multiply(x, x_scale, int8.lay_out(w, w_scale))
+    made = int8_products.multiply(x, x_scale, packed.pack_channels(w, w_scale))
     assert np.array_equal(made, expected(x, x_scale, w, w_scale))
 
 
@@ -57,7 +57,7 @@ def test_products_are_exact_up_to_the_last_column_that_an_int32_allows():
     ones = np.ones(1, np.float32)
     for one, other in ((127, 127), (127, -127)):
         x, w = (np.full((1, columns), code, np.int8) for code in (one, other))
-        made = int8.multiply(x, ones, int8.lay_out(w, ones))
+        made = int8_products.multiply(x, ones, packed.pack_channels(w, ones))
         assert made[0, 0] == np.float32(one * other * columns)
 
 
@@ -143,7 +143,7 @@ def test_without_outliers_the_answer_is_that_of_codes_alone_bit_for_bit():
     scale = (np.abs(w).max(1) / 127).astype(np.float32)
     w_codes = np.rint(w / scale[:, None]).astype(np.int8)
     both = int8_outliers.lay_out_both(w_codes, scale, w)
-    plain = int8.multiply(*tokens.quantize(x), int8.lay_out(w_codes, scale))
+    plain = int8_products.multiply(*tokens.quantize(x), packed.pack_channels(w_codes, scale))
     for threshold in (0.0, 100.0):
         assert np.array_equal(int8_outliers.multiply(x, threshold, both), plain)
 
@@ -208,7 +208,7 @@ def test_sums_of_groups_are_exact(count, columns, rows, bits, size, signed, scat
     scale = np.exp2(rng.uniform(-9, 9, shape)).astype(np.float32)
     zero = rng.integers(lowest, highest + 1, shape).astype(np.int16)
     x_scale = np.exp2(rng.uniform(-9, 9, count)).astype(np.float32)
-    made = int8_groups.multiply(x, x_scale, packed.pack(w, scale, zero, index))
+    made = int8_products.multiply(x, x_scale, packed.pack(w, scale, zero, index))
     whole = [np.broadcast_to(each, (rows, groups)) for each in (scale, zero.astype(np.int64))]
     assert np.array_equal(made, in_order(x, x_scale, w, *whole, index))
 

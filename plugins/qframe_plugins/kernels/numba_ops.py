@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from qframe import OpCall, Unsupported, hookimpl
@@ -11,7 +13,6 @@ if TYPE_CHECKING:
     import torch
 
     from qframe import KVScheme
-    from qframe_plugins.kernels.numba_cpu.int8 import Int8Panels
     from qframe_plugins.kernels.numba_cpu.int8_outliers import Int8AndColumns
     from qframe_plugins.kernels.numba_cpu.packed import PackedPanels
 
@@ -50,12 +51,8 @@ class QuantizeActivations(NumbaKernel):
 
     def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (codes int8 [tokens, columns], scale float32 [tokens])."""
-        import torch
-
-        from qframe_plugins.kernels.numba_cpu import tokens
-
-        codes, scale = tokens.quantize(x.numpy())
-        return torch.from_numpy(codes), torch.from_numpy(scale)
+        codes, scale = _cpu("tokens").quantize(x.numpy())
+        return _tensor(codes), _tensor(scale)
 
 
 class Dequantize(NumbaKernel):
@@ -65,11 +62,7 @@ class Dequantize(NumbaKernel):
 
     def __call__(self, *operands: torch.Tensor) -> torch.Tensor:
         """Return the weight, [rows, columns] float32."""
-        import torch
-
-        from qframe_plugins.kernels.numba_cpu import dequantize
-
-        return torch.from_numpy(dequantize.dequantize(*(part.numpy() for part in operands)))
+        return _tensor(_cpu("dequantize").dequantize(*(part.numpy() for part in operands)))
 
 
 class Hadamard(NumbaKernel):
@@ -88,11 +81,7 @@ class Hadamard(NumbaKernel):
 
     def __call__(self, x: torch.Tensor, signs: torch.Tensor, block: int) -> torch.Tensor:
         """Return x diag(signs) H / sqrt(block), [tokens, columns] float32."""
-        import torch
-
-        from qframe_plugins.kernels.numba_cpu import hadamard
-
-        return torch.from_numpy(hadamard.hadamard(x.numpy(), signs.numpy(), block))
+        return _tensor(_cpu("hadamard").hadamard(x.numpy(), signs.numpy(), block))
 
 
 class LinearWeightOnly(NumbaKernel):
@@ -112,11 +101,7 @@ class LinearWeightOnly(NumbaKernel):
 
     def __call__(self, x: torch.Tensor, weight: PackedPanels) -> torch.Tensor:
         """Return x W^T, [tokens, rows] float32."""
-        import torch
-
-        from qframe_plugins.kernels.numba_cpu import weight_only
-
-        return torch.from_numpy(weight_only.multiply(x.numpy(), weight))
+        return _tensor(_cpu("weight_only").multiply(x.numpy(), weight))
 
 
 class LinearInt8(NumbaKernel):
@@ -128,21 +113,21 @@ class LinearInt8(NumbaKernel):
         """Refuse rows so long that a sum may not fit."""
         return _too_long(call.shape[1])
 
-    def prepare(self, w_codes: torch.Tensor, w_scale: torch.Tensor) -> Int8Panels:
+    def prepare(self, w_codes: torch.Tensor, w_scale: torch.Tensor) -> PackedPanels:
         """Return the weight in panels."""
-        from qframe_plugins.kernels.numba_cpu import int8
-
-        return int8.lay_out(w_codes.numpy(), w_scale.numpy())
+        packed: PackedPanels = _cpu("packed").pack_channels(w_codes.numpy(), w_scale.numpy())
+        return packed
 
     def __call__(
-        self, x_codes: torch.Tensor, x_scale: torch.Tensor, weight: Int8Panels
+        self, x_codes: torch.Tensor, x_scale: torch.Tensor, weight: PackedPanels
     ) -> torch.Tensor:
         """Return x W^T, [tokens, rows] float32."""
-        import torch
+        made = _cpu("int8_products").multiply(x_codes.numpy(), x_scale.numpy(), weight)
+        return _tensor(made)
 
-        from qframe_plugins.kernels.numba_cpu import int8
-
-        return torch.from_numpy(int8.multiply(x_codes.numpy(), x_scale.numpy(), weight))
+    def from_activations(self, x: torch.Tensor, weight: PackedPanels) -> torch.Tensor:
+        """Return x W^T of activations [tokens, columns] float32, of which codes are made."""
+        return _tensor(_cpu("int8_products").multiply_activations(x.numpy(), weight))
 
 
 class LinearInt8Groups(NumbaKernel):
@@ -168,11 +153,12 @@ class LinearInt8Groups(NumbaKernel):
         self, x_codes: torch.Tensor, x_scale: torch.Tensor, weight: PackedPanels
     ) -> torch.Tensor:
         """Return x W^T, [tokens, rows] float32."""
-        import torch
+        made = _cpu("int8_products").multiply(x_codes.numpy(), x_scale.numpy(), weight)
+        return _tensor(made)
 
-        from qframe_plugins.kernels.numba_cpu import int8_groups
-
-        return torch.from_numpy(int8_groups.multiply(x_codes.numpy(), x_scale.numpy(), weight))
+    def from_activations(self, x: torch.Tensor, weight: PackedPanels) -> torch.Tensor:
+        """Return x W^T of activations [tokens, columns] float32, of which codes are made."""
+        return _tensor(_cpu("int8_products").multiply_activations(x.numpy(), weight))
 
 
 class LinearInt8Outliers(NumbaKernel):
@@ -189,17 +175,13 @@ class LinearInt8Outliers(NumbaKernel):
         self, w_codes: torch.Tensor, w_scale: torch.Tensor, weight: torch.Tensor
     ) -> Int8AndColumns:
         """Return the weight in panels, and transposed."""
-        from qframe_plugins.kernels.numba_cpu import int8_outliers
-
-        return int8_outliers.lay_out_both(w_codes.numpy(), w_scale.numpy(), weight.numpy())
+        parts = w_codes.numpy(), w_scale.numpy(), weight.numpy()
+        both: Int8AndColumns = _cpu("int8_outliers").lay_out_both(*parts)
+        return both
 
     def __call__(self, x: torch.Tensor, threshold: float, weight: Int8AndColumns) -> torch.Tensor:
         """Return x W^T, [tokens, rows] float32."""
-        import torch
-
-        from qframe_plugins.kernels.numba_cpu import int8_outliers
-
-        return torch.from_numpy(int8_outliers.multiply(x.numpy(), threshold, weight))
+        return _tensor(_cpu("int8_outliers").multiply(x.numpy(), threshold, weight))
 
 
 class AttentionKV(NumbaKernel):
@@ -221,14 +203,10 @@ class AttentionKV(NumbaKernel):
         tokens: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return softmax(z) V and log sum exp z: [batch, heads, head_dim] and [batch, heads]."""
-        import torch
-
-        from qframe_plugins.kernels.numba_cpu import attention
-
         keys = (k_words.numpy(), k_scale.numpy(), k_offset.numpy(), k_scheme)
         values = (v_words.numpy(), v_scale.numpy(), v_offset.numpy(), v_scheme)
-        out, lse = attention.attend(q.numpy(), keys, values, tokens)
-        return torch.from_numpy(out), torch.from_numpy(lse)
+        out, lse = _cpu("attention").attend(q.numpy(), keys, values, tokens)
+        return _tensor(out), _tensor(lse)
 
 
 class HessianUpdate(NumbaKernel):
@@ -239,15 +217,25 @@ class HessianUpdate(NumbaKernel):
 
     def __call__(self, hessian: torch.Tensor, x: torch.Tensor) -> None:
         """Add x^T x to the lower triangle."""
-        from qframe_plugins.kernels.numba_cpu import hessian as moments
+        _cpu("hessian").accumulate(hessian.numpy(), x.numpy())
 
-        moments.accumulate(hessian.numpy(), x.numpy())
+
+@cache
+def _cpu(name: str) -> Any:
+    """Return a module of `numba_cpu`, looked up once: a call takes microseconds."""
+    return import_module(f"qframe_plugins.kernels.numba_cpu.{name}")
+
+
+def _tensor(array: Any) -> torch.Tensor:
+    """Return an array as a tensor of the same memory."""
+    import torch
+
+    return torch.from_numpy(array)
 
 
 def _packed(*parts: torch.Tensor) -> PackedPanels:
-    from qframe_plugins.kernels.numba_cpu import packed
-
-    return packed.pack(*(part.numpy() for part in parts))
+    packed: PackedPanels = _cpu("packed").pack(*(part.numpy() for part in parts))
+    return packed
 
 
 def _too_long(columns: int) -> Unsupported | None:

@@ -15,7 +15,6 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from qframe_plugins.kernels.numba_cpu.scratch import LINE
 from qframe_plugins.kernels.numba_cpu.simd import claim, kernel
 from qframe_plugins.kernels.numba_cpu.vectors import INT32, INT64, Vectors
 
@@ -25,7 +24,10 @@ QUAD_BYTES = PANEL * BYTES  # of a panel's column quad
 HEIGHTS = (6, 4, 2, 1)  # how many tokens tiles take
 BLOCK = 48  # tokens of a task, a multiple of the greatest height
 
-_DEPTH = 512  # quads of a panel, 128 KiB, that all tokens meet before the next: they stay in L2
+_LANES = 16  # quads that are laid out at once
+_SUMMED = 8  # quads that are summed at once
+
+Places = list[tuple[int, Any]]
 
 
 def emit_tile(
@@ -38,8 +40,8 @@ def emit_tile(
     steps: Any,
     product: Callable[[Any, Any, Any], Any],
     meanwhile: Callable[[Any], None] = lambda step: None,
-    begin: Callable[[int, Any, Any], Any] | None = None,
-    end: Callable[[int, Any, Any], None] | None = None,
+    begin: Callable[[Places, Any], list[Any]] | None = None,
+    end: Callable[[Places, list[Any]], None] | None = None,
 ) -> None:
     """Emit sums[m, :] = product(w[step, :], x[step, m], sums[m, :]) for all steps, m < height.
 
@@ -47,8 +49,9 @@ def emit_tile(
     steps       how many, int64
     product     takes (a register of w, one number of x in all lanes, the sum so far)
     meanwhile   called with the number of the step, once in each
-    begin, end  load and store the sums of a register, if not in `sums`: called with (m, the byte
-                of its first lane in a row of PANEL lanes, the type of a register or its sums)
+    begin, end  load and store the sums of registers, if not in `sums`: called with where they are,
+                (m, the byte of the first lane in a row of PANEL lanes), and the type of a register,
+                or all sums
     """
     builder = v.builder
     lanes = v.register_bytes // BYTES
@@ -56,6 +59,17 @@ def emit_tile(
     across = min(v.registers // 8, PANEL // lanes)  # registers of a panel at once
     down = min(height, (v.registers - across - 2) // across)  # tokens at once
     stretch = across * lanes * BYTES
+
+    def address(m: int, byte: Any) -> Any:
+        return v.at(v.at(sums_at, BYTES * m * PANEL), byte)
+
+    def load(places: Places, kind: Any) -> list[Any]:
+        return [v.load(address(m, byte), kind) for m, byte in places]
+
+    def store(places: Places, totals: list[Any]) -> None:
+        for (m, byte), total in zip(places, totals, strict=True):
+            v.store(total, address(m, byte))
+
     with v.loop(INT64(PANEL * BYTES // stretch)) as part:
         left = builder.mul(part.index, INT64(stretch))
         for top in range(0, height, down):
@@ -65,15 +79,7 @@ def emit_tile(
                 for m in rows
                 for i in range(across)
             ]
-
-            def place(m: int, byte: Any) -> Any:
-                return v.at(v.at(sums_at, BYTES * m * PANEL), byte)
-
-            first = [
-                v.load(place(m, byte), vector) if begin is None else begin(m, byte, vector)
-                for m, byte in places
-            ]
-            with v.loop(steps, first) as loop:
+            with v.loop(steps, (begin or load)(places, vector)) as loop:
                 here = builder.add(left, builder.mul(loop.index, INT64(BYTES * PANEL)))
                 weights = [
                     v.load(v.at(v.at(w_at, here), BYTES * i * lanes), vector) for i in range(across)
@@ -86,74 +92,17 @@ def emit_tile(
                     for weight in weights:
                         news.append(product(weight, number, loop.values[len(news)]))
                 loop.hand_on(news)
-            for (m, byte), total in zip(places, loop.values, strict=True):
-                if end is None:
-                    v.store(total, place(m, byte))
-                else:
-                    end(m, byte, total)
+            (end or store)(places, loop.values)
 
 
 def tokens_at(v: Vectors, x_at: Any, columns: Any, token: Any, first: Any, height: int) -> Any:
     """Return where the numbers of a tile's tokens begin, in the step `first`.
 
-    x_at      of tokens as `share_arrange` lays them out, `columns` numbers of four bytes for each
+    x_at      of tokens that are laid out for tiles, `columns` numbers of four bytes for each
     """
     b = v.builder
     place = b.add(b.mul(token, columns), b.mul(first, INT64(height)))
     return v.at(x_at, b.mul(place, INT64(BYTES)))
-
-
-def _make_tile(height: int) -> Callable[..., Any]:
-    """Return the intrinsic that takes so many tokens at once."""
-
-    @intrinsic
-    def tile(
-        typing: Any,
-        sums: Any,
-        row: Any,
-        x: Any,
-        token: Any,
-        first: Any,
-        quads: Any,
-        w: Any,
-        start: Any,
-        ahead: Any,
-    ) -> Any:
-        index = types.int64
-        signature = types.void(sums, index, x, index, index, index, w, index, index)
-
-        def emit(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-            v = Vectors(context, builder)
-            sums_at, _ = v.array(signature.args[0], values[0])
-            x_at, (_, all_quads) = v.array(signature.args[2], values[2])
-            w_at, _ = v.array(signature.args[6], values[6])
-            row, token, first, quads, start, ahead = (values[i] for i in (1, 3, 4, 5, 7, 8))
-            sums_at = v.at(sums_at, builder.mul(row, INT64(BYTES * PANEL)))
-            x_at = tokens_at(v, x_at, all_quads, token, first, height)
-            w_at = v.at(w_at, start)
-            next_at = v.at(w_at, ahead)
-
-            def meanwhile(quad: Any) -> None:
-                v.prefetch(v.at(next_at, builder.mul(quad, INT64(LINE))), 2)
-
-            def product(weight: Any, four: Any, total: Any) -> Any:
-                return v.dot4(total, weight, four)
-
-            emit_tile(v, INT32, height, sums_at, x_at, w_at, quads, product, meanwhile)
-            return context.get_dummy_value()
-
-        return signature, emit
-
-    return tile
-
-
-# sums[row + m, :] += sum over the columns of `quads` quads, from the quad `first` on, of
-# x[token + m, column] w[:, column], m < 6 (4, 2, 1).
-# sums   int32 [any, PANEL]
-# x      int32 [tokens, all quads], four codes in each, as `share_arrange` lays them out
-# w      uint8, from byte `start` on [quads, PANEL, BYTES]
-# All are C-contiguous. Meanwhile a line of w is asked for in every quad, from `ahead` bytes on.
-dot_6, dot_4, dot_2, dot_1 = (_make_tile(height) for height in HEIGHTS)
 
 
 @kernel
@@ -162,62 +111,150 @@ def height_of(left):  # type: ignore[no-untyped-def]
     return 6 if left >= 6 else 4 if left >= 4 else 2 if left >= 2 else 1
 
 
-@kernel
-def share_arrange(counter, x, arranged, totals):  # type: ignore[no-untyped-def]
-    """Claim blocks of BLOCK tokens; sum their codes, and lay them out as tiles read them.
+# Laying tokens out ------------------------------------------------------------------------------
 
-    x, arranged   [tokens, quads] int32, four codes in each
-    totals        [tokens, groups] int32, the sums over as many columns each
-    """
-    tokens, quads = x.shape
-    groups = totals.shape[1]
-    width = quads // groups * BYTES
-    flat = arranged.reshape(-1)
-    codes = x.view(np.int8)
-    block = claim(counter)
-    while block * BLOCK < tokens:
-        token = block * BLOCK
-        while token < min((block + 1) * BLOCK, tokens):
-            height = height_of(tokens - token)
+
+def _make_interleave(height: int) -> Callable[..., Any]:
+    """Return the intrinsic that lays out so many tokens."""
+
+    @intrinsic
+    def interleave(
+        typing: Any, x: Any, token: Any, first: Any, passes: Any, flat: Any, start: Any
+    ) -> Any:
+        index = types.int64
+        signature = types.void(x, index, index, index, flat, index)
+
+        def emit(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            v = Vectors(context, builder)
+            x_at, (_, width) = v.array(signature.args[0], values[0])
+            flat_at, _ = v.array(signature.args[4], values[4])
+            token, first, passes, start = (values[i] for i in (1, 2, 3, 5))
+            vector = ir.VectorType(INT32, _LANES)
+            rows = []
             for m in range(height):
-                for group in range(groups):
-                    total = np.int32(0)
-                    for code in codes[token + m, group * width : (group + 1) * width]:
-                        total += np.int32(code)
-                    totals[token + m, group] = total
-                for quad in range(quads):
-                    flat[token * quads + quad * height + m] = x[token + m, quad]
-            token += height
-        block = claim(counter)
+                place = builder.add(builder.mul(builder.add(token, INT64(m)), width), first)
+                rows.append(v.at(x_at, builder.mul(place, INT64(BYTES))))
+            flat_at = v.at(flat_at, builder.mul(start, INT64(BYTES)))
+            with v.loop(passes) as loop:
+                here = builder.mul(loop.index, INT64(BYTES * _LANES))
+                given = [v.load(v.at(row, here), vector) for row in rows]
+                there = v.at(flat_at, builder.mul(loop.index, INT64(BYTES * _LANES * height)))
+                for part in range(height):
+                    places = range(part * _LANES, (part + 1) * _LANES)
+                    made = given[0]
+                    for m in range(height):
+                        lanes = [
+                            _LANES + place // height if place % height == m else lane
+                            for lane, place in enumerate(places)
+                        ]
+                        made = v.pick(made, lanes, given[m])
+                    v.store(made, v.at(there, BYTES * _LANES * part))
+            return context.get_dummy_value()
+
+        return signature, emit
+
+    return interleave
+
+
+# flat[start + q height + m] = x[token + m, first + q] for q < 16 passes, m < 6 (4, 2, 1).
+_interleave_6, _interleave_4, _interleave_2, _interleave_1 = map(_make_interleave, HEIGHTS)
+
+
+@intrinsic
+def _sum_codes(typing: Any, x: Any, token: Any, first: Any, passes: Any) -> Any:
+    """Return the sum of the codes in x[token, first : first + _SUMMED passes]."""
+    index = types.int64
+
+    def emit(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        v = Vectors(context, builder)
+        x_at, (_, width) = v.array(signature.args[0], values[0])
+        place = builder.add(builder.mul(values[1], width), values[2])
+        at = v.at(x_at, builder.mul(place, INT64(BYTES)))
+        vector = ir.VectorType(INT32, _SUMMED)
+        ones = v.const(vector, 0x01010101)
+        with v.loop(values[3], [v.const(vector, 0)]) as loop:
+            here = v.at(at, builder.mul(loop.index, INT64(BYTES * _SUMMED)))
+            loop.hand_on([v.dot4(loop.values[0], ones, v.load(here, vector))])
+        return v.call(f"llvm.vector.reduce.add.v{_SUMMED}i32", INT32, loop.values[0])
+
+    return types.int32(x, index, index, index), emit
 
 
 @kernel
-def dot_tokens(sums, row, x, token, height, first, quads, w, start, ahead):  # type: ignore[no-untyped-def]
-    """Run the tile for `height` tokens; see above."""
+def _total_of(x, codes, token, first, quads):  # type: ignore[no-untyped-def]
+    """Return the sum of the codes of a token in some quads."""
+    passes = quads // _SUMMED
+    total = _sum_codes(x, token, first, passes)
+    for code in codes[token, (first + passes * _SUMMED) * BYTES : (first + quads) * BYTES]:
+        total += np.int32(code)
+    return total
+
+
+@kernel
+def _interleaved(x, token, height, first, quads, flat, start):  # type: ignore[no-untyped-def]
+    """Set flat[start + q height + m] = x[token + m, first + q] for q < quads."""
+    passes = quads // _LANES
     if height == 6:
-        dot_6(sums, row, x, token, first, quads, w, start, ahead)
+        _interleave_6(x, token, first, passes, flat, start)
     elif height == 4:
-        dot_4(sums, row, x, token, first, quads, w, start, ahead)
+        _interleave_4(x, token, first, passes, flat, start)
     elif height == 2:
-        dot_2(sums, row, x, token, first, quads, w, start, ahead)
+        _interleave_2(x, token, first, passes, flat, start)
     else:
-        dot_1(sums, row, x, token, first, quads, w, start, ahead)
+        _interleave_1(x, token, first, passes, flat, start)
+    for quad in range(passes * _LANES, quads):
+        for m in range(height):
+            flat[start + quad * height + m] = x[token + m, first + quad]
 
 
 @kernel
-def dot_panel(sums, x, w, start, size):  # type: ignore[no-untyped-def]
-    """Add the products of all tokens with one panel to sums [tokens, PANEL].
+def part_of(first, quads, width, limit):  # type: ignore[no-untyped-def]
+    """Return how many quads from the quad `first` on are taken together.
 
-    start, size   of the panel in w, in bytes
+    quads   of a row
+    width   quads of a group
+    limit   of what is taken: groups, if one is not more, else a piece of a group
     """
-    tokens, quads = x.shape
-    for first in range(0, quads, _DEPTH):
-        depth = min(_DEPTH, quads - first)
-        at = start + first * QUAD_BYTES
-        token = 0
-        while token < tokens:
-            height = height_of(tokens - token)
-            # The first tiles ask for this part of the next panel, a quarter each.
-            ahead = size + token // height * depth * LINE if token < 4 * height else 0
-            dot_tokens(sums, token, x, token, height, first, depth, w, at, ahead)
-            token += height
+    if width <= limit:
+        return min(limit // width * width, quads - first)
+    return min(limit, width - first % width)
+
+
+@kernel
+def arrange(x, token, last, start, count, limit, flat, totals):  # type: ignore[no-untyped-def]
+    """Lay out the tokens from `token` to `last` as tiles read them, and sum their codes.
+
+    x              [tokens, quads] int32, four codes in each
+    start, count   of the block that they are in; its parts follow one another, in each of them the
+                   tiles, in each of them the quads, in each of them the tokens
+    limit          of a part, see `part_of`
+    flat           [tokens * quads] int32
+    totals         [tokens, groups] int32, the sums over as many columns each
+    """
+    quads, groups = x.shape[1], totals.shape[1]
+    width = quads // groups
+    codes = x.view(np.int8)
+    while token < last:
+        height = height_of(last - token)
+        for m in range(height):
+            for group in range(groups):
+                totals[token + m, group] = _total_of(x, codes, token + m, group * width, width)
+        first = 0
+        while first < quads:
+            deep = part_of(first, quads, width, limit)
+            at = start * quads + count * first + (token - start) * deep
+            _interleaved(x, token, height, first, deep, flat, at)
+            first += deep
+        token += height
+
+
+@kernel
+def share_arrange(counter, x, block, limit, flat, totals):  # type: ignore[no-untyped-def]
+    """Claim BLOCK tokens at a time, and arrange them; `block` is a multiple of BLOCK."""
+    tokens = len(x)
+    token = claim(counter) * BLOCK
+    while token < tokens:
+        start = token // block * block
+        count = min(block, tokens - start)
+        arrange(x, token, min(token + BLOCK, tokens), start, count, limit, flat, totals)
+        token = claim(counter) * BLOCK

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qframe_plugins.kernels.numba_cpu.int8 import Float32, Int8, Int8Panels, add_products, lay_out
-from qframe_plugins.kernels.numba_cpu.int8 import multiply as multiply_codes
+from qframe_plugins.kernels.numba_cpu.dot_tile import PANEL
+from qframe_plugins.kernels.numba_cpu.int8_products import Float32, Int8
+from qframe_plugins.kernels.numba_cpu.int8_products import multiply as multiply_codes
+from qframe_plugins.kernels.numba_cpu.packed import PackedPanels, pack_channels
 from qframe_plugins.kernels.numba_cpu.scratch import aligned
 from qframe_plugins.kernels.numba_cpu.simd import QUAD, claim, kernel
 from qframe_plugins.kernels.numba_cpu.threads import share
@@ -33,7 +35,7 @@ class Int8AndColumns:
     columns   [columns, panels * PANEL] float32, the weight transposed, 0 beyond it
     """
 
-    panels: Int8Panels
+    panels: PackedPanels
     columns: Float32
 
 
@@ -44,8 +46,8 @@ def lay_out_both(codes: Int8, scale: Float32, weight: Float32) -> Int8AndColumns
     scale    [rows] float32
     weight   [rows, columns] float32
     """
-    panels = lay_out(codes, scale)
-    columns = aligned((weight.shape[1], len(panels.scale)), np.float32)
+    panels = pack_channels(codes, scale)
+    columns = aligned((weight.shape[1], len(panels.scale) * PANEL), np.float32)
     columns[:, : len(weight)] = weight.T
     return Int8AndColumns(panels, columns)
 
@@ -69,7 +71,7 @@ def multiply(x: Float32, threshold: float, weight: Int8AndColumns) -> Float32:
     others = np.zeros((len(outliers), -(-len(x) // QUAD) * QUAD), np.float32)
     others[:, : len(x)] = x[:, outliers].T
     codes, scale = quantize_kept(x, keep)
-    return add_products(codes, scale, weight.panels, others, weight.columns[outliers])
+    return multiply_codes(codes, scale, weight.panels, others, weight.columns[outliers])
 
 
 @kernel

@@ -62,6 +62,16 @@ class PackedPanels:
         return self.scale.shape[1]
 
     @property
+    def nbytes(self) -> int:
+        """How many bytes the codes take."""
+        return sum(plane.nbytes for plane in self.planes)
+
+    @property
+    def points(self) -> Any:
+        """The zero points less the lowest code: a number, where it is one for all."""
+        return self.zero if self.centre is None else np.int64(self.centre)
+
+    @property
     def filled(self) -> tuple[tuple[Array, ...], tuple[tuple[int, ...], ...]]:
         """The planes that hold codes, and for each as many numbers as a code has bits in it."""
         if self.bits == 3:
@@ -128,6 +138,12 @@ def pack(codes: Array, scale: Array, zero_point: Array, group_index: Array) -> P
     )
 
 
+def pack_channels(codes: Array, scale: Array) -> PackedPanels:
+    """Return a symmetric weight with a scale for each row, [rows] float32, in panels."""
+    none = np.zeros((len(codes), 1), np.int16)
+    return pack(codes, scale[:, None], none, np.zeros(codes.shape[1], np.int64))
+
+
 def _planes(
     quads: npt.NDArray[np.uint8], bits: int
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
@@ -182,7 +198,7 @@ def _make_unpack(planes: tuple[int, ...]) -> Callable[..., Any]:
                             step = builder.mul(loop.index, INT64(QUAD_BYTES * (together // fields)))
                             place = left + QUAD_BYTES * (quad // fields)
                             raw = v.load(v.at(v.at(at, step), place), vector)
-                            part = _field(v, raw, bits, quad % fields, shift)
+                            part = field_of(v, raw, bits, quad % fields, shift)
                             code = part if code is None else builder.or_(code, part)
                             shift += bits
                         v.store(code, v.at(here, QUAD_BYTES * quad + left))
@@ -272,7 +288,7 @@ def _moved(v: Vectors, raw: Any, move: int) -> Any:
     return v.builder.shl(raw, v.const(raw.type, -move)) if move < 0 else raw
 
 
-def _field(v: Vectors, raw: Any, bits: int, field: int, shift: int) -> Any:
+def field_of(v: Vectors, raw: Any, bits: int, field: int, shift: int) -> Any:
     """Return a field of every byte of raw, moved to the bits from `shift` on."""
     every = (((1 << bits) - 1) << shift) * 0x01010101
     return v.builder.and_(_moved(v, raw, bits * field - shift), v.const(raw.type, every))

@@ -199,6 +199,13 @@ def _codes_of(x, keep, token, scale, codes):  # type: ignore[no-untyped-def]
 
 
 @kernel
+def quantize_token(x, token, codes, scale):  # type: ignore[no-untyped-def]
+    """Set the codes and the scale of a token."""
+    scale[token] = _scale_of(x, None, token)
+    _codes_of(x, None, token, scale[token], codes)
+
+
+@kernel
 def _share_tokens(counter, x, keep, codes, scale):  # type: ignore[no-untyped-def]
     """Claim blocks of tokens."""
     block = claim(counter)

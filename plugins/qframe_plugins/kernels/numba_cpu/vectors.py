@@ -8,7 +8,7 @@ are part of the key of numba's cache. Integers are the same bits everywhere.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -163,7 +163,38 @@ class Vectors:
         builder.position_at_end(after)
         loop.values = phis
 
-    # Dot products of bytes ------------------------------------------------------------------
+    def either(
+        self, condition: Any, yes: Callable[[], list[Any]], no: Callable[[], list[Any]]
+    ) -> list[Any]:
+        """Return what one of two functions emits: `yes` where the condition holds, else `no`."""
+        ways = []
+        with self.builder.if_else(condition) as branches:
+            for branch, emit in zip(branches, (yes, no), strict=True):
+                with branch:
+                    values = emit()
+                    ways.append((values, self.builder.block))
+        merged = [self.builder.phi(value.type) for value in ways[0][0]]
+        for values, block in ways:
+            for phi, value in zip(merged, values, strict=True):
+                phi.add_incoming(value, block)
+        return merged
+
+    # Dot products ---------------------------------------------------------------------------
+
+    def dot2(self, one: Any, other: Any) -> Any:
+        """Return the sum of two products in each lane, modulo 2^32, of 16-bit halves with signs."""
+        b, kind = self.builder, one.type
+        halves = ir.VectorType(INT16, 2 * kind.count)
+        pair = [b.bitcast(each, halves) for each in (one, other)]
+        name = {16: "avx512.pmaddw.d.512", 8: "avx2.pmadd.wd", 4: "sse2.pmadd.wd"}[kind.count]
+        needed = {16: "avx512bw", 8: "avx2", 4: "sse2"}[kind.count]
+        if self.has(needed):
+            return self.call(f"llvm.x86.{name}", kind, *pair)
+        products = [
+            b.mul(*(b.sext(self.pick(each, range(first, halves.count, 2)), kind) for each in pair))
+            for first in (0, 1)
+        ]
+        return b.add(*products)
 
     def dot4(self, total: Any, unsigned: Any, signed: Any) -> Any:
         """Return total + the sum of four products in each lane, modulo 2^32.
@@ -192,11 +223,5 @@ class Vectors:
         even = b.and_(u, self.const(halves, 255)), b.ashr(b.shl(s, eight), eight)
         odd = b.lshr(u, eight), b.ashr(s, eight)
         for pair in (even, odd):
-            products = [
-                b.mul(
-                    *(b.sext(self.pick(each, range(first, halves.count, 2)), kind) for each in pair)
-                )
-                for first in (0, 1)
-            ]
-            total = b.add(total, b.add(*products))  # one instruction, vpmaddwd, on x86
+            total = b.add(total, self.dot2(*(b.bitcast(each, kind) for each in pair)))
         return total

@@ -32,12 +32,10 @@ def multiply(x: Float32, weight: PackedPanels) -> Float32:
     taken = weight.taken(x)
     arranged = np.empty(taken.shape, np.float32)
     share(share_arrange, -(-tokens // BLOCK), taken, arranged)
-    read = sum(plane.nbytes for plane in weight.planes)
-    panels = worth_sharing(len(weight.scale), read, tokens * weight.rows * weight.columns)
+    panels = worth_sharing(len(weight.scale), weight.nbytes, tokens * weight.rows * weight.columns)
     if tokens <= FEW:
         planes, widths = weight.filled
-        zero = weight.zero if weight.centre is None else np.int64(weight.centre)
-        share(_share_few, panels, arranged, planes, widths, weight.scale, zero, y)
+        share(_share_few, panels, arranged, planes, widths, weight.scale, weight.points, y)
     else:
         planes = weight.planes
         share(_share_panels, panels, arranged, *planes, weight.bits, weight.scale, weight.zero, y)

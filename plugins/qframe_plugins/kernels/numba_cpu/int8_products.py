@@ -1,0 +1,245 @@
+"""Products of codes of tokens with a weight in codes: `linear_int8` and `linear_int8_groups`.
+
+Method: a part of a panel, some groups or a piece of one, meets all tokens of a block in the tile;
+        codes of less than eight bits are unpacked to bytes in the fastest cache before. Blocks are
+        as many tokens as stay in L2, so that a weight is read once for each of them.
+        The codes of a weight have no sign: sum x (c - z) = sum x u - (z - lowest) sum x, per group,
+        all of it in integers. One scale per channel is one group.
+Error:  docs/bounds.md, B5.b and B5.f: sums of groups are exact, and added in float32 in order. The
+        bits are the same on every processor, for any number of threads and of tokens.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from qframe_plugins.kernels.numba_cpu.dot_tile import (
+    BLOCK,
+    BYTES,
+    HEIGHTS,
+    PANEL,
+    QUAD_BYTES,
+    arrange,
+    height_of,
+    part_of,
+    share_arrange,
+)
+from qframe_plugins.kernels.numba_cpu.few_codes import FEW, multiply_few
+from qframe_plugins.kernels.numba_cpu.group_tile import multiply_part
+from qframe_plugins.kernels.numba_cpu.packed import PackedPanels, unpack
+from qframe_plugins.kernels.numba_cpu.scratch import LINE
+from qframe_plugins.kernels.numba_cpu.simd import QUAD, claim, kernel, tile_add
+from qframe_plugins.kernels.numba_cpu.threads import share, worth_sharing
+from qframe_plugins.kernels.numba_cpu.tokens import quantize, quantize_token
+
+# Quads of a panel that all tokens of a block meet before the next.
+_UNPACKED = 64  # 16 KiB of bytes: they stay in L1
+_AS_THEY_ARE = 1024  # 256 KiB of bytes: they stay in L2
+
+_WORDS = 3 << 17  # of a block of tokens, 1.5 MiB: they stay in L2
+_NOTHING = np.float32(-0.0)  # what added to any number is that number, to zeros of both signs too
+
+Int8 = npt.NDArray[np.int8]
+Float32 = npt.NDArray[np.float32]
+
+_NONE = np.empty((0, 0), np.float32)
+
+
+def multiply(
+    x_codes: Int8,
+    x_scale: Float32,
+    weight: PackedPanels,
+    others: Float32 = _NONE,
+    columns_of: Float32 = _NONE,
+) -> Float32:
+    """Return x W^T, [tokens, rows] float32, and the products of columns kept as they are.
+
+    x_codes      [tokens, columns] int8
+    x_scale      [tokens] float32
+    others       [kept columns, tokens up to a multiple of QUAD] float32
+    columns_of   [kept columns, panels * PANEL] float32, the weight's columns
+    """
+    tokens = len(x_codes)
+    y = np.empty((tokens, weight.rows), np.float32)
+    if not y.size:
+        return y
+    x, x_scale = weight.taken(x_codes).view(np.int32), np.ascontiguousarray(x_scale)
+    panels, quads = len(weight.scale), x.shape[1]
+    kept = others, columns_of
+    tasks = worth_sharing(panels, weight.nbytes, tokens * weight.rows * weight.columns)
+    if tokens <= FEW:
+        share(_share_few, tasks, x, x_scale, *weight.filled, weight.scale, weight.points, *kept, y)
+        return y
+    limit = _AS_THEY_ARE if weight.bits == 8 else _UNPACKED
+    blocks = -(-tokens * quads // _WORDS)
+    block = -(-tokens // blocks // BLOCK) * BLOCK
+    flat, totals = np.empty(x.size, np.int32), np.empty((tokens, weight.groups), np.int32)
+    share(share_arrange, -(-tokens // BLOCK), x, block, limit, flat, totals)
+    sizes = block, limit, weight.bits
+    rows = flat, totals, x_scale
+    operands = rows, weight.planes, weight.scale, weight.points, sizes, kept, y.reshape(-1)
+    share(_share_panels, tasks * blocks, *operands)
+    return y
+
+
+def multiply_activations(x: Float32, weight: PackedPanels) -> Float32:
+    """Return the same for activations [tokens, columns] float32, of which it makes codes."""
+    if len(x) > FEW or not x.size or not weight.rows:
+        return multiply(*quantize(x), weight)
+    y = np.empty((len(x), weight.rows), np.float32)
+    tasks = worth_sharing(len(weight.scale), weight.nbytes, len(x) * weight.rows * weight.columns)
+    operands = *weight.filled, weight.scale, weight.points
+    quads = weight.groups * weight.quads
+    share(_share_few_floats, tasks, np.ascontiguousarray(x), weight.spread, quads, *operands, y)
+    return y
+
+
+@kernel
+def _zero_of(zero, panel, group, lane):  # type: ignore[no-untyped-def]
+    """Return a zero point; `zero` may be one for all."""
+    return np.int32(zero) if isinstance(zero, int) else zero[panel, group, lane]
+
+
+@kernel
+def _owed(sums, totals, start, count, panel, group, zero):  # type: ignore[no-untyped-def]
+    """Set the sums of a block to what makes up for codes without sign, before a group in pieces."""
+    for m in range(count):
+        total = totals[start + m, group]
+        for lane in range(PANEL):
+            sums[m, lane] = -_zero_of(zero, panel, group, lane) * total
+
+
+@kernel
+def _kept_products(others, columns_of, start, count, row, extra):  # type: ignore[no-untyped-def]
+    """Set extra [count, PANEL] to the products of the kept columns of some tokens with a panel."""
+    columns = len(others)
+    stripes = np.empty((columns, PANEL), np.float32)
+    for k in range(columns):
+        for lane in range(PANEL):
+            stripes[k, lane] = columns_of[k, row + lane]
+    for token in range(0, count, QUAD):
+        for m in range(QUAD):
+            for lane in range(PANEL):
+                extra[token + m, lane] = 0
+        tile_add(extra, token, others, 0, start + token, stripes, 0, columns)
+
+
+@kernel
+def _share_few(counter, x, x_scale, planes, widths, scale, zero, others, columns_of, y):  # type: ignore[no-untyped-def]
+    """Claim panels, and compute their columns of y, for a few tokens."""
+    tokens, quads = x.shape
+    groups = scale.shape[1]
+    width = quads // groups
+    laid, totals = np.empty(x.shape, np.int32), np.empty((tokens, groups), np.int32)
+    arrange(x, 0, tokens, 0, tokens, quads, laid.reshape(-1), totals)
+    made = np.empty((tokens, PANEL), np.float32)
+    some = len(others) > 0
+    extra = np.empty((QUAD if some else 0, PANEL), np.float32)
+    panel = claim(counter)
+    while panel * PANEL < y.shape[1]:
+        made[:] = _NOTHING
+        for group in range(groups):
+            token = 0
+            while token < tokens:
+                height = height_of(tokens - token)
+                place = (panel, group, token, group * width, width)
+                multiply_few(made, laid, totals, planes, widths, scale, zero, place, height)
+                token += height
+        row = panel * PANEL
+        if some:
+            _kept_products(others, columns_of, 0, tokens, row, extra)
+        for token in range(tokens):
+            for lane in range(min(PANEL, y.shape[1] - row)):
+                value = made[token, lane] * x_scale[token]
+                y[token, row + lane] = value + extra[token, lane] if some else value
+        panel = claim(counter)
+
+
+@kernel
+def _share_few_floats(counter, x, spread, quads, planes, widths, scale, zero, y):  # type: ignore[no-untyped-def]
+    """Do the same for activations, of which every thread makes codes, and lays them out."""
+    codes, x_scale = np.empty(x.shape, np.int8), np.empty(len(x), np.float32)
+    for token in range(len(x)):
+        quantize_token(x, token, codes, x_scale)
+    if spread is not None:
+        wide = np.zeros((len(x), quads * BYTES), np.int8)
+        for token in range(len(x)):
+            for column in range(x.shape[1]):
+                wide[token, spread[column]] = codes[token, column]
+    else:
+        wide = codes
+    none = np.empty((0, 0), np.float32)
+    _share_few(counter, wide.view(np.int32), x_scale, planes, widths, scale, zero, none, none, y)
+
+
+@kernel
+def _share_panels(counter, rows, planes, scale, zero, sizes, kept, y):  # type: ignore[no-untyped-def]
+    """Claim panels for a block of tokens, and compute their columns of y, which is flat."""
+    flat, totals, _ = rows
+    others, columns_of = kept
+    block, limit, bits = sizes
+    tokens, groups = totals.shape
+    quads, wide, panels = len(flat) // tokens, len(y) // tokens, len(scale)
+    width = quads // groups
+    one, other = planes
+    ahead = one.reshape(-1)
+    size = one.shape[1]
+    low = size // quads  # bytes of a quad in the plane that is asked for ahead
+    codes = np.empty(0 if bits == 8 else limit * QUAD_BYTES, np.uint8)
+    sums = np.empty((block if width > limit else 0, PANEL), np.int32)
+    made = np.empty((block, PANEL), np.float32)
+    ragged = np.empty(block * PANEL, np.float32)
+    some = len(others) > 0
+    extra = np.empty((block if some else 0, PANEL), np.float32)
+    between = sums, made, extra
+    blocks = -(-tokens // block)
+    task = claim(counter)
+    while task < blocks * panels:
+        following = claim(counter)
+        panel, start = task % panels, task // panels * block
+        count = min(block, tokens - start)
+        row = panel * PANEL
+        full = row + PANEL <= wide
+        if some:
+            _kept_products(others, columns_of, start, count, row, extra)
+        made[:count] = _NOTHING
+        tiles = -(-count // HEIGHTS[0])
+        first = 0
+        while first < quads:
+            deep = part_of(first, quads, width, limit)
+            if bits == 8:
+                w, base = ahead, panel * size + first * QUAD_BYTES
+            else:
+                unpack(one, other, bits, panel, first, deep, codes.reshape(-1, PANEL, BYTES))
+                w, base = codes, 0
+            goes_on = width > limit
+            if goes_on and first % width == 0:
+                _owed(sums, totals, start, count, panel, first // width, zero)
+            # Meanwhile the next part, as long as this one, is asked for, a share by every tile.
+            after = first + deep
+            wanted = panel * size + after * low
+            if after == quads:
+                wanted = following % panels * size
+            lines = min(-(-deep * low // (LINE * tiles)), deep)
+            columns = panel, first, deep, width, base
+            token = 0
+            while token < count:
+                height = height_of(count - token)
+                some_tiles = (count - token) // height
+                x_from = start * quads + count * first + token * deep
+                target, y_from, y_row = ragged, token * PANEL, PANEL
+                if full:
+                    target, y_from, y_row = y, (start + token) * wide + row, wide
+                place = start + token, token, some_tiles, x_from, y_from, y_row
+                how = goes_on, some, wanted + token // HEIGHTS[0] * lines * LINE, lines
+                multiply_part(
+                    height, rows, w, scale, zero, between, target, ahead, columns, place, how
+                )
+                token += some_tiles * height
+            first = after
+        if not full:
+            for token in range(count):
+                for lane in range(wide - row):
+                    y[(start + token) * wide + row + lane] = ragged[token * PANEL + lane]
+        task = following
