@@ -10,8 +10,12 @@ Error:  docs/bounds.md, B5.b: the products of outliers are summed in float32, co
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
 
 from qframe_plugins.kernels.numba_cpu.dot_tile import PANEL
 from qframe_plugins.kernels.numba_cpu.int8_products import Float32, Int8
@@ -21,10 +25,13 @@ from qframe_plugins.kernels.numba_cpu.scratch import aligned
 from qframe_plugins.kernels.numba_cpu.simd import QUAD, claim, kernel
 from qframe_plugins.kernels.numba_cpu.threads import share
 from qframe_plugins.kernels.numba_cpu.tokens import quantize, quantize_kept
+from qframe_plugins.kernels.numba_cpu.vectors import INT32, INT64, Vectors
 
 _WIDTH = 1024  # columns of a task
-_MAGNITUDE = np.int32(0x7FFFFFFF)
-_INFINITY = np.int32(0x7F800000)
+_LANES = 16
+_MAGNITUDE = 0x7FFFFFFF  # all bits of a float32 but its sign
+_INFINITY = 0x7F800000
+_HUGE = 0xFFFFFFFF
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,23 +81,58 @@ def multiply(x: Float32, threshold: float, weight: Int8AndColumns) -> Float32:
     return multiply_codes(codes, scale, weight.panels, others, weight.columns[outliers])
 
 
+@intrinsic
+def _lower(
+    typing: Any, bits: Any, token: Any, first: Any, passes: Any, least: Any, over: Any
+) -> Any:
+    """Lower over[i] to (|bits[token, first + i]| - least) mod 2^32, for i < _LANES passes."""
+    index = types.int64
+    signature = types.void(bits, index, index, index, types.int32, over)
+
+    def emit(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        v = Vectors(context, builder)
+        at, (_, width) = v.array(signature.args[0], values[0])
+        over_at, _ = v.array(signature.args[5], values[5])
+        place = builder.add(builder.mul(values[1], width), values[2])
+        at = v.at(at, builder.mul(place, INT64(4)))
+        vector = ir.VectorType(INT32, _LANES)
+        least = v.splat(values[4], _LANES)
+        with v.loop(values[3]) as loop:
+            here = builder.mul(loop.index, INT64(4 * _LANES))
+            size = builder.and_(v.load(v.at(at, here), vector), v.const(vector, _MAGNITUDE))
+            rest, spot = builder.sub(size, least), v.at(over_at, here)
+            before = v.load(spot, vector)
+            less = builder.icmp_unsigned("<", rest, before)
+            v.store(builder.select(less, rest, before), spot)
+        return context.get_dummy_value()
+
+    return signature, emit
+
+
 @kernel
 def _share_columns(counter, bits, least, keep):  # type: ignore[no-untyped-def]
     """Claim columns; keep is 0 where a number is at least `least` in magnitude, else -1.
 
     bits    [tokens, columns] int32, of float32 numbers
     least   the bits of a positive number; bits of magnitudes are in the order of the numbers
+
+    Without signs, bits less `least` are the smaller the less a number is above it, and huge for one
+    that is below. So the least of a column says whether it has an outlier. A NaN is above infinity,
+    and no outlier.
     """
     tokens, columns = bits.shape
+    over = np.empty(_WIDTH, np.uint32)
+    most = np.uint32(_INFINITY - least)
     first = claim(counter) * _WIDTH
     while first < columns:
-        last = min(first + _WIDTH, columns)
-        for column in range(first, last):
-            keep[column] = -1
+        count = min(_WIDTH, columns - first)
+        passes = count // _LANES
+        over[:] = np.uint32(_HUGE)
         for token in range(tokens):
-            for column in range(first, last):
-                size = bits[token, column] & _MAGNITUDE
-                # A NaN is above infinity, and no outlier.
-                large = np.int32(size >= least) & np.int32(size <= _INFINITY)
-                keep[column] &= np.int32(large - np.int32(1))
+            _lower(bits, token, first, passes, least, over)
+            for column in range(passes * _LANES, count):
+                rest = np.uint32((bits[token, first + column] & _MAGNITUDE) - least)
+                over[column] = min(over[column], rest)
+        for column in range(count):
+            keep[first + column] = np.int32(0) if over[column] <= most else np.int32(-1)
         first = claim(counter) * _WIDTH
