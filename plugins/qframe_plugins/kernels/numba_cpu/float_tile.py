@@ -74,6 +74,26 @@ def multiply_tokens(sums, row, x, token, height, first, count, w):  # type: igno
 
 
 @kernel
+def lay_out(x, spread, arranged):  # type: ignore[no-untyped-def]
+    """Lay tokens out as tiles read them.
+
+    x          [tokens, columns] float32
+    spread     [columns], where each lies among those of a token; None: where it is
+    arranged   [tokens, as many columns or more] float32; what is beyond those of x stays
+    """
+    tokens, wide = arranged.shape
+    flat = arranged.reshape(-1)
+    token = 0
+    while token < tokens:
+        height = height_of(tokens - token)
+        for m in range(height):
+            for column in range(x.shape[1]):
+                to = column if spread is None else spread[column]
+                flat[token * wide + to * height + m] = x[token + m, column]
+        token += height
+
+
+@kernel
 def share_arrange(counter, x, arranged):  # type: ignore[no-untyped-def]
     """Claim blocks of BLOCK tokens, and lay their numbers out as tiles read them.
 

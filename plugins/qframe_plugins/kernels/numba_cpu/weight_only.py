@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from qframe_plugins.kernels.numba_cpu.dot_tile import BLOCK, BYTES, PANEL, height_of
 from qframe_plugins.kernels.numba_cpu.few_tokens import FEW, multiply_few
-from qframe_plugins.kernels.numba_cpu.float_tile import multiply_tokens, share_arrange
+from qframe_plugins.kernels.numba_cpu.float_tile import lay_out, multiply_tokens, share_arrange
 from qframe_plugins.kernels.numba_cpu.packed import PackedPanels, decode
 from qframe_plugins.kernels.numba_cpu.simd import claim, kernel
 from qframe_plugins.kernels.numba_cpu.threads import share, worth_sharing
@@ -29,24 +29,38 @@ def multiply(x: Float32, weight: PackedPanels) -> Float32:
     y = np.empty((tokens, weight.rows), np.float32)
     if not y.size:
         return y
+    panels = worth_sharing(len(weight.scale), weight.nbytes, tokens * weight.rows * weight.columns)
+    if tokens <= FEW:
+        columns = weight.groups * weight.quads * BYTES
+        operands = *weight.filled, weight.scale, weight.points
+        share(_share_few, panels, np.ascontiguousarray(x), weight.spread, columns, *operands, y)
+        return y
     taken = weight.taken(x)
     arranged = np.empty(taken.shape, np.float32)
     share(share_arrange, -(-tokens // BLOCK), taken, arranged)
-    panels = worth_sharing(len(weight.scale), weight.nbytes, tokens * weight.rows * weight.columns)
-    if tokens <= FEW:
-        planes, widths = weight.filled
-        share(_share_few, panels, arranged, planes, widths, weight.scale, weight.points, y)
-    else:
-        planes = weight.planes
-        share(_share_panels, panels, arranged, *planes, weight.bits, weight.scale, weight.zero, y)
+    share(
+        _share_panels,
+        panels,
+        arranged,
+        *weight.planes,
+        weight.bits,
+        weight.scale,
+        weight.zero,
+        y,
+    )
     return y
 
 
 @kernel
-def _share_few(counter, x, planes, widths, scale, zero, y):  # type: ignore[no-untyped-def]
-    """Claim panels, and compute their columns of y, for a few tokens."""
-    tokens, columns = x.shape
-    groups = scale.shape[1]
+def _share_few(counter, given, spread, columns, planes, widths, scale, zero, y):  # type: ignore[no-untyped-def]
+    """Claim panels, and compute their columns of y, for a few tokens, which every thread lays out.
+
+    given     [tokens, all columns] float32
+    spread    where each column lies among `columns`; None: where it is
+    """
+    tokens, groups = len(y), scale.shape[1]
+    x = np.zeros((tokens, columns), np.float32)
+    lay_out(given, spread, x)
     quads = columns // BYTES // groups  # of a group
     sums = np.empty((tokens, PANEL), np.float32)
     panel = claim(counter)
