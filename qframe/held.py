@@ -1,13 +1,14 @@
 """The memory that an object holds, measured and not asked: every buffer that can be reached.
 
-A view counts with the whole buffer behind it, and a buffer counts once. What an object says of its
-size can be compared with this.
+A view counts with the whole buffer behind it, and a buffer counts once; but of mapped memory, that
+many may share, a view counts alone. What an object says of its size can be compared with this.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Mapping, Set
+from mmap import mmap
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -40,9 +41,13 @@ def _buffers(item: object) -> dict[int, int]:
             if storage.nbytes():
                 found[storage.data_ptr()] = storage.nbytes()
         elif isinstance(each, np.ndarray):
+            view = each
             while isinstance(each.base, np.ndarray):
                 each = each.base
-            if each.base is not None:
+            if isinstance(getattr(each.base, "obj", each.base), mmap):
+                address = view.__array_interface__["data"][0]
+                found[address] = max(view.nbytes, found.get(address, 0))
+            elif each.base is not None:
                 waiting.append(each.base)  # e.g. a tensor
             elif each.nbytes:
                 found[each.__array_interface__["data"][0]] = each.nbytes
