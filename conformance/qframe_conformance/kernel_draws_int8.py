@@ -81,6 +81,9 @@ def groups(
     """Return operands of `linear_int8_groups`; products cancel within groups of some tokens."""
     x = _codes(rng, tokens, columns, 0)
     made = kernel_draws.weight(rng, scheme, rows, columns)
+    if not scheme.symmetric and int(rng.integers(2)):  # zero points need not be codes
+        far = rng.choice(np.array([-700, -3, 0, 3, 700]), made["zero_point"].shape)
+        made["zero_point"] = (made["zero_point"] + far).astype(np.int16)
     scale = np.exp2(rng.uniform(-10, 4, tokens)).astype(np.float32)
     return {"x_codes": x.astype(np.int8), "x_scale": scale, **made}
 

@@ -189,11 +189,14 @@ def in_order(x, x_scale, w, scale, zero, index):
     st.sampled_from([1, 3, 32, 64, 100, 128, None]),
     st.booleans(),
     st.booleans(),
+    st.booleans(),
     SEEDS,
 )
-@example(7, 4100, 65, 3, None, True, False, 0)
-@example(7, 2053, 65, 2, 128, False, True, 0)
-def test_sums_of_groups_are_exact(count, columns, rows, bits, size, signed, scattered, seed):
+@example(7, 4100, 65, 3, None, True, False, False, 0)
+@example(7, 2053, 65, 2, 128, False, True, False, 0)
+@example(13, 300, 65, 4, 32, True, False, True, 0)
+@example(13, 4100, 65, 8, None, True, False, True, 0)
+def test_sums_of_groups_are_exact(count, columns, rows, bits, size, signed, scattered, far, seed):
     assume(columns <= 300 or size is None or size >= 32)
     rng = np.random.default_rng(seed)
     x = codes(rng, count, columns, "any")
@@ -207,6 +210,8 @@ def test_sums_of_groups_are_exact(count, columns, rows, bits, size, signed, scat
     shape = (int(rng.choice([1, rows])), groups)
     scale = np.exp2(rng.uniform(-9, 9, shape)).astype(np.float32)
     zero = rng.integers(lowest, highest + 1, shape).astype(np.int16)
+    if far:  # zero points need not be codes
+        zero += rng.integers(-300, 300, shape).astype(np.int16)
     x_scale = np.exp2(rng.uniform(-9, 9, count)).astype(np.float32)
     made = int8_products.multiply(x, x_scale, packed.pack(w, scale, zero, index))
     whole = [np.broadcast_to(each, (rows, groups)) for each in (scale, zero.astype(np.int64))]

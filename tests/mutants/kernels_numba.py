@@ -552,6 +552,14 @@ MUTANTS = (
             "all tiles add to the sums of the first tokens.",
         ),
         (
+            "all_points_are_bytes",
+            "int8_products.py",
+            "in_tiles = weight.centre is not None or weight.are_bytes",
+            "in_tiles = True",
+            "eight_bit_groups",
+            "zero points that are no bytes are cut, and what is cut off lies in the wrong place.",
+        ),
+        (
             "few_activations_are_not_spread",
             "int8_products.py",
             "wide[token, spread[column]] = codes[token, column]",

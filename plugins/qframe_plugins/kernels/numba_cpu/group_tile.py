@@ -76,7 +76,8 @@ class _Group:
         if self.zero is not None:
             one = {m: v.splat(b.mul(self.zero, total), kind.count) for m, total in totals.items()}
             return [one[m] for m, _ in places]
-        # In two digits, the lower one of 7 bits, for a processor multiplies pairs of 16 bits fast.
+        # In two digits, the lower one of 7 bits, for a processor multiplies pairs of 16 bits fast:
+        # points are bytes, and a total of 2^22 would be that of 33,000 columns.
         pairs, points = {}, {}
         for m, total in totals.items():
             high = b.shl(b.ashr(total, INT32(7)), INT32(16))
@@ -243,7 +244,8 @@ def _larger(b: Any, one: Any, other: Any) -> Any:
 # (w[:, column] - zero[panel, group, :]), for some tiles of 6 (4, 2, 1) tokens:
 # rows      (tokens as `arrange` lays them out, flat; their totals; their scales)
 # w         uint8, from byte `start` on [deep, PANEL, BYTES]
-# scale     [panels, groups, PANEL] float32; zero the same in int32, or a number
+# scale     [panels, groups, PANEL] float32; zero the same in int32, or a number; unless they go on,
+#           numbers that are bytes without sign
 # between   of the tokens of a block, [block, PANEL]: int32, where sums of pieces are; float32,
 #           where sums of groups are; float32, what is added at last
 # y         float32: where products go, from `y_from` on, rows being `y_row` apart
@@ -251,7 +253,7 @@ def _larger(b: Any, one: Any, other: Any) -> Any:
 # columns   (panel, first, deep, width, start): `deep` quads from `first` on; `width` are a group
 # tokens    (token, row, tiles, x_from, y_from, y_row): `token` of all is the first, and `row` of
 #           the block; `x_from` is where their codes for these columns begin
-# how       (goes_on, some, wanted, lines): they go on with the sums of pieces; what is between is
+# how       (goes_on, some, wanted, lines): they go on with sums that are there; what is between is
 #           added at last
 _part_6, _part_4, _part_2, _part_1 = map(_make_part, HEIGHTS)
 

@@ -72,11 +72,14 @@ def multiply(
         share(_share_few, tasks, x, x_scale, *weight.filled, weight.scale, weight.points, *kept, y)
         return y
     limit = _AS_THEY_ARE if weight.bits == 8 else _UNPACKED
+    in_tiles = weight.centre is not None or weight.are_bytes
+    if not in_tiles:  # what makes up for codes without sign is computed before, group by group
+        limit = min(limit, weight.quads)
     blocks = -(-tokens * quads // _WORDS)
     block = -(-tokens // blocks // BLOCK) * BLOCK
     flat, totals = np.empty(x.size, np.int32), np.empty((tokens, weight.groups), np.int32)
     share(share_arrange, -(-tokens // BLOCK), x, block, limit, flat, totals)
-    sizes = block, limit, weight.bits
+    sizes = block, limit, weight.bits, in_tiles
     rows = flat, totals, x_scale
     operands = rows, weight.planes, weight.scale, weight.points, sizes, kept, y.reshape(-1)
     share(_share_panels, tasks * blocks, *operands)
@@ -103,7 +106,7 @@ def _zero_of(zero, panel, group, lane):  # type: ignore[no-untyped-def]
 
 @kernel
 def _owed(sums, totals, start, count, panel, group, zero):  # type: ignore[no-untyped-def]
-    """Set the sums of a block to what makes up for codes without sign, before a group in pieces."""
+    """Set the sums of a block to what makes up for codes without sign, before a group."""
     for m in range(count):
         total = totals[start + m, group]
         for lane in range(PANEL):
@@ -178,16 +181,17 @@ def _share_panels(counter, rows, planes, scale, zero, sizes, kept, y):  # type: 
     """Claim panels for a block of tokens, and compute their columns of y, which is flat."""
     flat, totals, _ = rows
     others, columns_of = kept
-    block, limit, bits = sizes
+    block, limit, bits, in_tiles = sizes
     tokens, groups = totals.shape
     quads, wide, panels = len(flat) // tokens, len(y) // tokens, len(scale)
     width = quads // groups
+    goes_on = width > limit or not in_tiles  # with sums that are there before
     one, other = planes
     ahead = one.reshape(-1)
     size = one.shape[1]
     low = size // quads  # bytes of a quad in the plane that is asked for ahead
     codes = np.empty(0 if bits == 8 else limit * QUAD_BYTES, np.uint8)
-    sums = np.empty((block if width > limit else 0, PANEL), np.int32)
+    sums = np.empty((block if goes_on else 0, PANEL), np.int32)
     made = np.empty((block, PANEL), np.float32)
     ragged = np.empty(block * PANEL, np.float32)
     some = len(others) > 0
@@ -213,7 +217,6 @@ def _share_panels(counter, rows, planes, scale, zero, sizes, kept, y):  # type: 
             else:
                 unpack(one, other, bits, panel, first, deep, codes.reshape(-1, PANEL, BYTES))
                 w, base = codes, 0
-            goes_on = width > limit
             if goes_on and first % width == 0:
                 _owed(sums, totals, start, count, panel, first // width, zero)
             # Meanwhile the next part, as long as this one, is asked for, a share by every tile.

@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -65,6 +66,11 @@ class PackedPanels:
     def nbytes(self) -> int:
         """How many bytes the codes take."""
         return sum(plane.nbytes for plane in self.planes)
+
+    @cached_property
+    def are_bytes(self) -> bool:
+        """Whether zero points less the lowest code are bytes without sign; any may be stored."""
+        return bool(self.zero.min(initial=0) >= 0 and self.zero.max(initial=0) <= 255)
 
     @property
     def points(self) -> Any:
