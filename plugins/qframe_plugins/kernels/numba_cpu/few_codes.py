@@ -17,7 +17,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from qframe_plugins.kernels.numba_cpu.dot_tile import BYTES, PANEL, QUAD_BYTES, tokens_at
-from qframe_plugins.kernels.numba_cpu.packed import field_of
+from qframe_plugins.kernels.numba_cpu.packed import field_of, planes_at
 from qframe_plugins.kernels.numba_cpu.scratch import LINE
 from qframe_plugins.kernels.numba_cpu.simd import kernel
 from qframe_plugins.kernels.numba_cpu.vectors import FLOAT32, INT32, INT64, Vectors
@@ -52,11 +52,7 @@ def _make_row(height: int) -> Callable[..., Any]:
             x_at, (_, all_quads) = v.array(kinds[1], values[1])
             made_at = v.at(made_at, b.mul(token, INT64(BYTES * PANEL)))
             x_at = tokens_at(v, x_at, all_quads, token, first, height)
-            sources = []
-            for i, (kind, width) in enumerate(zip(kinds[3], bits, strict=True)):
-                at, (_, size) = v.array(kind, b.extract_value(values[3], i))
-                skipped = b.sdiv(b.mul(first, INT64(QUAD_BYTES * width)), INT64(8))
-                sources.append((width, v.at(at, b.add(b.mul(panel, size), skipped))))
+            sources = planes_at(v, kinds[3], values[3], bits, panel, first)
             taken = b.add(b.mul(panel, groups), group)
             taken = b.mul(taken, INT64(BYTES * PANEL))
             scale_at = v.at(v.array(kinds[5], values[5])[0], taken)

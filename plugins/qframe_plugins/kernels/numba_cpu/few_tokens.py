@@ -21,6 +21,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from qframe_plugins.kernels.numba_cpu.dot_tile import BYTES, PANEL, QUAD_BYTES, tokens_at
+from qframe_plugins.kernels.numba_cpu.packed import planes_at
 from qframe_plugins.kernels.numba_cpu.scratch import LINE
 from qframe_plugins.kernels.numba_cpu.simd import kernel
 from qframe_plugins.kernels.numba_cpu.vectors import FLOAT32, INT32, INT64, Vectors
@@ -58,12 +59,7 @@ def _make_row(height: int) -> Callable[..., Any]:
             sums_at = v.at(sums_at, builder.mul(token, INT64(BYTES * PANEL)))
             column = builder.mul(first, INT64(BYTES))
             x_at = tokens_at(v, x_at, columns, token, column, height)
-            sources = []
-            for i, (kind, width) in enumerate(zip(kinds[2], bits, strict=True)):
-                at, (_, size) = v.array(kind, builder.extract_value(values[2], i))
-                start = builder.mul(panel, size)
-                skipped = builder.sdiv(builder.mul(first, INT64(QUAD_BYTES * width)), INT64(8))
-                sources.append((width, v.at(at, builder.add(start, skipped))))
+            sources = planes_at(v, kinds[2], values[2], bits, panel, first)
             scale_at, (_, groups, _) = v.array(kinds[4], values[4])
             taken = builder.add(builder.mul(panel, groups), group)
             taken = builder.mul(taken, INT64(4 * PANEL))

@@ -294,6 +294,18 @@ def _moved(v: Vectors, raw: Any, move: int) -> Any:
     return v.builder.shl(raw, v.const(raw.type, -move)) if move < 0 else raw
 
 
+def planes_at(
+    v: Vectors, kinds: Any, planes: Any, bits: tuple[int, ...], panel: Any, first: Any
+) -> list[tuple[int, Any]]:
+    """Return for each plane of a tuple (bits, where the quad `first` of a panel begins)."""
+    b, found = v.builder, []
+    for i, (kind, width) in enumerate(zip(kinds, bits, strict=True)):
+        at, (_, size) = v.array(kind, b.extract_value(planes, i))
+        skipped = b.sdiv(b.mul(first, INT64(QUAD_BYTES * width)), INT64(8))
+        found.append((width, v.at(at, b.add(b.mul(panel, size), skipped))))
+    return found
+
+
 def field_of(v: Vectors, raw: Any, bits: int, field: int, shift: int) -> Any:
     """Return a field of every byte of raw, moved to the bits from `shift` on."""
     every = (((1 << bits) - 1) << shift) * 0x01010101
