@@ -1,8 +1,9 @@
 """How fast the kernels of an operation are beside one another, and beside full precision.
 
 Kernels of all backends get the same operands and take turns in every round. Before each call more
-memory is read than caches hold, so weights are cold, as in a network that is larger than they are.
-That reading is timed as well: what a kernel reads of its own is a share of it.
+memory is read than caches hold, so weights are cold, as in a network that is larger than they are;
+then the kernel runs on another weight, so that its code is warm, as after the layer before.
+The reading is timed as well: what a kernel reads of its own is a share of it.
 """
 
 from __future__ import annotations
@@ -101,10 +102,11 @@ def measure(
     for name in chosen:
         seen: set[tuple[Any, ...]] = set()
         for size in sizes:
-            work = _WORKS[name](size, np.random.default_rng(0))
+            work, twin = (_WORKS[name](size, np.random.default_rng(seed)) for seed in (0, 1))
             if (key := (work.call.shape, str(work.call.scheme))) not in seen:
                 seen.add(key)
-                yield _timed(work, [each for each in known if each.op == name], rounds, cold)
+                asked = [each for each in known if each.op == name]
+                yield _timed(work, twin, asked, rounds, cold)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,26 +120,25 @@ class _Work:
     full: Callable[[], Any] | None = None
 
 
-def _timed(work: _Work, kernels: list[Kernel], rounds: int, cold: torch.Tensor) -> Timed:
-    calls: dict[str, Callable[[], Any]] = {}
+def _timed(
+    work: _Work, twin: _Work, kernels: list[Kernel], rounds: int, cold: torch.Tensor
+) -> Timed:
     refused: dict[str, str] = {}
+    served = []
     for kernel in kernels:
         why = kernel.supports(work.call)
-        if why is not None:
+        if why is None:
+            served.append(kernel)
+        else:
             refused[kernel.backend] = why.reason
-            continue
-        prepare = getattr(kernel, "prepare", None)
-        laid = work.constants if prepare is None else (prepare(*work.constants),)
-        calls[kernel.backend] = lambda kernel=kernel, laid=laid: kernel(*work.given, *laid)  # type: ignore[misc]
-    if work.full is not None and calls:
-        calls[FULL] = work.full
+    calls, twins = _calls(work, served), _calls(twin, served)
 
     def read() -> float:
         return float(cold.sum())
 
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     with torch.inference_mode():
-        times = in_turn({**calls, _READ: read}, rounds, clock=clock, between=read)
+        times = in_turn({**calls, _READ: read}, rounds, clock=clock, between=read, twins=twins)
     reading = times.pop(_READ)
     shares = {
         name: statistics.median(
@@ -148,6 +149,18 @@ def _timed(work: _Work, kernels: list[Kernel], rounds: int, cold: torch.Tensor) 
         if name != FULL
     }
     return Timed(call=work.call, times=times, shares=shares, refused=refused)
+
+
+def _calls(work: _Work, kernels: list[Kernel]) -> dict[str, Callable[[], Any]]:
+    """Return backend -> its call on these operands, laid out; FULL -> that in full precision."""
+    calls: dict[str, Callable[[], Any]] = {}
+    for kernel in kernels:
+        prepare = getattr(kernel, "prepare", None)
+        laid = work.constants if prepare is None else (prepare(*work.constants),)
+        calls[kernel.backend] = lambda kernel=kernel, laid=laid: kernel(*work.given, *laid)  # type: ignore[misc]
+    if work.full is not None and calls:
+        calls[FULL] = work.full
+    return calls
 
 
 # Operands ---------------------------------------------------------------------------------------

@@ -21,11 +21,14 @@ def in_turn(
     clock: Clock = time.perf_counter,
     repeats: int = 1,
     between: Callable[[], Any] | None = None,
+    twins: Mapping[str, Callable[[], Any]] | None = None,
 ) -> dict[str, list[float]]:
     """Return name -> seconds of each round, of all candidates one after the other in every round.
 
     repeats   calls that are timed together. Before the first round each is called once untimed
     between   called before each is timed, e.g. to fill the caches with something else
+    twins     name -> the same with operands of its own, called after `between`: what is timed then
+              finds its code in the caches, as in a network with many layers, and not its operands
     """
     for call in candidates.values():
         call()
@@ -34,6 +37,8 @@ def in_turn(
         for name, call in candidates.items():
             if between is not None:
                 between()
+            if twins is not None and name in twins:
+                twins[name]()
             start = clock()
             for _ in range(repeats):
                 call()

@@ -141,6 +141,19 @@ def test_candidates_take_turns():
     assert times == {"a": [0.5] * 3, "b": [0.5] * 3}
 
 
+def test_a_twin_runs_just_before_what_is_timed_and_outside_the_time():
+    order = []
+    calls = {name: lambda name=name: order.append(name) for name in "ab"}
+    in_turn(
+        calls,
+        2,
+        clock=lambda: order.append("|") or 0.0,
+        between=lambda: order.append("-"),
+        twins={"a": lambda: order.append("A")},
+    )
+    assert "".join(order) == "ab" + 2 * "-A|a|-|b|"
+
+
 def test_a_ratio_is_the_median_of_those_of_rounds():
     assert speedup([1, 10, 1], [3, 20, 1]) == 2
 

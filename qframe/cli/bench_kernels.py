@@ -49,7 +49,7 @@ def bench_kernels(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Time the kernels of all backends on the same operands, in turn, with cold caches.
+    """Time the kernels of all backends on the same operands, in turn, with cold operands.
 
     Example: qframe bench-kernels linear_weight_only --tokens 1 --threads 1
 
@@ -132,8 +132,9 @@ def _print(found: list[Timed], rounds: int, threads: int) -> None:
                 title = ""
         parts.append(titled(op, shown))
     legend = (
-        f"Speeds, {threads} threads: medians of {rounds} rounds in which all take turns, caches "
-        f"being cold. x auto: beside the backend that auto takes, the first. x float32: beside "
-        f"torch in full precision. of reading: of what the same run reads from memory."
+        f"Speeds, {threads} threads: medians of {rounds} rounds in which all take turns, operands "
+        f"being cold and code warm. x auto: beside the backend that auto takes, the first. x "
+        f"float32: beside torch in full precision. of reading: of what the same run reads from "
+        f"memory."
     )
     print_result(stacked(*parts, Text(legend, style=FAINT)))
