@@ -35,6 +35,7 @@ from transformers import AutoModelForCausalLM
 
 import qframe
 from qframe import embedded
+from qframe.growing_cache import growing_cache
 from qframe.speed import once
 from qframe.stored import QuantizedLinear
 from qframe.timing import speedup
@@ -79,21 +80,23 @@ def contenders(folder: Path, threads: int) -> Iterator[tuple[str, Contender]]:
         out = folder / name.replace(" ", "-")
         if not out.exists():
             qframe.quantize(model, {"method": "rtn", **recipe, "overrides": overrides}, out=out)
-        yield name, of_network(qframe.load(out, kernels="auto").eval())
+        network = qframe.load(out, kernels="auto").eval()
+        yield name, of_network(network, lambda network=network: growing_cache(network))  # type: ignore[misc]
     if find_spec("xllamacpp") is not None:
         source = embedded.gguf_file(folder, progress=_say)
         for kind in ("Q8_0", "Q4_0"):
             yield f"llama.cpp {kind}", of_file(requantized(source, kind), threads)
 
 
-def of_network(network: nn.Module) -> Contender:
-    """Return a network of transformers as a contender."""
+def of_network(network: nn.Module, cache: Callable[[], Any] = lambda: None) -> Contender:
+    """Return a network of transformers as a contender; cache: returns an empty one."""
     return Contender(
-        lambda tokens: once(network, tokens, PROMPT), lambda tokens: inside(network, tokens)
+        lambda tokens: once(network, tokens, PROMPT, cache()),
+        lambda tokens: inside(network, tokens, cache()),
     )
 
 
-def inside(network: nn.Module, tokens: torch.Tensor) -> float:
+def inside(network: nn.Module, tokens: torch.Tensor, cache: Any) -> float:
     """Return the share of the time of writing tokens that passes in linear layers."""
     kinds = (nn.Linear, QuantizedLinear, torch.ao.nn.quantized.dynamic.Linear)
     spent, began = [0.0], [0.0]
@@ -108,7 +111,8 @@ def inside(network: nn.Module, tokens: torch.Tensor) -> float:
     for module in network.modules():
         if isinstance(module, kinds):
             hooks += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
-    cache = network(tokens[:, :PROMPT], use_cache=True, logits_to_keep=1).past_key_values
+    made = network(tokens[:, :PROMPT], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    cache = made.past_key_values
     spent[0], start = 0.0, time.perf_counter()
     for place in range(PROMPT, tokens.shape[1]):
         network(tokens[:, place : place + 1], past_key_values=cache, use_cache=True)

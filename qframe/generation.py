@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, GenerationConfig
 from transformers.generation.streamers import BaseStreamer, TextStreamer
 
 from qframe.errors import ModelError, RecipeError
+from qframe.growing_cache import growing_cache
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +66,8 @@ def generate(
     folder        where its tokenizer is
     temperature   0 takes the likeliest token each time; else tokens are drawn, from `seed` alone
     chat          the prompt is a message to an assistant, put into the tokenizer's template
-    cache         an empty cache, such as `QuantizedKVCache`; None: transformers' own
+    cache         an empty cache, such as `QuantizedKVCache`; None: a `GrowingKVCache`, or what the
+                  network makes itself where its cache is of another kind
     show          is given the text piece by piece, as it comes
 
     Raises ModelError where there is no tokenizer, RecipeError for settings that make no sense.
@@ -92,7 +94,7 @@ def generate(
             tokens,
             attention_mask=torch.ones_like(tokens),
             generation_config=config,
-            past_key_values=cache,
+            past_key_values=growing_cache(network) if cache is None else cache,
             streamer=watch,
         )
     new = tuple(made[0, tokens.shape[1] :].tolist())

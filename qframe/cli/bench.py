@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from qframe.kv_cache import QuantizedKVCache
     from qframe.speed import Speed
 
 QUANTIZED = "quantized"
@@ -70,9 +69,10 @@ def bench(
 
         torch.set_num_threads(threads or torch.get_num_threads())
         progress.step(f"loading {folder} several times")
-        networks, caches = _networks(folder, kernels), {}
+        networks = _networks(folder, kernels)
+        caches = {name: _own(each) for name, each in networks.items() if name.startswith(QUANTIZED)}
         if scheme is not None:
-            caches = _with_cache(networks, f"{kv_scheme} cache", scheme)
+            caches |= _with_cache(networks, f"{kv_scheme} cache", scheme)
         progress.step(f"timing {len(networks)} networks, {rounds} rounds")
         speeds = measure(
             networks,
@@ -104,9 +104,16 @@ def _networks(folder: Path, kernels: str) -> dict[str, nn.Module]:
     return {**plain, _described(network, kernels): network}
 
 
+def _own(network: nn.Module) -> Callable[[], Any]:
+    """Return what starts the caches that `qframe generate` takes."""
+    from qframe.growing_cache import growing_cache
+
+    return lambda: growing_cache(network)
+
+
 def _with_cache(
     networks: dict[str, nn.Module], what: str, scheme: KVCacheScheme
-) -> dict[str, Callable[[], QuantizedKVCache]]:
+) -> dict[str, Callable[[], Any]]:
     """Add the fastest network once more, and return what starts its caches, by its name."""
     from qframe.kv_attention import attend_to_codes
     from qframe.kv_cache import QuantizedKVCache
