@@ -44,6 +44,22 @@ def test_attention(heads, tokens, width, keys, values, seed):
     assert broken == {}
 
 
+@given(st.sampled_from([1, 2]), TOKENS, WIDTHS, SIDES, SIDES, st.integers(0, 2**32 - 1))
+def test_a_head_gets_the_same_bits_however_many_share_its_keys(
+    shared, tokens, width, keys, values, seed
+):
+    """For few heads codes are decoded where they are added up, for many into memory before."""
+    rng = np.random.default_rng(seed)
+    operands = kernel_draws_other.attention(rng, (2 * shared, 2), tokens, width, keys, values)
+    few = attended(operands)
+    query = operands["q"].reshape(-1, 2, shared, width)
+    operands["q"] = np.tile(query, (1, 1, 3, 1)).reshape(len(query), -1, width)
+    for found, expected in zip(attended(operands), few, strict=True):
+        each = found.reshape(len(query), 2, 3, shared, *found.shape[2:])
+        for copy in range(3):
+            assert np.array_equal(each[:, :, copy].reshape(expected.shape), expected)
+
+
 @pytest.mark.parametrize("axis", ["token", "channel"])
 @pytest.mark.parametrize("name", ["k_words", "v_words", "k_scale", "v_offset"])
 @pytest.mark.parametrize("dimension", [2, 3])

@@ -3,8 +3,9 @@
 Source: Liu et al., KIVI, ICML 2024, arXiv:2402.02750 (the cache: a row of codes is a token's, or a
         channel's of some tokens); Dao et al., Flash-Decoding, 2023 (pieces of the text, merged).
 Method: a few rows at a time are decoded into the fastest cache, and meet the queries of all heads
-        that share them there. A piece of the text is read twice: its keys for all logits, then,
-        with the largest known, its values. So nothing is as large as the decoded cache.
+        that share them there; for one or two heads they are decoded in registers. A piece of the
+        text is read twice: its keys for all logits, then, with the largest known, its values. So
+        nothing is as large as the decoded cache.
 Error:  docs/bounds.md, B7.e and B7.i, a logit being rescaled once for its piece.
 """
 
@@ -20,7 +21,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from qframe import KVScheme
-from qframe_plugins.kernels.numba_cpu.rows import CHUNK, decode, rows_of
+from qframe_plugins.kernels.numba_cpu.rows import CHUNK, are_whole, decode, mix, rows_of
 from qframe_plugins.kernels.numba_cpu.simd import claim, kernel
 from qframe_plugins.kernels.numba_cpu.threads import share, worth_sharing
 from qframe_plugins.kernels.numba_cpu.vectors import FLOAT32, INT32, INT64, Vectors
@@ -28,6 +29,7 @@ from qframe_plugins.kernels.numba_cpu.vectors import FLOAT32, INT32, INT64, Vect
 PIECE = 1024  # tokens of a piece, at least
 _LANES = 16
 _TILE = 8  # registers of sums that a product with rows keeps
+_AT_ONCE = 2  # heads for which it is cheaper to decode again than to store what was decoded
 _LOWEST = -87.33  # of e to less than this nothing is left: no normal number
 
 Float32 = npt.NDArray[np.float32]
@@ -180,6 +182,25 @@ _LOG2 = (0.693359375, -2.12194440e-4)  # log(2) as a short number and the rest
 
 
 @intrinsic
+def _largest(typing: Any, logits: Any, g: Any, count: Any) -> Any:
+    """Return the largest of logits[g, :count]. count is whole registers, at least one."""
+    signature = types.float32(logits, types.int64, types.int64)
+
+    def emit(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        v = Vectors(context, builder)
+        at, (_, length) = v.array(signature.args[0], values[0])
+        at = v.at(at, builder.mul(builder.mul(values[1], length), INT64(4)))
+        vector = ir.VectorType(FLOAT32, _LANES)
+        passes = builder.sdiv(values[2], INT64(_LANES))
+        with v.loop(passes, [v.load(at, vector)]) as loop:
+            here = v.load(v.at(at, builder.mul(loop.index, INT64(4 * _LANES))), vector)
+            loop.hand_on([v.call("llvm.maxnum.v16f32", vector, here, loop.values[0])])
+        return v.call("llvm.vector.reduce.fmax.v16f32", FLOAT32, loop.values[0])
+
+    return signature, emit
+
+
+@intrinsic
 def _powers(typing: Any, logits: Any, g: Any, count: Any, largest: Any) -> Any:
     """Set logits[g, :count] to e^(logit - largest), return their sum. count is whole registers."""
     signature = types.float32(logits, types.int64, types.int64, types.float32)
@@ -221,6 +242,18 @@ def _powers(typing: Any, logits: Any, g: Any, count: Any, largest: Any) -> Any:
 
 
 @kernel
+def _mix_codes(words, scale, offset, layout, lane, row, count, weights, sums):  # type: ignore[no-untyped-def]
+    """Add to sums[g] the sum of weights[g, r] times the row row + r, r < count."""
+    width, length = sums.shape[1], weights.shape[1]
+    flat, to = weights.reshape(-1), sums.reshape(-1)
+    some = CHUNK if layout[4] > 1 else count  # of rows in groups, those that the cache holds
+    for first in range(0, count, some):
+        rows = lane, row + first, min(some, count - first)
+        for g in range(len(sums)):
+            mix(words, scale, offset, layout, rows, flat, g * length + first, to, g * width)
+
+
+@kernel
 def _logits(queries, k, begin, end, taken, chunk, sums, out):  # type: ignore[no-untyped-def]
     """Set out[g, t - begin] to the logits of the tokens begin <= t < end.
 
@@ -243,13 +276,18 @@ def _logits(queries, k, begin, end, taken, chunk, sums, out):  # type: ignore[no
             for g in range(group):
                 _dots(taken, g, chunk, count, out, first - begin)
         return
+    at_once = group <= _AT_ONCE and are_whole(layout)
     for unit in range(begin // step, -(-end // step)):
         sums[:, :] = 0
-        for first in range(0, width, CHUNK):
-            count = min(CHUNK, width - first)
-            decode(words, scale, offset, layout, lane, unit * width + first, count, chunk)
-            for g in range(group):
-                _mix(sums, g, queries, first, chunk, count)
+        row = unit * width
+        if at_once:
+            _mix_codes(words, scale, offset, layout, lane, row, width, queries, sums)
+        else:
+            for first in range(0, width, CHUNK):
+                count = min(CHUNK, width - first)
+                decode(words, scale, offset, layout, lane, row + first, count, chunk)
+                for g in range(group):
+                    _mix(sums, g, queries, first, chunk, count)
         for g in range(group):
             for t in range(min(step, end - unit * step)):
                 out[g, unit * step + t - begin] = sums[g, place[t]]
@@ -263,11 +301,14 @@ def _output(weights, v, begin, end, taken, chunk, sums, out):  # type: ignore[no
     step = layout[1]
     if step == 0:
         sums[:, :] = 0
-        for first in range(begin, end, CHUNK):
-            count = min(CHUNK, end - first)
-            decode(words, scale, offset, layout, lane, first, count, chunk)
-            for g in range(group):
-                _mix(sums, g, weights, first - begin, chunk, count)
+        if group <= _AT_ONCE and are_whole(layout):
+            _mix_codes(words, scale, offset, layout, lane, begin, end - begin, weights, sums)
+        else:
+            for first in range(begin, end, CHUNK):
+                count = min(CHUNK, end - first)
+                decode(words, scale, offset, layout, lane, first, count, chunk)
+                for g in range(group):
+                    _mix(sums, g, weights, first - begin, chunk, count)
         for g in range(group):
             for c in range(width):
                 out[g, c] = sums[g, place[c]]
@@ -327,9 +368,7 @@ def _share_pieces(  # type: ignore[no-untyped-def]
         filled = -(-(end - begin) // _LANES) * _LANES
         for g in range(group):
             logits[g, end - begin : filled] = -np.inf
-            largest = np.float32(-np.inf)
-            for t in range(end - begin):
-                largest = max(largest, logits[g, t])
+            largest = _largest(logits, g, filled)
             state[task, g, 0] = largest
             state[task, g, 1] = _powers(logits, g, filled, largest)
         values = (lane, v_words, v_scale, v_offset, v_place, v_layout)

@@ -29,6 +29,8 @@ from qframe_plugins.kernels.numba_cpu.simd import kernel
 from qframe_plugins.kernels.numba_cpu.vectors import FLOAT32, INT8, INT32, INT64, Vectors
 
 CHUNK = 32  # rows that are decoded at a time: what the fastest cache holds
+_TILES = (8, 4, 1)  # registers of sums that rows are added to without being stored
+_AHEAD = 4096  # bytes by which codes are asked for before they are used
 _LANES = 16
 _WORD = 32
 
@@ -227,9 +229,14 @@ def _emit_bytes(v: Vectors, source: Any, target: Any, units: Any, group: Any) ->
     """Decode whole registers of codes of 8 bits."""
     b = v.builder
     with v.loop(b.sdiv(units, INT64(_LANES))) as loop:
-        raw = v.load(v.at(source, b.mul(loop.index, INT64(_LANES))), ir.VectorType(INT8, _LANES))
-        number = _stands_for(v, b.zext(raw, group[0].type), *group)
+        number = _bytes_at(v, v.at(source, b.mul(loop.index, INT64(_LANES))), group)
         v.store(number, v.at(target, b.mul(loop.index, INT64(4 * _LANES))))
+
+
+def _bytes_at(v: Vectors, here: Any, group: Any) -> Any:
+    """Return what sixteen codes of 8 bits stand for."""
+    raw = v.load(here, ir.VectorType(INT8, _LANES))
+    return _stands_for(v, v.builder.zext(raw, group[0].type), *group)
 
 
 def _emit_words(v: Vectors, bits: int, source: Any, target: Any, units: Any, group: Any) -> None:
@@ -240,27 +247,23 @@ def _emit_words(v: Vectors, bits: int, source: Any, target: Any, units: Any, gro
     with v.loop(passes) as loop:
         here = v.at(source, b.mul(loop.index, INT64(4 * together)))
         to = v.at(target, b.mul(loop.index, INT64(4 * _LANES)))
-        _emit_codes(v, bits, together, here, to, table, group)
+        v.store(_words_at(v, bits, together, here, table, group), to)
     if together > 1:
         with v.loop(b.and_(units, INT64(1))):  # what lies behind its codes is overwritten
             here = v.at(source, b.mul(passes, INT64(4 * together)))
             to = v.at(target, b.mul(passes, INT64(4 * _LANES)))
-            _emit_codes(v, bits, 1, here, to, table, group)
+            v.store(_words_at(v, bits, 1, here, table, group), to)
 
 
-def _emit_codes(
-    v: Vectors, bits: int, words: int, here: Any, to: Any, table: Any, group: Any
-) -> None:
-    """Decode one or two words."""
+def _words_at(v: Vectors, bits: int, words: int, here: Any, table: Any, group: Any) -> Any:
+    """Return what the codes of one or two words stand for."""
     b, ints = v.builder, ir.VectorType(INT32, _LANES)
     raw = v.splat(v.load(here, ir.IntType(_WORD * words)), _LANES // words)
     moves = [i // words * bits % _WORD for i in range(_LANES)]
     code = b.lshr(b.bitcast(raw, ints), ir.Constant(ints, moves))
     if table is None:
-        code = b.and_(code, v.const(ints, (1 << bits) - 1))
-        v.store(_stands_for(v, code, *group), to)
-    else:
-        v.store(_looked_up(v, bits, table, code), to)
+        return _stands_for(v, b.and_(code, v.const(ints, (1 << bits) - 1)), *group)
+    return _looked_up(v, bits, table, code)
 
 
 def _stands_for(v: Vectors, code: Any, low: Any, scale: Any, offset: Any) -> Any:
@@ -292,6 +295,100 @@ def _looked_up(v: Vectors, bits: int, table: Any, code: Any) -> Any:
 # taken    (first word of a row, words); for 8 bits in bytes, of which whole registers are taken
 # lowest   int32
 _unpack_2, _unpack_4, _unpack_8 = (_make_unpack(bits) for bits in (2, 4, _BYTE))
+
+
+def _make_mix(bits: int) -> Callable[..., Any]:
+    """Return the intrinsic that adds up decoded rows of 2, 4 or 8 bits, in registers."""
+    nbytes = _LANES * bits // _BYTE  # of what a register of numbers is decoded from
+
+    @intrinsic
+    def mix(
+        typing: Any,
+        words: Any,
+        scale: Any,
+        offset: Any,
+        weights: Any,
+        sums: Any,
+        rows: Any,
+        group: Any,
+        taken: Any,
+        lowest: Any,
+    ) -> Any:
+        operands = words, scale, offset, weights, sums, rows, group, taken
+        signature = types.void(*operands, types.int32)
+
+        def emit(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            v = Vectors(context, builder)
+            words_at, scale_at, offset_at, weights_at, sums_at = (
+                v.array(signature.args[i], values[i])[0] for i in range(5)
+            )
+            first, count, length, weight_from, sums_from = cgutils.unpack_tuple(
+                builder, values[5], 5
+            )
+            index, groups = cgutils.unpack_tuple(builder, values[6], 2)
+            begin, registers = cgutils.unpack_tuple(builder, values[7], 2)
+            low = v.splat(values[8], _LANES)
+            start = builder.mul(begin, INT64(nbytes))
+            stride = builder.mul(length, INT64(4))
+            source = v.at(words_at, builder.add(builder.mul(first, stride), start))
+            place = builder.mul(builder.add(builder.mul(first, groups), index), INT64(4))
+            apart = builder.mul(groups, INT64(4))
+            weights_at = v.at(weights_at, builder.mul(weight_from, INT64(4)))
+            target = builder.add(sums_from, builder.mul(begin, INT64(_LANES)))
+            target = v.at(sums_at, builder.mul(target, INT64(4)))
+
+            def tile(at: Any, size: int) -> None:
+                """Take so many registers of every row, from the given one on."""
+                vector = ir.VectorType(FLOAT32, _LANES)
+                to = v.at(target, builder.mul(at, INT64(4 * _LANES)))
+                here = [v.at(to, 4 * _LANES * i) for i in range(size)]
+                with v.loop(count, [v.load(each, vector) for each in here]) as row:
+                    back = builder.add(place, builder.mul(row.index, apart))
+                    s, m = (
+                        v.splat(v.load(v.at(each, back), FLOAT32), _LANES)
+                        for each in (scale_at, offset_at)
+                    )
+                    weight = v.at(weights_at, builder.mul(row.index, INT64(4)))
+                    weight = v.splat(v.load(weight, FLOAT32), _LANES)
+                    codes = builder.add(
+                        builder.mul(row.index, stride), builder.mul(at, INT64(nbytes))
+                    )
+                    codes = v.at(source, codes)
+                    for line in range(-(-size * nbytes // LINE)):
+                        v.prefetch(v.at(codes, _AHEAD + LINE * line), level=1)
+                    table = None if bits == _BYTE else _table(v, bits, low, s, m)
+                    totals = []
+                    for i, total in enumerate(row.values):
+                        one = v.at(codes, nbytes * i)
+                        if bits == _BYTE:
+                            number = _bytes_at(v, one, (low, s, m))
+                        else:
+                            number = _words_at(v, bits, bits // 2, one, table, (low, s, m))
+                        totals.append(v.muladd(number, weight, total))
+                    row.hand_on(totals)
+                for total, each in zip(row.values, here, strict=True):
+                    v.store(total, each)
+
+            done = INT64(0)
+            for size in _TILES:
+                times = builder.sdiv(builder.sub(registers, done), INT64(size))
+                with v.loop(times) as block:
+                    tile(builder.add(done, builder.mul(block.index, INT64(size))), size)
+                done = builder.add(done, builder.mul(times, INT64(size)))
+            return context.get_dummy_value()
+
+        return signature, emit
+
+    return mix
+
+
+# Each adds weights[weight_from + r] times the row first + r to sums[sums_from ...], r < count.
+# words, scale, offset, weights, sums   [any], flat
+# rows     (first of all rows, count, words of a row, weight_from, sums_from)
+# group    (the one whose scale is taken, groups of a row)
+# taken    (first register of a decoded row, registers)
+# lowest   int32
+_mix_2, _mix_4, _mix_8 = (_make_mix(bits) for bits in (2, 4, _BYTE))
 
 
 @kernel
@@ -340,3 +437,38 @@ def decode(words, scale, offset, layout, lane, first, count, out):  # type: igno
             start += whole
         if start < stop:
             _one_by_one(words, scale, offset, out, rows, group, start, stop, bits, lowest)
+
+
+@kernel
+def are_whole(layout):  # type: ignore[no-untyped-def]
+    """Return whether every group of a row is decoded in whole registers: what `mix` takes."""
+    _, length, groups, codes, bits, _, size, way = layout[2:]
+    if way == _NATURAL:
+        return False
+    if groups > 1 and size % _LANES:
+        return False
+    return codes % _LANES == 0 and length * _WORD == codes * bits
+
+
+@kernel
+def mix(words, scale, offset, layout, some, weights, weight_from, sums, sums_from):  # type: ignore[no-untyped-def]
+    """Add weights[weight_from + r] times each of some rows to sums[sums_from ...].
+
+    The same bits as if each were decoded, and then multiplied and added; see `Rows`.
+    some            (lane, first row, how many)
+    weights, sums   flat
+    """
+    total, length, groups, codes, bits, lowest, size, _ = layout[2:]
+    lane, first, count = some
+    rows = (lane * total + first, count, length, weight_from, sums_from)
+    low = np.int32(lowest)
+    for i in range(groups):
+        group = (i, groups)
+        start = i * size // _LANES
+        taken = (start, min(size // _LANES, codes // _LANES - start))
+        if bits == _BYTE:
+            _mix_8(words, scale, offset, weights, sums, rows, group, taken, low)
+        elif bits == 4:
+            _mix_4(words, scale, offset, weights, sums, rows, group, taken, low)
+        else:
+            _mix_2(words, scale, offset, weights, sums, rows, group, taken, low)
