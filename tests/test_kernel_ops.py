@@ -314,7 +314,7 @@ def meaningless(tensor):
 @pytest.mark.parametrize("rows", [1, 3])
 def test_sums_of_codes_do_not_depend_on_strides_that_mean_nothing(tokens, columns, rows):
     """Where a size is 1 its stride may be anything; torch._int_mm minds (pytorch issue 195066)."""
-    from qframe_plugins.kernels.torch_ops import integer_product
+    from qframe_plugins.kernels.torch_native.codes import integer_product
 
     rng = np.random.default_rng(0)
     x, w = (
@@ -323,11 +323,11 @@ def test_sums_of_codes_do_not_depend_on_strides_that_mean_nothing(tokens, column
     )
     expected = x.double() @ w.double().T
     odd = [meaningless(each.T.contiguous().T) for each in (x, w)]
-    assert torch.equal(integer_product(*odd).double(), expected)
+    assert torch.equal(integer_product(*odd, 127).double(), expected)
 
 
 def test_columns_beyond_an_int32_are_added_exactly():
-    from qframe_plugins.kernels.torch_ops import integer_product
+    from qframe_plugins.kernels.torch_native.codes import integer_product
 
     codes = torch.full((1, 140_000), 127, dtype=torch.int8)
-    assert int(integer_product(codes, codes)) == 140_000 * 127**2
+    assert int(integer_product(codes, codes, 127)) == 140_000 * 127**2

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from functools import cache
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from qframe import OpCall, Unsupported, hookimpl
@@ -20,10 +22,10 @@ if TYPE_CHECKING:
     import torch
 
     from qframe import KVScheme
+    from qframe_plugins.kernels.torch_native.groups import Blocks, Steps
 
-_CHUNK = 1 << 20  # weights that are dequantized at a time: 4 MiB of float32
+_CHUNK = 1 << 17  # weights that are dequantized at a time: 512 KiB, which stays in the cache
 _RUN = 256  # tokens of second moments that are summed in float32
-_INT32 = (2**31 - 1) // 127**2  # columns whose products of codes fit an int32
 
 
 class TorchKernel:
@@ -59,6 +61,12 @@ class TorchKernel:
         return self.function(*operands)
 
 
+@cache
+def _native(name: str) -> Any:
+    """Return a module of `torch_native`, which imports torch."""
+    return import_module(f"qframe_plugins.kernels.torch_native.{name}")
+
+
 def _block_objection(columns: int, block: int) -> Unsupported | None:
     if block < 1 or block & (block - 1):
         return Unsupported(f"block={block} is not a power of two")
@@ -77,26 +85,24 @@ def dequantize(
     import torch
 
     index = group_index.long()
-    steps = codes.to(torch.float32) - zero_point[:, index].to(torch.float32)
-    return steps * scale[:, index]
+    steps = codes.to(torch.int32) - zero_point.to(torch.int32).index_select(1, index)
+    return steps * scale.index_select(1, index)
 
 
-def linear_weight_only(
-    x: torch.Tensor,
-    codes: torch.Tensor,
-    scale: torch.Tensor,
-    zero_point: torch.Tensor,
-    group_index: torch.Tensor,
-) -> torch.Tensor:
-    """Return x W^T, [tokens, rows] float32; only a chunk of W exists at a time."""
-    rows, columns = codes.shape
-    y = x.new_empty(len(x), rows)
-    height = max(1, _CHUNK // max(columns, 1))
-    for first in range(0, rows, height):
-        part = slice(first, first + height)
-        s, z = (scale, zero_point) if len(scale) == 1 else (scale[part], zero_point[part])
-        y[:, part] = x @ dequantize(codes[part], s, z, group_index).T
-    return y
+class LinearWeightOnly(TorchKernel):
+    """x W^T; only a chunk of W exists at a time."""
+
+    def __init__(self) -> None:
+        super().__init__(linear_weight_only)
+
+    def prepare(self, *weight: torch.Tensor) -> Steps:
+        """Return the weight group after group."""
+        return _native("groups").lay_out(*weight)  # type: ignore[no-any-return]
+
+
+def linear_weight_only(x: torch.Tensor, weight: Steps) -> torch.Tensor:
+    """Return x W^T, [tokens, rows] float32."""
+    return _native("groups").multiply_floats(x, weight, _CHUNK)  # type: ignore[no-any-return]
 
 
 # Eight bits -----------------------------------------------------------------------------------
@@ -119,56 +125,27 @@ def linear_int8(
     """Return s_x s_w sum of products of codes, [tokens, rows] float32."""
     import torch
 
-    product = integer_product(x_codes, w_codes).to(torch.float32)
-    return product * x_scale[:, None] * w_scale
+    codes = _native("codes")
+    product = codes.integer_product(x_codes, w_codes, codes.INT8).to(torch.float32)
+    return product * x_scale[:, None] * w_scale  # type: ignore[no-any-return]
+
+
+class LinearInt8Groups(TorchKernel):
+    """Products of codes with a weight in groups; the sums of groups are exact."""
+
+    def __init__(self) -> None:
+        super().__init__(linear_int8_groups)
+
+    def prepare(self, *weight: torch.Tensor) -> Blocks:
+        """Return the weight group by group."""
+        return _native("groups").lay_out(*weight).blocks()  # type: ignore[no-any-return]
 
 
 def linear_int8_groups(
-    x_codes: torch.Tensor,
-    x_scale: torch.Tensor,
-    codes: torch.Tensor,
-    scale: torch.Tensor,
-    zero_point: torch.Tensor,
-    group_index: torch.Tensor,
+    x_codes: torch.Tensor, x_scale: torch.Tensor, weight: Blocks
 ) -> torch.Tensor:
     """Return s_x times the sum over groups of s_g a_g, [tokens, rows] float32."""
-    import torch
-
-    y = x_scale.new_zeros(len(x_codes), len(codes))
-    for group in range(scale.shape[1]):
-        columns = torch.nonzero(group_index == group)[:, 0]
-        steps = (codes[:, columns] - zero_point[:, group, None]).to(torch.float64)
-        sums = x_codes[:, columns].to(torch.float64) @ steps.T  # exact, being below 2^53
-        y += sums.to(torch.float32) * scale[:, group]
-    return y * x_scale[:, None]
-
-
-def integer_product(x_codes: torch.Tensor, w_codes: torch.Tensor) -> torch.Tensor:
-    """Return the sums of products of codes, without error: int32, or float64 for long rows."""
-    import torch
-
-    tokens, columns = x_codes.shape
-    rows = len(w_codes)
-    on_cpu = x_codes.device.type == "cpu"
-    aligned = on_cpu or (tokens > 16 and columns % 8 == 0 and rows % 8 == 0)
-    if tokens and rows and 1 < columns <= _INT32 and aligned:
-        product: torch.Tensor = torch._int_mm(_row_major(x_codes), _row_major(w_codes).T)
-        return product
-    return x_codes.to(torch.float64) @ w_codes.to(torch.float64).T
-
-
-def _row_major(matrix: torch.Tensor) -> torch.Tensor:
-    """Return a matrix whose strides are those of its shape, also where a size is 1.
-
-    There `contiguous` leaves any stride as it is, and torch._int_mm reads it as the length of a
-    row: what comes out is then not even written (pytorch/pytorch#195066). One column cannot be
-    helped in this way.
-    """
-    import torch
-
-    if min(matrix.shape) > 1:
-        return matrix.contiguous()
-    return matrix.clone(memory_format=torch.contiguous_format)
+    return _native("groups").multiply_codes(x_codes, x_scale, weight)  # type: ignore[no-any-return]
 
 
 def linear_int8_outliers(
@@ -260,15 +237,13 @@ def hessian_update(hessian: torch.Tensor, x: torch.Tensor) -> None:
 @hookimpl
 def qframe_kernels() -> Iterable[TorchKernel]:
     """Register all of them."""
-    functions = (
+    plain = (
         dequantize,
-        linear_weight_only,
         quantize_activations,
         linear_int8,
-        linear_int8_groups,
         linear_int8_outliers,
         hadamard,
         attention_kv,
         hessian_update,
     )
-    return [TorchKernel(function) for function in functions]
+    return [LinearWeightOnly(), LinearInt8Groups(), *(TorchKernel(each) for each in plain)]

@@ -1,0 +1,1 @@
+"""What the kernels of `torch_ops` are made of: PyTorch's own kernels, and what they need."""
