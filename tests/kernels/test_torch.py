@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 
 from qframe.kernel_judges import judge
 from qframe.kernels import ARITHMETICS, OPS, run
+from qframe.packing import pack_codes
 from qframe_plugins.kernels import torch_ops
+from qframe_plugins.kernels.torch_native import attention
 from qframe_plugins.kernels.torch_native import codes as native
 
 TOKENS = st.sampled_from([0, 1, 2, 5, 17, 33])
@@ -151,3 +153,15 @@ def test_steps_take_the_fewest_bytes(bits, symmetric, dtype):
         codes, torch.ones(1, 1), zero, torch.zeros(codes.shape[1], dtype=torch.int32)
     )
     assert laid.steps.dtype == dtype
+
+
+# Caches ---------------------------------------------------------------------------------------
+
+
+@given(st.integers(2, 8), st.integers(1, 130), st.integers(0, 5), SEEDS)
+def test_words_give_the_codes_that_were_packed(bits, count, rows, seed):
+    codes = np.random.default_rng(seed).integers(0, 1 << bits, (rows, count))
+    words = pack_codes(torch.from_numpy(codes.astype(np.int16)), bits)
+    assert np.array_equal(attention.unpacked(words, bits, count).numpy(), codes)
+    other = words.T.contiguous().T[None]  # any strides, any number of dimensions
+    assert np.array_equal(attention.unpacked(other, bits, count)[0].numpy(), codes)

@@ -10,7 +10,6 @@ products without error (B5.b); the transform by butterflies (B8.a).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from functools import cache
 from importlib import import_module
@@ -186,45 +185,8 @@ def attention_kv(
     tokens: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return softmax(z) V and log sum exp z: [batch, heads, head_dim], [batch, heads] float32."""
-    batch, heads, width = q.shape
-    keys = _cached(k_words, k_scale, k_offset, k_scheme, tokens, width)
-    values = _cached(v_words, v_scale, v_offset, v_scheme, tokens, width)
-    kv_heads = keys.shape[1]
-    shared = q.reshape(batch, kv_heads, heads // kv_heads, width) / math.sqrt(width)
-    logits = shared @ keys.transpose(-1, -2)
-    out = (logits.softmax(-1) @ values).reshape(batch, heads, width)
-    return out, logits.logsumexp(-1).reshape(batch, heads)
-
-
-def _cached(
-    words: torch.Tensor,
-    scale: torch.Tensor,
-    offset: torch.Tensor,
-    scheme: KVScheme,
-    tokens: int,
-    width: int,
-) -> torch.Tensor:
-    """Return scale * code + offset, [batch, kv heads, tokens, head_dim]."""
-    import torch
-
-    from qframe.packing import unpack_codes
-
-    batch, heads, rows, length = words.shape
-    channel = scheme.axis == "channel"
-    long = scheme.step if channel else width
-    codes = unpack_codes(words.reshape(-1, length), scheme.num_bits, long)
-    codes = codes.to(torch.float32) + scheme.grid.qmin
-    if channel:
-        cut = codes.reshape(batch, heads, rows // width, width, long).transpose(3, 4)
-        codes = cut.flatten(2, 3)[:, :, :tokens]
-    codes = codes.reshape(batch, heads, tokens, width)
-    row = torch.arange(tokens, device=codes.device)[:, None]
-    column = torch.arange(width, device=codes.device)
-    if channel:
-        row = row // scheme.step
-    else:
-        column = column // (scheme.group_size or width)
-    return codes * scale[..., row, column] + offset[..., row, column]
+    keys, values = (k_words, k_scale, k_offset, k_scheme), (v_words, v_scale, v_offset, v_scheme)
+    return _native("attention").attend(q, keys, values, tokens)  # type: ignore[no-any-return]
 
 
 def hessian_update(hessian: torch.Tensor, x: torch.Tensor) -> None:

@@ -15,6 +15,8 @@ from functools import cache
 
 import torch
 
+from qframe_plugins.kernels.torch_native.layout import row_major
+
 INT8 = 127  # the largest code of a token
 _INT32 = 2**31 - 1
 _EXACT = 1 << 24  # a float32 holds every integer up to this
@@ -29,7 +31,7 @@ def integer_product(x_codes: torch.Tensor, steps: torch.Tensor, largest: int) ->
     largest   what no step is larger than in magnitude
     """
     if steps.dtype == torch.int8 and _served(x_codes, steps, largest):
-        product: torch.Tensor = torch._int_mm(_row_major(x_codes), _row_major(steps).T)
+        product: torch.Tensor = torch._int_mm(row_major(x_codes), row_major(steps).T)
         return product
     columns = x_codes.shape[1]
     run = _EXACT // (INT8 * max(largest, 1))
@@ -47,6 +49,7 @@ def integer_product(x_codes: torch.Tensor, steps: torch.Tensor, largest: int) ->
 def _served(x_codes: torch.Tensor, steps: torch.Tensor, largest: int) -> bool:
     """Return whether torch._int_mm takes these, and is right about them."""
     (tokens, columns), rows = x_codes.shape, len(steps)
+    # Of one column no stride tells how it lies: torch._int_mm is wrong about it in any case.
     if not tokens or not rows or columns <= 1 or columns * INT8 * largest > _INT32:
         return False
     if x_codes.device.type == "cpu":
@@ -71,15 +74,3 @@ def int_mm_is_exact() -> bool:
             if bool((made != columns * x * w).any()):
                 return False
     return True
-
-
-def _row_major(matrix: torch.Tensor) -> torch.Tensor:
-    """Return a matrix whose strides are those of its shape, also where a size is 1.
-
-    There `contiguous` leaves any stride as it is, and torch._int_mm reads it as the length of a
-    row: what comes out is then not even written (pytorch/pytorch#195066). One column cannot be
-    helped in this way.
-    """
-    if min(matrix.shape) > 1:
-        return matrix.contiguous()
-    return matrix.clone(memory_format=torch.contiguous_format)
