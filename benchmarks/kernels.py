@@ -9,7 +9,9 @@ network after the layer before. What is reported are medians of ratios, and shar
 run reads from memory, or multiplies in registers. Writes kernels.json, and docs/performance.md from
 it.
 
-ONNX Runtime takes part where it is installed: pip install -c constraints.txt onnxruntime onnx
+Others take part where they are installed:
+
+    pip install -c constraints.txt onnxruntime onnx bitsandbytes torchao
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from typing import Any
 import numba
 import numpy as np
 import torch
+from kernel_peers import layers
 from torch.nn import functional
 
 from qframe import KVScheme
@@ -83,6 +86,14 @@ def weight(bits: int, rows: int, columns: int, rng: np.random.Generator) -> list
     return [torch.from_numpy(each) for each in (codes, scale, zero, index)]
 
 
+def with_outliers(x: torch.Tensor) -> torch.Tensor:
+    """Return tokens in which one column in a thousand is far beyond LLM.int8()'s threshold."""
+    loud, columns = x.clone(), x.shape[1]
+    count = max(columns // 1000, 1)
+    loud[:, :: columns // count][:, :count] = 30
+    return loud
+
+
 class Ours:
     """qframe's kernels on weights of one shape, laid out once."""
 
@@ -108,9 +119,7 @@ class Ours:
         products = len(x) * self.size
         scales = 4 * self.size // GROUP
         whole = self.size + 4 * self.rows
-        outliers = x.clone()
-        columns = x.shape[1]
-        outliers[:, :: columns // max(columns // 1000, 1)][:, : max(columns // 1000, 1)] = 30
+        outliers = with_outliers(x)
         yield "W8A8", Work(lambda: self.int8(*self.encode(x), self.panels), whole, products)
         yield (
             "LLM.int8(), 0.1 % outliers",
@@ -150,6 +159,7 @@ class Peers:
         self.four = torch.ops.aten._convert_weight_to_int4pack_for_cpu(four, 1)
         self.four_scales = torch.rand(columns // GROUP, rows, 2, generator=generator).bfloat16()
         self.sessions = onnx_sessions(rows, columns, threads, seed)
+        self.layers = dict(layers(self.weight, GROUP))
 
     def works(self, x: torch.Tensor) -> Iterator[tuple[str, Work]]:
         """Yield name -> work for tokens x."""
@@ -176,6 +186,10 @@ class Peers:
                 size // 2,
             ),
         )
+        loud = with_outliers(x)
+        for name, layer in self.layers.items():
+            given = loud if "LLM.int8()" in name else x
+            yield name, Work(lambda layer=layer, given=given: layer(given), size)  # type: ignore[misc]
         for name, (session, share) in self.sessions.items():
             yield (
                 name,
@@ -332,12 +346,18 @@ def run(threads: int, rounds: int) -> dict[str, Any]:
 
 # The document ---------------------------------------------------------------------------------
 
-W8A8 = ("torch float32", "torch bfloat16", "oneDNN W8A8", "ONNX Runtime W8A8")
-W4 = ("torch float32", "torch bfloat16", "torch int4", "ONNX Runtime W4, float32")
-W4A8 = (*W4, "ONNX Runtime W4, int8")
+W8A8 = ("torch float32", "torch bfloat16", "oneDNN W8A8", "torchao W8A8", "ONNX Runtime W8A8")
+_W4 = ("torch float32", "torch bfloat16", "torch int4", "ONNX Runtime W4, float32")
+W4 = (*_W4, "torchao W4")
+W4A8 = (*_W4, "ONNX Runtime W4, int8", "torchao W4A8")
 COLUMNS: Mapping[str, Sequence[str]] = {
     "W8A8": W8A8,
-    "LLM.int8(), 0.1 % outliers": ("W8A8", "torch float32", "torch bfloat16"),
+    "LLM.int8(), 0.1 % outliers": (
+        "W8A8",
+        "torch float32",
+        "torch bfloat16",
+        "bitsandbytes LLM.int8()",
+    ),
     "W4A8": W4A8,
     "W4A32": W4,
     "W3A8": ("W4A8", "torch float32", "torch bfloat16"),
@@ -421,7 +441,7 @@ def machine() -> str:
 
 def versions() -> str:
     """Return the versions of what was compared."""
-    names = ("numba", "torch", "onnxruntime")
+    names = ("numba", "torch", "onnxruntime", "bitsandbytes", "torchao")
     return ", ".join(f"{each} {metadata.version(each)}" for each in names if find_spec(each))
 
 
