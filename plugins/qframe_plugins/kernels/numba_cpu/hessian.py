@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from qframe_plugins.kernels.numba_cpu.scratch import scratch
 from qframe_plugins.kernels.numba_cpu.simd import LANES, QUAD, claim, kernel, tile_add
-from qframe_plugins.kernels.numba_cpu.threads import share
+from qframe_plugins.kernels.numba_cpu.threads import share, worth_sharing
 
 RUN = 256  # tokens that are summed in float32
 _CHUNK = 2048  # tokens between two updates of H: two panels of them stay in L2
@@ -45,16 +45,19 @@ def accumulate(hessian: Float64, x: Float32) -> None:
     for start in range(0, len(x), _CHUNK):
         tokens = np.require(x[start : start + _CHUNK], requirements=("C", "W"))
         bits = tokens.view(np.int32)
+        products = len(tokens) * hessian.size // 2
+        copies = worth_sharing(panels, tokens.nbytes, 0)
+        tasks = worth_sharing(panels, hessian.nbytes // 2, products)
         if not (bits[0] & _LOW).any():  # it pays to look at one token before copying all
             pairs = scratch((panels * -(-len(tokens) // 2), LANES), np.int32)
             alien = np.zeros(1, np.int64)
-            share(_share_pairs, panels, bits, pairs, alien)
+            share(_share_pairs, copies, bits, pairs, alien)
             if not alien[0]:
-                share(_share_blocks, panels, pairs, np.int64(RUN // 2), hessian)
+                share(_share_blocks, tasks, pairs, np.int64(RUN // 2), hessian)
                 continue
         stripes = scratch((panels * len(tokens), LANES), np.float32)
-        share(_share_layout, panels, tokens, stripes)
-        share(_share_blocks, panels, stripes, np.int64(RUN), hessian)
+        share(_share_layout, copies, tokens, stripes)
+        share(_share_blocks, tasks, stripes, np.int64(RUN), hessian)
 
 
 def symmetrize(hessian: Float64) -> None:
