@@ -14,7 +14,7 @@ from qframe.kernel_judges import judge
 from qframe.kernels import ARITHMETICS, OPS, run
 from qframe.packing import pack_codes
 from qframe_plugins.kernels import torch_ops
-from qframe_plugins.kernels.torch_native import attention
+from qframe_plugins.kernels.torch_native import attention, groups
 from qframe_plugins.kernels.torch_native import codes as native
 
 TOKENS = st.sampled_from([0, 1, 2, 5, 17, 33])
@@ -139,6 +139,18 @@ def test_weights_in_any_groups_keep_their_bounds(tokens, columns, rows, bits, si
         ("dequantize", parts),
     ):
         assert broken(op, operands, answer(op, operands)) == {}, op
+
+
+@given(st.sampled_from([1, 300, 1000, 4000]), st.sampled_from(["plain", "scattered"]), SEEDS)
+def test_a_weight_that_is_decoded_in_pieces_is_whole(chunk, kind, seed):
+    rng = np.random.default_rng(seed)
+    operands = {
+        "x": rng.normal(size=(3, 130)).astype(np.float32),
+        **weight(rng, 23, 130, 4, 32, kind),
+    }
+    x, *parts = (torch.from_numpy(each) for each in operands.values())
+    made = groups.multiply_floats(x, groups.lay_out(*parts), chunk)
+    assert broken("linear_weight_only", operands, made.numpy()) == {}
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,6 @@
-"""The numba kernels with one mistake each in their source, and killed by the suite.
-
-A mutant is the folder `numba_cpu`, copied under another name, with one piece of text replaced.
-"""
+"""The numba kernels with one mistake each in their source, and killed by the suite."""
 
 from __future__ import annotations
-
-import importlib
-import sys
-import tempfile
-from functools import cache
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -27,10 +18,8 @@ from tests.mutants import (
     kernels_outliers,
     kernels_weights,
 )
+from tests.mutants.kernels_source import changed
 from tests.mutants.mutant import Mutant
-
-SOURCE = Path(numba_ops.__file__).parent
-PACKAGE = "qframe_plugins.kernels.numba_cpu"
 
 
 def of_groups(plugin):
@@ -57,35 +46,6 @@ OUTPUTS = {
 }
 
 
-@cache
-def scratch():
-    """Return a folder that is imported from, and goes with the process."""
-    folder = tempfile.TemporaryDirectory(prefix="qframe-mutants-")
-    sys.path.append(folder.name)
-    return folder
-
-
-def changed(name, kernel, file, old, new):
-    """Return a function that makes a kernel of changed source."""
-
-    def make():
-        package = f"mutant_{name}"
-        folder = Path(scratch().name) / package
-        if package not in sys.modules:
-            folder.mkdir()
-            for source in (*SOURCE.joinpath("numba_cpu").glob("*.py"), SOURCE / "numba_ops.py"):
-                text = source.read_text(encoding="utf-8")
-                if source.name == file:
-                    if text.count(old) != 1:
-                        raise ValueError(f"{name}: {file} has {text.count(old)} of {old!r}")
-                    text = text.replace(old, new)
-                folder.joinpath(source.name).write_text(text.replace(PACKAGE, package), "utf-8")
-            importlib.invalidate_caches()
-        return getattr(importlib.import_module(f"{package}.numba_ops"), kernel)()
-
-    return make
-
-
 def mutants(kernel, *mistakes):
     right = getattr(numba_ops, kernel)
     return [
@@ -93,7 +53,7 @@ def mutants(kernel, *mistakes):
             name=f"{right.op}:numba_{name}",
             kind="kernel",
             bug=f"numba: {bug}",
-            make=changed(f"{right.op}_{name}", kernel, file, old, new),
+            make=changed(numba_ops, "numba_cpu", right.op, name, file, old, new),
             correct=right,
             killed_by=killed_by,
         )
