@@ -1,6 +1,7 @@
 """Every operation in PyTorch: slow or not, it works on any shape and any device of PyTorch.
 
-These kernels are what runs where nothing faster does, and what faster ones are compared with.
+PyTorch's own kernels are called where they are right; docs/kernels.md says which are.
+What is here runs where nothing faster does, and is what faster kernels are compared with.
 
 Sources: LLM.int8() (Dettmers et al., NeurIPS 2022, arXiv:2208.07339); the fast Walsh-Hadamard
 transform by butterflies, as in QuaRot (Ashkboos et al., NeurIPS 2024, arXiv:2404.00456).
