@@ -58,8 +58,8 @@ def decoded(words: torch.Tensor, parts: Sequence[Any], tokens: int, width: int) 
         numbers += scheme.grid.qmin
     numbers = numbers.mul_(scale).add_(offset)
     if channel:
-        numbers = numbers.transpose(3, 4).flatten(2, 3)[:, :, :tokens]
-    return numbers
+        numbers = numbers.transpose(3, 4).flatten(2, 3)
+    return numbers[:, :, :tokens]
 
 
 def unpacked(words: torch.Tensor, num_bits: int, count: int) -> torch.Tensor:
