@@ -32,6 +32,7 @@ import qframe
 from qframe.contracts import Kernel
 from qframe.dispatch import Dispatch
 from qframe.errors import OutputError, VerifyError
+from qframe.fused_norms import fuse_norms
 from qframe.host import Host
 from qframe.kernel_layer import on_kernels, without_kernels
 from qframe.kv_scheme import KVCacheScheme
@@ -288,7 +289,7 @@ def load(
             module = replace_module(module, name, made)
     _load_rest(module, source)
     if dispatch is not None:
-        module = on_kernels(module, dispatch)
+        module = fuse_norms(on_kernels(module, dispatch))
         left = without_kernels(module)
         for reason in sorted(set(left.values())):
             names = [name for name, why in left.items() if why == reason]
