@@ -54,7 +54,7 @@ class KernelLinear(QuantizedLinear):
             y = self._product(transform.rest(z)) + z[:, transform.kept] @ self._kept.T
         if self.bias is not None:
             y = y + self.bias
-        y = y.reshape(*x.shape[:-1], self.out_features)
+        y = y.view(*x.shape[:-1], self.out_features)
         return y if x.dtype == y.dtype else y.to(x.dtype)
 
 

@@ -62,7 +62,7 @@ class PackedPanels:
         """How many groups a row has."""
         return self.scale.shape[1]
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """How many bytes the codes take."""
         return sum(plane.nbytes for plane in self.planes)
@@ -72,12 +72,12 @@ class PackedPanels:
         """Whether zero points less the lowest code are bytes without sign; any may be stored."""
         return bool(self.zero.min(initial=0) >= 0 and self.zero.max(initial=0) <= 255)
 
-    @property
+    @cached_property
     def points(self) -> Any:
         """The zero points less the lowest code: a number, where it is one for all."""
         return self.zero if self.centre is None else np.int64(self.centre)
 
-    @property
+    @cached_property
     def filled(self) -> tuple[tuple[Array, ...], tuple[tuple[int, ...], ...]]:
         """The planes that hold codes, and for each as many numbers as a code has bits in it."""
         if self.bits == 3:
