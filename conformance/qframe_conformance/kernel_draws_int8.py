@@ -93,6 +93,7 @@ def outliers(rng: np.random.Generator, columns: int, rows: int, threshold: float
 
     Columns reach the threshold exactly, from above or from below, in a single token; others come
     just short of it. Some tokens hold nothing but outliers, or nothing but small numbers beside.
+    Of half the weights the numbers are what their codes stand for.
     """
     top = threshold or 4.0
     short = float(np.nextafter(np.float32(top), np.float32(0)))
@@ -124,7 +125,10 @@ def outliers(rng: np.random.Generator, columns: int, rows: int, threshold: float
     w = rng.normal(size=(rows, columns)) / 8
     w[0] = rng.uniform(0.75, 1, columns)
     w[rows - 1] = 0 if rows > 1 else w[0]
-    return {"x": x, "threshold": threshold, **weight(w.astype(np.float32))}
+    made = weight(w.astype(np.float32))
+    if rng.random() < 0.5:  # a kernel need not keep such a weight beside its codes
+        made["weight"] = made["w_codes"] * made["w_scale"][:, None]
+    return {"x": x, "threshold": threshold, **made}
 
 
 def weight(w: Array) -> Operands:

@@ -136,6 +136,36 @@ def test_outliers_keep_their_bounds(count, columns, rows, threshold, seed):
     assert {theorem: each.ratio for theorem, each in judged.items() if each.ratio > 1} == {}
 
 
+@given(COUNTS, COLUMNS, ROWS, st.sampled_from([4, 127]), SEEDS)
+def test_a_weight_that_codes_stand_for_is_kept_once_and_gives_the_same_bits(
+    count, columns, rows, largest, seed
+):
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(count, columns)).astype(np.float32)
+    scale = (rng.random(rows) + 0.1).astype(np.float32)
+    w_codes = rng.integers(-largest, largest + 1, (rows, columns)).astype(np.int8)
+    w = w_codes * scale[:, None]
+    once = int8_outliers.lay_out_both(w_codes, scale, w)
+    assert (once.columns is None) == (once.panels.bits == 8)
+    columns_of = np.zeros((columns, len(once.panels.scale) * PANEL), np.float32)
+    columns_of[:, :rows] = w.T
+    twice = int8_outliers.Int8AndColumns(once.panels, columns_of)
+    made = [int8_outliers.multiply(x, 0.5, each) for each in (once, twice)]
+    assert np.array_equal(*made)
+    some = rng.permutation(columns)[: columns // 2]
+    assert np.array_equal(once.taken(some), columns_of[some])
+
+
+def test_a_weight_that_codes_do_not_stand_for_is_kept():
+    rng = np.random.default_rng(0)
+    scale = np.ones(3, np.float32)
+    w_codes = rng.integers(-127, 128, (3, 40)).astype(np.int8)
+    w = w_codes * scale[:, None]
+    for wrong in (np.nan, w[1, 2] + 0.5):
+        w[1, 2] = wrong
+        assert int8_outliers.lay_out_both(w_codes, scale, w).columns is not None
+
+
 def test_without_outliers_the_answer_is_that_of_codes_alone_bit_for_bit():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(13, 130)).astype(np.float32)

@@ -603,6 +603,14 @@ MUTANTS = (
             "all panels meet the outlier weights of the first.",
         ),
         (
+            "columns_of_the_first_quad",
+            "int8_outliers.py",
+            "columns[i] // BYTES, columns[i] % BYTES",
+            "columns[i] // BYTES * 0, columns[i] % BYTES",
+            "eight_bit_decode",
+            "outlier weights are made of the codes of the first four columns.",
+        ),
+        (
             "half_of_the_registers",
             "int8_outliers.py",
             "_lower(bits, token, first, passes, least, over)",

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from qframe_plugins.kernels.numba_cpu.dot_tile import PANEL
+from qframe_plugins.kernels.numba_cpu.dot_tile import BYTES, PANEL
 from qframe_plugins.kernels.numba_cpu.int8_products import Float32, Int8
 from qframe_plugins.kernels.numba_cpu.int8_products import multiply as multiply_codes
 from qframe_plugins.kernels.numba_cpu.packed import PackedPanels, pack_channels
@@ -29,6 +30,7 @@ from qframe_plugins.kernels.numba_cpu.vectors import INT32, INT64, Vectors
 
 _WIDTH = 1024  # columns of a task
 _LANES = 16
+_BYTE = 8
 _MAGNITUDE = 0x7FFFFFFF  # all bits of a float32 but its sign
 _INFINITY = 0x7F800000
 _HUGE = 0xFFFFFFFF
@@ -39,11 +41,22 @@ class Int8AndColumns:
     """A weight of eight bits, and as it is.
 
     panels    the codes
-    columns   [columns, panels * PANEL] float32, the weight transposed, 0 beyond it
+    columns   [columns, panels * PANEL] float32, the weight transposed, 0 beyond it; None where the
+              weight is what the codes stand for: then columns are made when they are asked for
     """
 
     panels: PackedPanels
-    columns: Float32
+    columns: Float32 | None
+
+    def taken(self, outliers: npt.NDArray[np.int64]) -> Float32:
+        """Return some columns, [outliers, panels * PANEL] float32."""
+        if self.columns is not None:
+            return self.columns[outliers]
+        panels = self.panels
+        made = np.empty((len(outliers), len(panels.scale) * PANEL), np.float32)
+        bytes_of = panels.planes[0].reshape(len(panels.scale), -1, PANEL, BYTES)
+        _decode_columns(bytes_of, panels.scale[:, 0], panels.zero[:, 0], outliers, made)
+        return made
 
 
 def lay_out_both(codes: Int8, scale: Float32, weight: Float32) -> Int8AndColumns:
@@ -54,6 +67,8 @@ def lay_out_both(codes: Int8, scale: Float32, weight: Float32) -> Int8AndColumns
     weight   [rows, columns] float32
     """
     panels = pack_channels(codes, scale)
+    if panels.bits == _BYTE and np.array_equal(codes * scale[:, None], weight):
+        return Int8AndColumns(panels, None)
     columns = aligned((weight.shape[1], len(panels.scale) * PANEL), np.float32)
     columns[:, : len(weight)] = weight.T
     return Int8AndColumns(panels, columns)
@@ -78,7 +93,22 @@ def multiply(x: Float32, threshold: float, weight: Int8AndColumns) -> Float32:
     others = np.zeros((len(outliers), -(-len(x) // QUAD) * QUAD), np.float32)
     others[:, : len(x)] = x[:, outliers].T
     codes, scale = quantize_kept(x, keep)
-    return multiply_codes(codes, scale, weight.panels, others, weight.columns[outliers])
+    return multiply_codes(codes, scale, weight.panels, others, weight.taken(outliers))
+
+
+@kernel
+def _decode_columns(bytes_of, scale, zero, columns, out):  # type: ignore[no-untyped-def]
+    """Set out[i] to what the codes of a column stand for.
+
+    bytes_of      [panels, quads, PANEL, BYTES] uint8
+    scale, zero   [panels, PANEL]
+    """
+    for panel in range(len(scale)):
+        for i in range(len(columns)):
+            quad, byte = columns[i] // BYTES, columns[i] % BYTES
+            for lane in range(PANEL):
+                step = np.int32(bytes_of[panel, quad, lane, byte]) - zero[panel, lane]
+                out[i, panel * PANEL + lane] = np.float32(step) * scale[panel, lane]
 
 
 @intrinsic
