@@ -104,7 +104,6 @@ class Ours:
         codes = rng.integers(-127, 128, (rows, columns)).astype(np.int8)
         scale = (rng.random(rows) + 1).astype(np.float32) / 1000
         plain = [torch.from_numpy(each) for each in (codes, scale)]
-        self.encode = kernel("quantize_activations")
         self.int8, self.groups = kernel("linear_int8"), kernel("linear_int8_groups")
         self.mixed, self.floats = kernel("linear_int8_outliers"), kernel("linear_weight_only")
         self.panels = self.int8.prepare(*plain)
@@ -120,7 +119,7 @@ class Ours:
         scales = 4 * self.size // GROUP
         whole = self.size + 4 * self.rows
         outliers = with_outliers(x)
-        yield "W8A8", Work(lambda: self.int8(*self.encode(x), self.panels), whole, products)
+        yield "W8A8", Work(lambda: self.int8.from_activations(x, self.panels), whole, products)
         yield (
             "LLM.int8(), 0.1 % outliers",
             Work(lambda: self.mixed(outliers, 6.0, self.both), whole, products),
@@ -130,7 +129,7 @@ class Ours:
             yield (
                 f"W{bits}A8",
                 Work(
-                    lambda packed=packed: self.groups(*self.encode(x), packed),  # type: ignore[misc]
+                    lambda packed=packed: self.groups.from_activations(x, packed),  # type: ignore[misc]
                     nbytes,
                     products,
                 ),
