@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qframe_plugins.kernels.numba_cpu.simd import claim, kernel
-from qframe_plugins.kernels.numba_cpu.threads import share
+from qframe_plugins.kernels.numba_cpu.threads import share, worth_sharing
 
 _ROWS = 16  # of a task
 
@@ -35,7 +35,8 @@ def dequantize(
     ]
     out = np.empty(codes.shape, np.float32)
     whole = np.ascontiguousarray(codes), *parts, np.ascontiguousarray(group_index)
-    share(_share_rows, -(-rows // _ROWS), *whole, out)
+    tasks = worth_sharing(-(-rows // _ROWS), codes.nbytes + out.nbytes, 0)
+    share(_share_rows, tasks, *whole, out)
     return out
 
 

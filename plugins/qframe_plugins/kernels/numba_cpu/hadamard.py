@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qframe_plugins.kernels.numba_cpu.simd import claim, kernel
-from qframe_plugins.kernels.numba_cpu.threads import share
+from qframe_plugins.kernels.numba_cpu.threads import share, worth_sharing
 
 _LANES = 16  # tokens at once
 
@@ -31,7 +31,8 @@ def hadamard(x: Float32, signs: Float32, block: int) -> Float32:
     y = np.empty(x.shape, np.float32)
     factor = np.float32(1 / math.sqrt(block))
     operands = np.ascontiguousarray(x), np.ascontiguousarray(signs), np.int64(block), factor
-    share(_share_tokens, -(-len(x) // _LANES), *operands, y)
+    tasks = worth_sharing(-(-len(x) // _LANES), x.nbytes + y.nbytes, 0)
+    share(_share_tokens, tasks, *operands, y)
     return y
 
 

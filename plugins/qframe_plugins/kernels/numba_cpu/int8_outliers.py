@@ -24,7 +24,7 @@ from qframe_plugins.kernels.numba_cpu.int8_products import multiply as multiply_
 from qframe_plugins.kernels.numba_cpu.packed import PackedPanels, pack_channels
 from qframe_plugins.kernels.numba_cpu.scratch import aligned
 from qframe_plugins.kernels.numba_cpu.simd import QUAD, claim, kernel
-from qframe_plugins.kernels.numba_cpu.threads import share
+from qframe_plugins.kernels.numba_cpu.threads import share, worth_sharing
 from qframe_plugins.kernels.numba_cpu.tokens import quantize, quantize_kept
 from qframe_plugins.kernels.numba_cpu.vectors import INT32, INT64, Vectors
 
@@ -84,7 +84,7 @@ def multiply(x: Float32, threshold: float, weight: Int8AndColumns) -> Float32:
     if threshold <= 0 or not x.size:
         return multiply_codes(*quantize(x), weight.panels)
     keep = np.empty(x.shape[1], np.int32)
-    tasks = -(-x.shape[1] // _WIDTH)
+    tasks = worth_sharing(-(-x.shape[1] // _WIDTH), x.nbytes, 0)
     least = np.float32(threshold).view(np.int32)
     share(_share_columns, tasks, x.view(np.int32), least, keep)
     outliers = np.flatnonzero(keep == 0)

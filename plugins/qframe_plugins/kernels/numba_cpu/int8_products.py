@@ -78,7 +78,8 @@ def multiply(
     blocks = -(-tokens * quads // _WORDS)
     block = -(-tokens // blocks // BLOCK) * BLOCK
     flat, totals = np.empty(x.size, np.int32), np.empty((tokens, weight.groups), np.int32)
-    share(share_arrange, -(-tokens // BLOCK), x, block, limit, flat, totals)
+    copies = worth_sharing(-(-tokens // BLOCK), x.nbytes, 0)
+    share(share_arrange, copies, x, block, limit, flat, totals)
     sizes = block, limit, weight.bits, in_tiles
     rows = flat, totals, x_scale
     operands = rows, weight.planes, weight.scale, weight.points, sizes, kept, y.reshape(-1)

@@ -49,10 +49,10 @@ _started = threading.Event()
 
 
 def worth_sharing(tasks: int, read: int, products: int) -> int:
-    """Return how many tasks to share a product of matrices in: one, where it would end too soon.
+    """Return how many tasks to share work in: one, where it would end too soon.
 
     tasks      how many there are
-    read       bytes of weights
+    read       bytes that are read and written, but for those of a product's tokens and sums
     products   of a token's number and a weight
     """
     return tasks if read + products // _PRODUCTS_FOR_A_BYTE >= _WAKING else 1

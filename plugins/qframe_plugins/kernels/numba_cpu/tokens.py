@@ -19,7 +19,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from qframe_plugins.kernels.numba_cpu.simd import claim, kernel
-from qframe_plugins.kernels.numba_cpu.threads import share
+from qframe_plugins.kernels.numba_cpu.threads import share, worth_sharing
 from qframe_plugins.kernels.numba_cpu.vectors import FLOAT32, INT8, INT32, INT64, Vectors
 
 LARGEST = 127  # the largest code
@@ -54,7 +54,8 @@ def quantize_kept(
     keep   [columns] int32, -1 for a column that counts and 0 for one that does not; None: all count
     """
     codes, scale = np.empty(x.shape, np.int8), np.empty(len(x), np.float32)
-    share(_share_tokens, -(-len(x) // BLOCK), x, keep, codes, scale)
+    tasks = worth_sharing(-(-len(x) // BLOCK), x.nbytes, 0)
+    share(_share_tokens, tasks, x, keep, codes, scale)
     return codes, scale
 
 
