@@ -1,0 +1,28 @@
+"""`ptx_host`, a device that executes PTX on the CPU, and looks at every access to memory.
+
+PTX text, from any compiler, is translated to machine code of the host: a kernel that was compiled
+for a GPU runs, is checked and is counted where there is none. docs/ptx.md lists what it knows.
+"""
+
+from qframe_plugins.ptx_host.arguments import Fresh
+from qframe_plugins.ptx_host.errors import (
+    KernelFaultError,
+    LaunchError,
+    PtxError,
+    PtxUnsupportedError,
+)
+from qframe_plugins.ptx_host.findings import KINDS, Finding
+from qframe_plugins.ptx_host.launch import Kernel, Module, Run
+
+__all__ = [
+    "KINDS",
+    "Finding",
+    "Fresh",
+    "Kernel",
+    "KernelFaultError",
+    "LaunchError",
+    "Module",
+    "PtxError",
+    "PtxUnsupportedError",
+    "Run",
+]

@@ -1,0 +1,202 @@
+"""The checker: looks at every access to memory before it is made.
+
+For every byte it keeps who wrote it last and two threads that have read it since, with the time:
+the number of barriers of the whole block so far, and a clock of the thread. Two accesses are
+ordered if a barrier of the block lies between them, or if the later thread has met the earlier one
+since (`bar.warp.sync`, barriers of some threads): vector clocks, as in FastTrack, and exact up to
+the readers, of which two are remembered. Atomics race with what is no atomic. That blocks are
+ordered by atomics and fences is not followed.
+
+Source: Flanagan and Freund, FastTrack: efficient and precise dynamic race detection, PLDI 2009.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from numba import cfunc, int64, types
+
+from qframe_plugins.ptx_host.findings import KIND, LOCAL, NOWHERE, SHARED, SLOTS
+from qframe_plugins.ptx_host.layout import (
+    ARRIVAL,
+    ATOMIC,
+    BLOCK,
+    EPOCH,
+    ISSUE,
+    LOAD,
+    SPACES,
+    STATE,
+    THREAD,
+)
+from qframe_plugins.ptx_host.layout import LOCAL as LOCAL_SLOT
+from qframe_plugins.ptx_host.layout import SHARED as SHARED_SLOT
+from qframe_plugins.ptx_host.raw import FINGERPRINT, at, compiled, put
+
+CELL = 8  # writer, its time, its site + 1, reader, time, another reader, time, copy on its way
+BUFFER = 4  # begin, end, cells, flags
+READ_ONLY, IS_FRESH = 1, 2
+
+# The state: where its parts are.
+BUFFERS, BUFFER_COUNT, FOUND, SITES = 0, 1, 2, 3
+SHARED_CELLS, SHARED_SIZE, LOCAL_SIZE, CLOCKS, THREADS = 4, 5, 6, 7, 8
+STATE_SLOTS = 9
+
+OUT, MISALIGNED, UNSET = KIND["out-of-bounds"], KIND["misaligned"], KIND["uninitialized"]
+WITH_WRITE, WITH_READ = KIND["race-with-write"], KIND["race-with-read"]
+PENDING, CONSTANT = KIND["missing-wait"], KIND["read-only"]
+IN_SHARED, IN_LOCAL, GENERIC = SPACES["shared"], SPACES["local"], SPACES[""]
+
+
+@compiled
+def note(
+    state: Any, kind: Any, site: Any, block: Any, thread: Any, where: Any, offset: Any, other: Any,
+    other_site: Any, size: Any,
+) -> None:  # fmt: skip
+    """Write a finding into the table, found[kind, site]."""
+    entry = at(state + 8 * FOUND) + (kind * at(state + 8 * SITES) + site) * SLOTS * 8
+    if at(entry) == 0:
+        put(entry + 8, block)
+        put(entry + 16, thread)
+        put(entry + 24, where)
+        put(entry + 32, offset)
+        put(entry + 40, other)
+        put(entry + 48, other_site)
+        put(entry + 56, size)
+    put(entry, at(entry) + 1)
+
+
+@compiled
+def ordered(state: Any, other: Any, time: Any, me: Any, epoch: Any, in_shared: Any) -> Any:
+    """Return whether an access of `other` (0: nobody) at `time` is before what `me` does now."""
+    if other == 0 or other == me:
+        return True
+    threads = at(state + 8 * THREADS)
+    if (other - 1) // threads != (me - 1) // threads:
+        return in_shared  # another block's shared memory is another one
+    if time >> 32 < epoch:
+        return True
+    clock = at(state + 8 * CLOCKS) + ((me - 1) % threads * threads + (other - 1) % threads) * 8
+    return at(clock) >= time & 0xFFFFFFFF
+
+
+@compiled
+def touch(
+    state: Any, cells: Any, offset: Any, size: Any, access: Any, site: Any, thread: Any, block: Any,
+    epoch: Any, where: Any, needs_writer: Any,
+) -> None:  # fmt: skip
+    """Compare an access with what is known of its bytes, and remember it."""
+    threads, in_shared = at(state + 8 * THREADS), where == SHARED
+    me = block * threads + thread + 1
+    own = at(state + 8 * CLOCKS) + (thread * threads + thread) * 8
+    now = epoch << 32 | at(own)
+    for byte in range(offset, offset + size):
+        cell = cells + byte * CELL * 8
+        writer, pending = at(cell), at(cell + 56)
+        if pending and (pending - 1) // threads != block:
+            pending = int64(0)
+        if pending and not (access == ARRIVAL and pending == me):
+            note(state, PENDING, site, block, thread, where, byte, pending, int64(0), size)
+            if access == LOAD:
+                continue
+        if access == ARRIVAL:
+            put(cell + 56, int64(0))
+        known = writer != 0 and not (in_shared and (abs(writer) - 1) // threads != block)
+        if access in (LOAD, ATOMIC) and needs_writer and not known:
+            note(state, UNSET, site, block, thread, where, byte, int64(0), int64(0), size)
+        if not (writer < 0 and access == ATOMIC) and not ordered(
+            state, abs(writer), at(cell + 8), me, epoch, in_shared
+        ):
+            note(
+                state,
+                WITH_WRITE,
+                site,
+                block,
+                thread,
+                where,
+                byte,
+                abs(writer),
+                at(cell + 16),
+                size,
+            )
+        first, second = at(cell + 24), at(cell + 40)
+        first_gone = ordered(state, first, at(cell + 32), me, epoch, in_shared)
+        second_gone = ordered(state, second, at(cell + 48), me, epoch, in_shared)
+        if access == LOAD:
+            if first_gone:
+                put(cell + 24, me)
+                put(cell + 32, now)
+            elif second_gone or (first - 1) >> 5 == (second - 1) >> 5:
+                put(cell + 40, me)  # rather readers of two warps than two of one
+                put(cell + 48, now)
+            continue
+        if not first_gone or not second_gone:
+            reader = second if first_gone else first
+            note(state, WITH_READ, site, block, thread, where, byte, reader, int64(0), size)
+        if access == ISSUE:
+            put(cell + 56, me)
+            continue
+        put(cell, -me if access == ATOMIC else me)
+        put(cell + 8, now)
+        put(cell + 16, site + 1)
+
+
+def check(
+    thread: Any, row: Any, address: Any, size: Any, access: Any, space: Any, site: Any
+) -> Any:
+    """Return 1 if an access may be made, and write down what is wrong with it."""
+    state, block, number = at(row + 8 * STATE), at(row + 8 * BLOCK), at(thread + 8 * THREAD)
+    size, site, none = int64(size), int64(site), int64(0)
+    if address % size:
+        note(state, MISALIGNED, site, block, number, int64(NOWHERE), address, none, none, size)
+        return 0
+    base, most = at(row + 8 * SHARED_SLOT), at(state + 8 * SHARED_SIZE)
+    epoch = at(row + 8 * EPOCH)
+    offset = address - base
+    fits = offset >= 0 and offset + size <= most
+    if space == IN_SHARED or (space == GENERIC and fits):
+        if not fits:
+            note(state, OUT, site, block, number, int64(SHARED), offset, none, none, size)
+            return 0
+        cells = at(state + 8 * SHARED_CELLS)
+        touch(state, cells, offset, size, access, site, number, block, epoch, int64(SHARED), True)
+        return 1
+    offset = address - at(thread + 8 * LOCAL_SLOT)
+    fits = offset >= 0 and offset + size <= at(state + 8 * LOCAL_SIZE)
+    if space == IN_LOCAL or (space == GENERIC and fits):
+        if not fits:
+            note(state, OUT, site, block, number, int64(LOCAL), offset, none, none, size)
+        return 1 if fits else 0
+    table = at(state + 8 * BUFFERS)
+    for index in range(at(state + 8 * BUFFER_COUNT)):
+        entry = table + index * BUFFER * 8
+        if address >= at(entry) and address + size <= at(entry + 8):
+            offset, flags = address - at(entry), at(entry + 24)
+            if flags & READ_ONLY and access != LOAD:
+                note(state, CONSTANT, site, block, number, index, offset, none, none, size)
+                return 0
+            fresh = flags & IS_FRESH != 0
+            cells = at(entry + 16)
+            touch(state, cells, offset, size, access, site, number, block, epoch, index, fresh)
+            return 1
+    nearest, gap = int64(NOWHERE), int64(1) << 62
+    for index in range(at(state + 8 * BUFFER_COUNT)):
+        entry = table + index * BUFFER * 8
+        away = at(entry) - address if address < at(entry) else address - at(entry + 8)
+        if away < gap and away < 128:
+            nearest, gap, offset = index, away, address - at(entry)
+    offset = offset if nearest != NOWHERE else address
+    note(state, OUT, site, block, number, nearest, offset, none, none, size)
+    return 0
+
+
+_compiled: list[Any] = []
+
+
+def address() -> int:
+    """Return the address of `check`, compiled when it is first asked for."""
+    if not _compiled:
+        check.__qualname__ += f"_{FINGERPRINT}"
+        kinds = [types.int64] * 3 + [types.int32] * 4
+        _compiled.append(cfunc(types.int32(*kinds), cache=True)(check))
+    found: int = _compiled[0].address
+    return found

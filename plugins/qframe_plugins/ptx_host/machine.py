@@ -1,0 +1,387 @@
+"""A kernel's instructions -> one LLVM function per kernel, a thread that can be resumed.
+
+    i32 kernel(i64* thread, i64* block, i64 params, i32 resume)
+
+runs one thread until it ends (0) or has to wait for others: then it puts what it brings, and the
+registers that are still needed, into its context and returns the number of that place, at which
+the scheduler lets it go on. So there are neither system threads nor stacks, and the order of
+threads is the scheduler's choice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from llvmlite import ir
+
+from qframe_plugins.ptx_host import layout
+from qframe_plugins.ptx_host.errors import PtxError, PtxUnsupportedError
+from qframe_plugins.ptx_host.flow import Program
+from qframe_plugins.ptx_host.forms import Instruction, Slot
+from qframe_plugins.ptx_host.syntax import (
+    BITS,
+    Address,
+    Immediate,
+    Label,
+    Operand,
+    Pair,
+    Register,
+    Special,
+    Symbol,
+    Vector,
+)
+from qframe_plugins.ptx_host.values import I1, I32, I64, WORDS, const, resize
+from qframe_plugins.ptx_host.warp import Warp
+
+AXES = {"x": 0, "y": 1, "z": 2}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is compiled in: addresses of the checker and of the tracer, or 0; the counters."""
+
+    check: int = 0
+    count: bool = False
+
+
+@dataclass
+class Waiting:
+    """A place where threads wait: its instruction, and the function that resolves it."""
+
+    site: int
+    kind: int
+    function: str
+
+
+@dataclass
+class Machine:
+    """Translates one program; the forms' functions are given it as `t`."""
+
+    program: Program
+    module: Any
+    addresses: Mapping[str, int]
+    options: Options
+    name: str = "kernel"
+    waits: list[Waiting] = field(default_factory=list)
+    slots: int = layout.REGISTERS
+
+    def build(self) -> None:
+        """Add the function to the module."""
+        kind = ir.FunctionType(I32, [WORDS, WORDS, I64, I32])
+        self.function = ir.Function(self.module, kind, self.name)
+        self.thread, self.block, self.params, resume = self.function.args
+        self.b = ir.IRBuilder(self.function.append_basic_block("entry"))
+        self.registers = {
+            name: self.b.alloca(ir.IntType(BITS[kind]), name=f"r{index}")
+            for index, (name, kind) in enumerate(self.program.registers.items())
+        }
+        self.spilled = {
+            name: layout.REGISTERS + index for index, name in enumerate(self.program.registers)
+        }
+        self.slots = layout.REGISTERS + len(self.registers)
+        self.copies = self.slots
+        if self.program.uses("cp"):
+            self.slots += layout.COPIES_SLOTS
+        self.blocks = {
+            piece.name: self.function.append_basic_block()
+            for piece in self.program.code
+            if isinstance(piece, Label)
+        }
+        start = self.function.append_basic_block("start")
+        self.switch = self.b.switch(resume, start)
+        self.b.position_at_end(start)
+        for site, piece in enumerate(self.program.code):
+            self.site = site
+            if isinstance(piece, Label):
+                self.b.branch(self.blocks[piece.name])
+                self.b.position_at_end(self.blocks[piece.name])
+            else:
+                self.instruction(piece)
+        self.finish(0)
+
+    # One instruction --------------------------------------------------------------------------
+
+    def instruction(self, piece: Instruction) -> None:
+        """Emit one instruction, under its guard where it has one."""
+        after = None
+        if guard := piece.statement.guard:
+            then, after = (self.function.append_basic_block() for _ in range(2))
+            self.b.cbranch(self.register(guard), then, after)
+            self.b.position_at_end(then)
+        if self.options.count:
+            counts = self.b.inttoptr(self.of_block(layout.COUNTS), WORDS)
+            place = self.b.gep(counts, [const(64, self.site)])
+            self.b.store(self.b.add(self.b.load(place), const(64, 1)), place)
+        try:
+            self.emit(piece)
+        except PtxError as error:
+            raise type(error)(
+                f"{piece.statement.place}: {piece.statement.text!r}: {error}"
+            ) from None
+        if after is not None:
+            if not self.b.block.is_terminated:
+                self.b.branch(after)
+            self.b.position_at_end(after)
+        elif self.b.block.is_terminated:
+            self.b.position_at_end(self.function.append_basic_block())
+
+    def emit(self, piece: Instruction) -> None:
+        """Call the form's function with the values, and write what it returns."""
+        self.current = piece
+        given: list[Any] = []
+        targets: list[tuple[Slot, str, Operand | None]] = []
+        for slot, kind, operand in piece.bound:
+            if slot.is_written:
+                targets.append((slot, kind, operand))
+            elif slot.kind == "number":
+                given.append(operand.value if isinstance(operand, Immediate) else None)
+            elif slot.kind == "label":
+                given.append(operand.name if isinstance(operand, Symbol) else None)
+            elif operand is None:
+                given.append(None)
+            elif isinstance(operand, Address):
+                given.append(self.address(operand, kind))
+            elif isinstance(operand, Vector):
+                given.append([self.value(part, kind) for part in operand.parts])
+            elif slot.count:
+                given.append([self.value(operand, kind)])
+            else:
+                given.append(self.value(operand, kind))
+        made = piece.form.emit(self, piece.modifiers, *given)
+        results = list(made) if isinstance(made, (list, tuple)) else [made]
+        for slot, kind, operand in targets:
+            if isinstance(operand, Vector):
+                for part in operand.parts:
+                    self.assign(part, results.pop(0), kind)
+            elif slot.second:
+                first, second = results.pop(0), results.pop(0)
+                if isinstance(operand, Pair):
+                    self.assign(operand.second, second, slot.second)
+                    operand = operand.first
+                self.assign(operand, first, kind)
+            else:
+                self.assign(operand, results.pop(0), kind)
+
+    # Operands ---------------------------------------------------------------------------------
+
+    def register(self, register: Register) -> Any:
+        """Return what a register holds."""
+        value = self.b.load(self.registers[register.name])
+        return self.b.not_(value) if register.negated else value
+
+    def assign(self, operand: Operand | None, value: Any, kind: str) -> None:
+        """Write a value to a register; one that is wider gets it extended as `kind` says."""
+        if isinstance(operand, Register):
+            place = self.registers[operand.name]
+            bits = BITS[self.program.registers[operand.name]]
+            self.b.store(resize(self.b, value, bits, signed=kind[0] == "s"), place)
+
+    def value(self, operand: Operand | None, kind: str) -> Any:
+        """Return an operand's value in the bits of `kind`."""
+        bits = BITS[kind]
+        match operand:
+            case Register():
+                return resize(self.b, self.register(operand), bits)
+            case Immediate(value, width, is_float):
+                if is_float and width != bits:
+                    raise PtxError(f"a float of {width} bits, expected {bits}")
+                return const(bits, int(value != 0) if kind == "pred" else value)
+            case Special(name):
+                return resize(self.b, self.special(name), bits)
+            case Symbol(name, offset):
+                return resize(self.b, const(64, self.offset(name) + offset), bits)
+        raise PtxError(f"the operand {operand} has no value")
+
+    def offset(self, name: str) -> int:
+        """Return the address of a variable: in its space, or of the host where it is global."""
+        if name in self.program.offsets:
+            return self.program.offsets[name]
+        if name in self.addresses:
+            return self.addresses[name]
+        raise PtxError(f"{name!r} is neither a register nor a variable")
+
+    def address(self, operand: Address, space: str) -> Any:
+        """Return [base + offset] as an address of the host."""
+        space = self.current.modifiers.get(space, space)
+        space = "shared" if space == "shared::cta" else space
+        base = self.value(operand.base, "u64")
+        return self.b.add(base, self.b.add(const(64, operand.offset), self.base(space)))
+
+    def base(self, space: str) -> Any:
+        """Return where the addresses of a space begin."""
+        if space == "shared":
+            return self.of_block(layout.SHARED)
+        if space == "local":
+            return self.of_thread(layout.LOCAL)
+        if space == "param":
+            return self.params
+        return const(64, 0)
+
+    def special(self, name: str) -> Any:
+        """Return a special register, 64 bits."""
+        b = self.b
+        word, _, axis = name[1:].partition(".")
+        if axis:
+            slot = {
+                "tid": layout.TID, "ntid": layout.NTID,
+                "ctaid": layout.CTAID, "nctaid": layout.NCTAID,
+            }[word] + AXES[axis]  # fmt: skip
+            return self.of_thread(slot) if word == "tid" else self.of_block(slot)
+        if word == "nwarpid":
+            threads = b.mul(b.mul(*(self.of_block(layout.NTID + axis) for axis in (0, 1))),
+                            self.of_block(layout.NTID + 2))  # fmt: skip
+            return b.lshr(b.add(threads, const(64, 31)), const(64, 5))
+        if word in ("dynamic_smem_size", "total_smem_size"):
+            return self.of_block(layout.DYNAMIC if word[0] == "d" else layout.TOTAL)
+        lane = self.of_thread(layout.LANE)
+        if word.startswith("lanemask"):
+            one = b.shl(const(64, 1), lane)
+            below = b.sub(one, const(64, 1))
+            every = const(64, 0xFFFFFFFF)
+            return {
+                "eq": one, "lt": below, "le": b.or_(below, one),
+                "gt": b.xor(b.or_(below, one), every), "ge": b.xor(below, every),
+            }[word[-2:]]  # fmt: skip
+        return self.of_thread(layout.WARP) if word == "warpid" else lane
+
+    def of_thread(self, slot: int) -> Any:
+        """Return a slot of the thread's context."""
+        return self.b.load(self.b.gep(self.thread, [const(64, slot)]))
+
+    def of_block(self, slot: int) -> Any:
+        """Return a slot of the block."""
+        return self.b.load(self.b.gep(self.block, [const(64, slot)]))
+
+    def set_thread(self, slot: int, value: Any) -> None:
+        """Write a slot of the thread's context."""
+        self.b.store(resize(self.b, value, 64), self.b.gep(self.thread, [const(64, slot)]))
+
+    def carry(self) -> Any:
+        """Return the carry of the last instruction that keeps one."""
+        return self.b.trunc(self.of_thread(layout.CARRY), I1)
+
+    def set_carry(self, value: Any) -> None:
+        """Keep a carry."""
+        self.set_thread(layout.CARRY, value)
+
+    # Control ----------------------------------------------------------------------------------
+
+    def finish(self, code: int) -> None:
+        """End the thread."""
+        self.b.ret(const(32, code))
+
+    def jump(self, label: str) -> None:
+        """Jump; one that leads back costs fuel, so that no loop is endless."""
+        if label not in self.blocks:
+            raise PtxError(f"there is no label {label!r}")
+        if self.program.labels[label] <= self.site:
+            place = self.b.gep(self.block, [const(64, layout.FUEL)])
+            left = self.b.sub(self.b.load(place), const(64, 1))
+            self.b.store(left, place)
+            with self.b.if_then(self.b.icmp_signed("<", left, const(64, 0)), likely=False):
+                self.finish(layout.NO_FUEL)
+        self.b.branch(self.blocks[label])
+
+    def wait(self, inputs: Iterable[Any], outputs: int = 0) -> list[Any]:
+        """Wait with what the thread brings; return what it gets, in 64 bits each."""
+        for index, value in enumerate(inputs):
+            self.set_thread(layout.INPUT + index, value)
+        written = set(self.current.writes())
+        kept = sorted(self.program.live[self.site] - written)
+        for name in kept:
+            self.set_thread(self.spilled[name], self.b.load(self.registers[name]))
+        form = self.current.form
+        resolver = ""
+        if form.resolve is not None:
+            resolver = f"resolve.{self.site}"
+            Warp(self.module, resolver).build(form.resolve, self.current.modifiers)
+        self.waits.append(Waiting(self.site, layout.SYNCS[form.sync], resolver))
+        self.b.ret(const(32, len(self.waits)))
+        here = self.function.append_basic_block()
+        self.switch.add_case(const(32, len(self.waits)), here)
+        self.b.position_at_end(here)
+        for name in kept:
+            place = self.registers[name]
+            value = self.of_thread(self.spilled[name])
+            self.b.store(resize(self.b, value, BITS[self.program.registers[name]]), place)
+        return [self.of_thread(layout.OUTPUT + index) for index in range(outputs)]
+
+    def keep(self, value: Any) -> None:
+        """Keep a value over a wait."""
+        self.set_thread(layout.INPUT + 15, value)
+
+    def kept(self) -> Any:
+        """Return what `keep` was given."""
+        return self.of_thread(layout.INPUT + 15)
+
+    def cell(self, value: Any) -> Any:
+        """Return memory that begins with `value`, and becomes a register."""
+        with self.b.goto_entry_block():
+            place = self.b.alloca(value.type)
+        self.b.store(value, place)
+        return place
+
+    # Memory -----------------------------------------------------------------------------------
+
+    def allowed(self, address: Any, space: str, size: int, access: int) -> Any:
+        """Return the address, or one of the scratch slots where the checker refuses it."""
+        space = "shared" if space == "shared::cta" else space
+        if space == "param":
+            return address
+        codes = [const(32, v) for v in (size, access, layout.SPACES[space], self.site)]
+        if self.options.count and access not in (layout.ISSUE,):
+            self.trace(address, space, size)
+        if not self.options.check:
+            return address
+        kind = ir.FunctionType(I32, [WORDS, WORDS, I64, *[I32] * 4])
+        check = self.b.inttoptr(const(64, self.options.check), kind.as_pointer())
+        fine = self.b.call(check, [self.thread, self.block, address, *codes])
+        scratch = self.b.ptrtoint(self.b.gep(self.thread, [const(64, layout.SCRATCH)]), I64)
+        return self.b.select(self.b.icmp_signed("!=", fine, const(32, 0)), address, scratch)
+
+    def trace(self, address: Any, space: str, size: int) -> None:
+        """Write the access down, for `counters`."""
+        count = self.b.gep(self.block, [const(64, layout.TRACE_COUNT)])
+        used = self.b.load(count)
+        self.b.store(self.b.add(used, const(64, 1)), count)
+        with self.b.if_then(self.b.icmp_signed("<", used, self.of_block(layout.TRACE_MOST))):
+            table = self.b.inttoptr(self.of_block(layout.TRACE), WORDS)
+            first = self.b.mul(used, const(64, layout.TRACE_SLOTS))
+            code = const(64, size | layout.SPACES[space] << 8)
+            entry = (self.of_thread(layout.THREAD), const(64, self.site), address, code)
+            for index, value in enumerate(entry):
+                self.b.store(value, self.b.gep(table, [self.b.add(first, const(64, index))]))
+
+    def pointer(self, address: Any, kind: Any, offset: int = 0) -> Any:
+        """Return a pointer to an address."""
+        return self.b.inttoptr(self.b.add(address, const(64, offset)), kind.as_pointer())
+
+    def load(self, address: Any, space: str, kind: str, count: int = 1) -> list[Any]:
+        """Return `count` values of a type that lie beside one another."""
+        size, bits = BITS[kind] // 8, ir.IntType(BITS[kind])
+        address = self.allowed(address, space, size * count, layout.LOAD)
+        places = [self.pointer(address, bits, size * index) for index in range(count)]
+        return [self.b.load(place, align=1) for place in places]
+
+    def store(self, address: Any, space: str, kind: str, values: list[Any]) -> None:
+        """Store values of a type beside one another."""
+        size, bits = BITS[kind] // 8, ir.IntType(BITS[kind])
+        address = self.allowed(address, space, size * len(values), layout.STORE)
+        for index, value in enumerate(values):
+            self.b.store(value, self.pointer(address, bits, size * index), align=1)
+
+    def unsupported(self, problem: str) -> PtxUnsupportedError:
+        """Return an error about this instruction."""
+        statement = self.current.statement
+        return PtxUnsupportedError(f"{statement.place}: {statement.text!r}: {problem}")
+
+    def helper(self, name: str, kinds: list[Any], build: Callable[[Any, Any], None]) -> Any:
+        """Return an internal function of the module, built when it is first asked for."""
+        if name not in self.module.globals:
+            kind = ir.FunctionType(kinds[0], kinds[1:])
+            function = ir.Function(self.module, kind, name)
+            function.linkage = "internal"
+            build(ir.IRBuilder(function.append_basic_block()), function)
+        return self.module.globals[name]
