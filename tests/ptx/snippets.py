@@ -1,11 +1,12 @@
 """PTX texts that tests write: one kernel that applies variants of a form to columns of numbers."""
 
+import math
 import random
 
 import numpy as np
 
 from qframe_plugins.ptx_host import Module
-from qframe_plugins.ptx_host.forms import count_of, type_of
+from qframe_plugins.ptx_host.forms import TABLE, count_of, type_of
 from qframe_plugins.ptx_host.syntax import BITS
 
 HEAD = ".version 8.5\n.target sm_90\n.address_size 64\n"
@@ -27,12 +28,24 @@ def kernel(body, params="x y", registers="", head=""):
     )
 
 
-def chosen(form, most=MOST):
+def named(*names):
+    """Return the forms that these functions translate."""
+    return [form for form in TABLE if form.emit.__name__ in names]
+
+
+def chosen(form, most=MOST, wanted=lambda m: True):
     """Return variants of a form: all, or so many that every modifier is among them."""
-    every = list(form.variants())
-    if len(every) <= most:
-        return every
-    random.Random(form.pattern).shuffle(every)
+    choices = [[*part.choices, *([""] if part.optional else [])] for part in form.parts()]
+    if math.prod(map(len, choices)) <= 4000:
+        every = [(opcode, m) for opcode, m in form.variants() if wanted(m)]
+        if len(every) <= most:
+            return every
+        random.Random(form.pattern).shuffle(every)
+    else:
+        rng = random.Random(form.pattern)
+        drawn = [".".join(filter(None, map(rng.choice, choices))) for _ in range(20 * most)]
+        every = [(opcode, form.modifiers(opcode)) for opcode in drawn]
+        every = [(opcode, m) for opcode, m in every if m is not None and wanted(m)]
     seen, first, rest = set(), [], []
     for opcode, m in every:
         new = set(m.items()) - seen

@@ -4,7 +4,7 @@ PTX text, from any compiler, is translated to machine code of the host: a kernel
 for a GPU runs, is checked and is counted where there is none. docs/ptx.md lists what it knows.
 """
 
-from qframe_plugins.ptx_host.arguments import Fresh
+from qframe_plugins.ptx_host.arguments import Fresh, numba_arguments
 from qframe_plugins.ptx_host.errors import (
     KernelFaultError,
     LaunchError,
@@ -25,4 +25,5 @@ __all__ = [
     "PtxError",
     "PtxUnsupportedError",
     "Run",
+    "numba_arguments",
 ]

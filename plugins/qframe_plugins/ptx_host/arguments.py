@@ -28,6 +28,18 @@ class Fresh:
     array: np.ndarray[Any, Any]
 
 
+def numba_arguments(*given: Any) -> list[Any]:
+    """Return arguments as a kernel of numba.cuda takes them: an array's size and shape, too."""
+    made: list[Any] = []
+    for value in given:
+        array = value.array if isinstance(value, Fresh) else value
+        if isinstance(array, np.ndarray):
+            made += [0, 0, array.size, array.itemsize, value, *array.shape, *array.strides]
+        else:
+            made.append(value)
+    return made
+
+
 @dataclass
 class Buffer:
     """Memory of the device: of an argument, or of a variable of the module."""

@@ -1,7 +1,8 @@
 """The checker: looks at every access to memory before it is made.
 
-For every byte it keeps who wrote it last and two threads that have read it since, with the time:
-the number of barriers of the whole block so far, and a clock of the thread. Two accesses are
+For every byte it keeps who stored there last, two threads that have read it and two that have
+changed it by atomics, with the time: the number of barriers of the whole block so far, and a clock
+of the thread. Two accesses are
 ordered if a barrier of the block lies between them, or if the later thread has met the earlier one
 since (`bar.warp.sync`, barriers of some threads): vector clocks, as in FastTrack, and exact up to
 the readers, of which two are remembered. Atomics race with what is no atomic. That blocks are
@@ -32,7 +33,10 @@ from qframe_plugins.ptx_host.layout import LOCAL as LOCAL_SLOT
 from qframe_plugins.ptx_host.layout import SHARED as SHARED_SLOT
 from qframe_plugins.ptx_host.raw import FINGERPRINT, at, compiled, put
 
-CELL = 8  # writer, its time, its site + 1, reader, time, another reader, time, copy on its way
+# A cell: who stored there last, when, at which site + 1; two threads that have read it and two that
+# have changed it by atomics, each with the time; and whose copy is on its way there.
+CELL, PENDING_SLOT = 12, 11
+WRITER, WRITE_TIME, WRITE_SITE, READERS, ATOMICS = 0, 1, 2, 3, 7
 BUFFER = 4  # begin, end, cells, flags
 READ_ONLY, IS_FRESH = 1, 2
 
@@ -80,64 +84,91 @@ def ordered(state: Any, other: Any, time: Any, me: Any, epoch: Any, in_shared: A
 
 
 @compiled
+def clash(state: Any, pair: Any, me: Any, epoch: Any, in_shared: Any) -> Any:
+    """Return one of two remembered threads that is not ordered before `me`, or 0."""
+    for slot in (pair, pair + 16):
+        if not ordered(state, at(slot), at(slot + 8), me, epoch, in_shared):
+            return at(slot)
+    return int64(0)
+
+
+@compiled
+def remember(state: Any, pair: Any, me: Any, now: Any, in_shared: Any) -> None:
+    """Remember one more thread, in the place of one that is ordered before it if there is one.
+
+    Else rather threads of two warps than two of one.
+    """
+    epoch, first, second = now >> 32, at(pair), at(pair + 16)
+    slot = int64(0)
+    if ordered(state, first, at(pair + 8), me, epoch, in_shared):
+        slot = pair
+    elif (
+        ordered(state, second, at(pair + 24), me, epoch, in_shared)
+        or (first - 1) >> 5 == (second - 1) >> 5
+    ):
+        slot = pair + 16
+    if slot:
+        put(slot, me)
+        put(slot + 8, now)
+
+
+@compiled
 def touch(
-    state: Any, cells: Any, offset: Any, size: Any, access: Any, site: Any, thread: Any, block: Any,
-    epoch: Any, where: Any, needs_writer: Any,
-) -> None:  # fmt: skip
+    state: Any,
+    cells: Any,
+    offset: Any,
+    size: Any,
+    access: Any,
+    site: Any,
+    thread: Any,
+    block: Any,
+    epoch: Any,
+    where: Any,
+    needs_writer: Any,
+) -> None:
     """Compare an access with what is known of its bytes, and remember it."""
-    threads, in_shared = at(state + 8 * THREADS), where == SHARED
+    threads, in_shared, none = at(state + 8 * THREADS), where == SHARED, int64(0)
     me = block * threads + thread + 1
-    own = at(state + 8 * CLOCKS) + (thread * threads + thread) * 8
-    now = epoch << 32 | at(own)
+    now = epoch << 32 | at(at(state + 8 * CLOCKS) + (thread * threads + thread) * 8)
     for byte in range(offset, offset + size):
         cell = cells + byte * CELL * 8
-        writer, pending = at(cell), at(cell + 56)
+        readers, atomics = cell + 8 * READERS, cell + 8 * ATOMICS
+        writer, pending = at(cell), at(cell + 8 * PENDING_SLOT)
         if pending and (pending - 1) // threads != block:
-            pending = int64(0)
+            pending = none
         if pending and not (access == ARRIVAL and pending == me):
-            note(state, PENDING, site, block, thread, where, byte, pending, int64(0), size)
+            note(state, PENDING, site, block, thread, where, byte, pending, none, size)
             if access == LOAD:
                 continue
         if access == ARRIVAL:
-            put(cell + 56, int64(0))
-        known = writer != 0 and not (in_shared and (abs(writer) - 1) // threads != block)
-        if access in (LOAD, ATOMIC) and needs_writer and not known:
-            note(state, UNSET, site, block, thread, where, byte, int64(0), int64(0), size)
-        if not (writer < 0 and access == ATOMIC) and not ordered(
-            state, abs(writer), at(cell + 8), me, epoch, in_shared
-        ):
-            note(
-                state,
-                WITH_WRITE,
-                site,
-                block,
-                thread,
-                where,
-                byte,
-                abs(writer),
-                at(cell + 16),
-                size,
-            )
-        first, second = at(cell + 24), at(cell + 40)
-        first_gone = ordered(state, first, at(cell + 32), me, epoch, in_shared)
-        second_gone = ordered(state, second, at(cell + 48), me, epoch, in_shared)
+            put(cell + 8 * PENDING_SLOT, none)
+        if access in (LOAD, ATOMIC) and needs_writer:
+            known = False
+            for one in (writer, at(atomics)):
+                known = known or (one != 0 and not (in_shared and (one - 1) // threads != block))
+            if not known:
+                note(state, UNSET, site, block, thread, where, byte, none, none, size)
+        other, other_site = none, none
+        if not ordered(state, writer, at(cell + 8 * WRITE_TIME), me, epoch, in_shared):
+            other, other_site = writer, at(cell + 8 * WRITE_SITE)
+        elif access != ATOMIC:
+            other = clash(state, atomics, me, epoch, in_shared)
+        if other:
+            note(state, WITH_WRITE, site, block, thread, where, byte, other, other_site, size)
         if access == LOAD:
-            if first_gone:
-                put(cell + 24, me)
-                put(cell + 32, now)
-            elif second_gone or (first - 1) >> 5 == (second - 1) >> 5:
-                put(cell + 40, me)  # rather readers of two warps than two of one
-                put(cell + 48, now)
+            remember(state, readers, me, now, in_shared)
             continue
-        if not first_gone or not second_gone:
-            reader = second if first_gone else first
-            note(state, WITH_READ, site, block, thread, where, byte, reader, int64(0), size)
+        other = clash(state, readers, me, epoch, in_shared)
+        if other:
+            note(state, WITH_READ, site, block, thread, where, byte, other, none, size)
         if access == ISSUE:
-            put(cell + 56, me)
-            continue
-        put(cell, -me if access == ATOMIC else me)
-        put(cell + 8, now)
-        put(cell + 16, site + 1)
+            put(cell + 8 * PENDING_SLOT, me)
+        elif access == ATOMIC:
+            remember(state, atomics, me, now, in_shared)
+        else:
+            put(cell, me)
+            put(cell + 8 * WRITE_TIME, now)
+            put(cell + 8 * WRITE_SITE, site + 1)
 
 
 def check(

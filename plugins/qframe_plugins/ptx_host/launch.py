@@ -232,7 +232,8 @@ def _state(
     needed = 8 * checker.CELL * (total + sum(buffer.memory.size for buffer in every))
     if needed > CELLS_MOST:
         raise LaunchError(
-            f"the checker would need {needed >> 20} MiB for its cells, 64 bytes for each byte, and "
+            f"the checker would need {needed >> 20} MiB for its cells, "
+            f"{8 * checker.CELL} bytes for each byte, and "
             f"has {CELLS_MOST >> 20}; check a smaller problem, or launch with check=False"
         )
     cells = [np.zeros(checker.CELL * buffer.memory.size, np.int64) for buffer in every]

@@ -295,8 +295,9 @@ class Machine:
         form = self.current.form
         resolver = ""
         if form.resolve is not None:
-            resolver = f"resolve.{self.site}"
-            Warp(self.module, resolver).build(form.resolve, self.current.modifiers)
+            resolver = f"resolve.{self.current.statement.opcode}"
+            if resolver not in self.module.globals:
+                Warp(self.module, resolver).build(form.resolve, self.current.modifiers)
         self.waits.append(Waiting(self.site, layout.SYNCS[form.sync], resolver))
         self.b.ret(const(32, len(self.waits)))
         here = self.function.append_basic_block()

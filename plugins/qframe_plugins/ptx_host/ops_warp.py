@@ -10,7 +10,7 @@ from typing import Any
 
 from qframe_plugins.ptx_host import layout
 from qframe_plugins.ptx_host.forms import Modifiers, form
-from qframe_plugins.ptx_host.values import I1, I32, I64, const, int_op, resize
+from qframe_plugins.ptx_host.values import I1, I32, I64, const, int_op, intrinsic, resize
 
 ALL = const(32, 0xFFFFFFFF)
 
@@ -152,8 +152,7 @@ def resolve_mask(w: Any, m: Modifiers) -> None:
 @form("elect.sync", ">d:b32|pred mask:b32", "the first lane of the mask; p = whether it is this one", sync="warp", resolve=resolve_mask)  # fmt: skip
 def elect(t: Any, m: Modifiers, mask: Any) -> Any:
     [made] = t.wait([mask], outputs=1)
-    from_below = t.b.module.declare_intrinsic("llvm.cttz", [I64])
-    first = t.b.call(from_below, [made, const(1, 0)])
+    first = intrinsic(t.b, "llvm.cttz.i64", I64, [made, const(1, 0)])
     return t.b.trunc(first, I32), t.b.icmp_unsigned("==", first, t.of_thread(layout.LANE))
 
 

@@ -192,8 +192,12 @@ def meet_barriers(
             total += members[thread]
         if there == 0 or total < (needed if needed else threads - ended):
             continue
-        if differ or (ended and not needed):
+        if ended and not needed:
             note(findings, many, DIVERGENT, sites[place, 2], block, last)
+        for thread in range(threads):
+            here = waiting[thread]
+            if differ and here > 0 and members[thread] and sites[here, 0] == BARRIER:
+                note(findings, many, DIVERGENT, sites[here, 2], block, thread)
         if needed % 32 or total > (needed if needed else threads):
             note(findings, many, BAD_BARRIER, sites[place, 2], block, last)
         for thread in range(threads):
