@@ -139,7 +139,9 @@ def form(
 
     def enter(emit: Emitter) -> Emitter:
         group = emit.__module__.rpartition("_")[2]
-        TABLE.append(Form(pattern, operands, meaning, emit, sync, resolve, group, only))
+        made = Form(pattern, operands, meaning, emit, sync, resolve, group, only)
+        first = [at for at, other in enumerate(TABLE) if other.emit is emit]
+        TABLE.insert(first[0] if first else len(TABLE), made)  # decorators are applied upwards
         return emit
 
     return enter
