@@ -57,6 +57,16 @@ def rcp(m, a):
     return divide(m, exact.encode(False, Fraction(1), m["T"]), a)
 
 
+def gross(m, a):
+    """Of both words the high one counts, before and after."""
+    high = -1 << 32
+    a = exact.flushed(a & high, "f64")
+    made = exact.root(a, "f64", "rn") if "=rsqrt" in m else a
+    one = exact.number(exact.encode(False, Fraction(1), "f64"), "f64")
+    made = exact.encode(*exact.divide(one, exact.number(made, "f64")), "f64")
+    return exact.flushed(made & high, "f64")
+
+
 def sqrt(m, a):
     kind = m["T"]
     a = exact.flushed(a, kind) if m.get("ftz") else a

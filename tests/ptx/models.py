@@ -278,6 +278,25 @@ def set_(m, a, b):
     return (0x3F800000 if m["D"] == "f32" else 0xFFFFFFFF) * compare(m, a, b)
 
 
+def half_compares(m, a, b):
+    kind = m["T"].removesuffix("x2")
+    shifts = (0, 16) if m["T"].endswith("x2") else (0,)
+    return [compare({**m, "T": kind}, a >> k & 0xFFFF, b >> k & 0xFFFF) for k in shifts]
+
+
+def setp_halves(m, a, b):
+    return tuple(map(int, half_compares(m, a, b)))
+
+
+def set_short(m, a, b):
+    return 0xFFFFFFFF * compare(m, a, b)
+
+
+def set_halves(m, a, b):
+    one = exact.encode(False, Fraction(1), m["T"].removesuffix("x2"))
+    return sum(one * fine << 16 * k for k, fine in enumerate(half_compares(m, a, b)))
+
+
 def selp(m, a, b, c):
     return a if c else b
 

@@ -225,6 +225,25 @@ def test_generic_addresses_lead_to_every_space():
     assert x.tolist() == [2 * i + 1100 for i in range(32)]
 
 
+def test_addresses_of_32_bits_wrap():
+    """Compilers take an index off a base, and add the size again in the offset."""
+    body = (
+        INDEX.format(4)
+        + """mov.u32 %r1, s; shl.b32 %r2, %r0, 2; add.u32 %r3, %r1, %r2;
+        st.shared.u32 [%r3], %r0; bar.sync 0;
+        sub.u32 %r4, %r1, %r2; ld.shared.u32 %r5, [%r4+124]; st.global.u32 [%d1], %r5;"""
+    )
+    x = np.zeros(32, np.uint32)
+    run(kernel(body, "x", ".shared .align 4 .b8 s[128];"), x)
+    assert x.tolist() == list(range(32))[::-1]
+
+
+def test_files_may_be_named_at_the_end():
+    text = kernel(".loc 3 17 0\nst.global.u32 [%x+4], %r0;", "x") + '.file 3 "/far/away.cu"\n'
+    [found] = Module.from_ptx(text).kernel().launch(1, 1, np.zeros(1, np.uint32)).findings
+    assert found.place.endswith("(away.cu:17)")
+
+
 def test_variables_of_a_module_outlive_a_launch():
     head = ".global .align 8 .u64 g = 40;"
     module = Module.from_ptx(kernel("atom.global.add.u64 %d0, [g], 1;", "x", head=head))

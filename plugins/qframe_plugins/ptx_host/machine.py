@@ -206,8 +206,12 @@ class Machine:
         """Return [base + offset] as an address of the host."""
         space = self.current.modifiers.get(space, space)
         space = "shared" if space == "shared::cta" else space
-        base = self.value(operand.base, "u64")
-        return self.b.add(base, self.b.add(const(64, operand.offset), self.base(space)))
+        base, offset = operand.base, operand.offset
+        kind = "u64"
+        if isinstance(base, Register) and BITS[self.program.registers[base.name]] == 32:
+            kind = "u32"  # the sum wraps, as addresses of shared memory below 0 rely on
+        inside = self.b.add(self.value(base, kind), const(BITS[kind], offset))
+        return self.b.add(resize(self.b, inside, 64), self.base(space))
 
     def base(self, space: str) -> Any:
         """Return where the addresses of a space begin."""

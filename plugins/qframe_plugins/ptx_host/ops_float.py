@@ -150,6 +150,25 @@ def rcp(t: Any, m: Modifiers, x: Any) -> Any:
     return divide(t, m, const(BITS[m["T"]], FORMATS[m["T"]].one), x)
 
 
+@form(
+    "rcp.{how:approx}.{ftz:ftz}.{T:f64}",
+    ">d:T a:T",
+    "1 / a from the high word of a, of which the high word is kept",
+)
+@form(
+    "rsqrt.{how:approx}.{ftz:ftz}.{T:f64}",
+    ">d:T a:T",
+    "1 / the root of a from the high word of a, of which the high word is kept",
+)
+def gross(t: Any, m: Modifiers, x: Any) -> Any:
+    high = const(64, ~0xFFFFFFFF)
+    [number] = numbers(t, m, "f64", (t.b.and_(x, high),), True)
+    if "=rsqrt" in m:
+        number = float_op(t.b, "sqrt", number)
+    made = encode(t.b, t.b.fdiv(ir.Constant(DOUBLE, 1.0), number), "f64")
+    return finished(t, m, "f64", t.b.and_(made, high))
+
+
 @form("sqrt.{rnd:rn|rz|rm|rp}[ftz].{T:f32}", ">d:T a:T", "the root of a")
 @form("sqrt.{rnd:rn}.{T:f64}", ">d:T a:T", "the root of a")
 @form("sqrt.{how:approx}[ftz].{T:f32}", ">d:T a:T", "the root of a, here rounded correctly")

@@ -6,7 +6,16 @@ from typing import Any
 
 from qframe_plugins.ptx_host.forms import Modifiers, form
 from qframe_plugins.ptx_host.syntax import BITS
-from qframe_plugins.ptx_host.values import FLOATS, I8, const, decode, flush, intrinsic, resize
+from qframe_plugins.ptx_host.values import (
+    FLOATS,
+    FORMATS,
+    I8,
+    const,
+    decode,
+    flush,
+    intrinsic,
+    resize,
+)
 
 ANY = "{T:b16|b32|b64|u16|u32|u64|s16|s32|s64|f32|f64}"
 
@@ -156,6 +165,45 @@ def setp_bool(t: Any, m: Modifiers, x: Any, y: Any, z: Any) -> Any:
 def set_(t: Any, m: Modifiers, x: Any, y: Any) -> Any:
     yes = const(32, 0x3F800000 if m["D"] == "f32" else -1)
     return t.b.select(compare(t, m, x, y), yes, const(32, 0))
+
+
+SHORT = {"f16x2": "f16", "bf16x2": "bf16"}
+
+
+def halves(t: Any, m: Modifiers, x: Any, y: Any) -> list[Any]:
+    """Return x cmp y of the halves of pairs, low one first; of no pair, of both."""
+    kind = SHORT.get(m["T"], m["T"])
+    shifts = (0, 16) if m["T"] in SHORT else (0,)
+    parts = [
+        [resize(t.b, t.b.lshr(v, const(v.type.width, shift)), BITS[kind]) for v in (x, y)]
+        for shift in shifts
+    ]
+    return [compare(t, {**m, "T": kind}, *part) for part in parts]
+
+
+def comparable_halves(m: Modifiers) -> bool:
+    """Return whether the comparison exists for short floats."""
+    return comparable({**m, "T": SHORT.get(m["T"], m["T"])}) and m.get("D", m["T"]) == m["T"]
+
+
+@form(f"setp.{CMP}[ftz].{{T:f16x2|bf16x2}}", ">p:pred|pred a:T b:T", "p = a cmp b of the low halves, q = of the high ones", only=comparable_halves)  # fmt: skip
+def setp_halves(t: Any, m: Modifiers, x: Any, y: Any) -> Any:
+    return halves(t, m, x, y)
+
+
+@form(f"set.{CMP}[ftz].{{D:u32|s32}}.{{T:f16|bf16}}", ">d:D a:T b:T", "all bits where a cmp b; else 0", only=comparable)  # fmt: skip
+def set_short(t: Any, m: Modifiers, x: Any, y: Any) -> Any:
+    return t.b.select(compare(t, m, x, y), const(32, -1), const(32, 0))
+
+
+@form(f"set.{CMP}[ftz].{{D:f16|f16x2|bf16|bf16x2}}.{{T:f16|f16x2|bf16|bf16x2}}", ">d:D a:T b:T", "1.0 where a cmp b, else 0; for both halves of pairs", only=comparable_halves)  # fmt: skip
+def set_halves(t: Any, m: Modifiers, x: Any, y: Any) -> Any:
+    bits, made = BITS[m["T"]], const(BITS[m["T"]], 0)
+    one = FORMATS[SHORT.get(m["T"], m["T"])].one
+    for index, fine in enumerate(halves(t, m, x, y)):
+        word = t.b.select(fine, const(bits, one << 16 * index), const(bits, 0))
+        made = t.b.or_(made, word)
+    return made
 
 
 @form(f"selp.{ANY}", ">d:T a:T b:T c:pred", "c ? a : b")

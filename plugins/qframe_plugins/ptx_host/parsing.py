@@ -55,7 +55,7 @@ class _Parser:
         blank = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
         self.text = blank.sub(lambda found: re.sub(r"[^\n]", " ", found[0]), text)
         self.at, self.line = 0, 1
-        self.files: dict[str, str] = {}
+        self.files: dict[str, str] = dict(re.findall(r"\.file\s+(\d+)\s+\"([^\"]*)\"", self.text))
         self.source = ""
         self.target = ""
         self.variables: dict[str, Variable] = {}
@@ -126,9 +126,9 @@ class _Parser:
 
     def note(self) -> bool:
         """Take a directive that says something about the text; return whether there was one."""
-        if found := self.take(r"\.file\s+(\d+)\s+\"([^\"]*)\"[^\n]*"):
-            self.files[found[1]] = found[2]
-        elif found := self.take(r"\.loc\s+(\d+)\s+(\d+)[^\n;]*;?"):
+        if self.take(r"\.file\s+\d+\s+\"[^\"]*\"[^\n]*"):
+            return True
+        if found := self.take(r"\.loc\s+(\d+)\s+(\d+)[^\n;]*;?"):
             self.source = f"{self.files.get(found[1], found[1]).rpartition('/')[2]}:{found[2]}"
         elif not self.take(r"\.pragma\s+[^;]*;"):
             return False
@@ -217,7 +217,7 @@ class _Parser:
         inside = self.until(")")
         made = []
         for text in split(inside):
-            if found := re.match(rf"\.reg\s+\.(\w+)\s+({NAME})$", text):
+            if found := re.match(rf"\.reg\s*\.(\w+)\s+({NAME})$", text):
                 made.append(Variable(found[2], "reg", found[1], 1, 1))
             else:
                 made.append(self.variable(text))
@@ -291,7 +291,7 @@ class _Parser:
             function.body.append(self.statement(text, place))
 
     def registers(self, function: Function, text: str) -> None:
-        found = re.match(r"\.reg\s+\.(\w+)\s+(.*)$", text)
+        found = re.match(r"\.reg\s*\.(\w+)\s+(.*)$", text)
         if not found or found[1] not in BITS:
             raise PtxUnsupportedError(f"line {self.line}: the registers {text!r}")
         for name in split(found[2]):
