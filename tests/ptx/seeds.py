@@ -58,7 +58,6 @@ PUT = "st.shared.u32 [%r4], %r10;"
 MIRROR = "sub.u32 %r5, 252, %r3; add.u32 %r5, %r1, %r5;"
 GET = "ld.shared.u32 %r11, [%r5];"
 KEEP = "st.global.u32 [%d2], %r11;"
-NEXT = "add.u32 %r5, %r4, 4;"
 BAR = "bar.sync 0;"
 COPY = """shl.b32 %r6, %r0, 4; add.u32 %r6, %r1, %r6; shl.b64 %d5, %d0, 2; add.u64 %d5, %x, %d5;
 cp.async.cg.shared.global [%r6], [%d5], 16;"""

@@ -207,11 +207,28 @@ class Machine:
         space = self.current.modifiers.get(space, space)
         space = "shared" if space == "shared::cta" else space
         base, offset = operand.base, operand.offset
+        if space == "param":
+            self.inside_its_parameter(operand)
         kind = "u64"
         if isinstance(base, Register) and BITS[self.program.registers[base.name]] == 32:
             kind = "u32"  # the sum wraps, as addresses of shared memory below 0 rely on
         inside = self.b.add(self.value(base, kind), const(BITS[kind], offset))
         return self.b.add(resize(self.b, inside, 64), self.base(space))
+
+    def inside_its_parameter(self, operand: Address) -> None:
+        """Raise PtxError unless an access to parameters lies in the one that it names."""
+        m = self.current.modifiers
+        size = BITS[m["T"]] // 8 * int(m["vec"][1:] or 1)
+        if not isinstance(operand.base, Symbol):
+            raise self.unsupported("a parameter is read by its name, not by an address")
+        name = operand.base.name
+        sizes = {variable.name: variable.size for variable in self.program.params}
+        if name not in sizes:
+            raise PtxError(f"there is no parameter {name!r}")
+        if not 0 <= operand.offset <= sizes[name] - size:
+            raise PtxError(
+                f"{size} bytes at byte {operand.offset} of {name}, which has {sizes[name]}"
+            )
 
     def base(self, space: str) -> Any:
         """Return where the addresses of a space begin."""
