@@ -13,8 +13,9 @@ from llvmlite import ir
 
 from qframe_plugins.ptx_host import ops_float
 from qframe_plugins.ptx_host.flow import Program
+from qframe_plugins.ptx_host.frame import Options
 from qframe_plugins.ptx_host.layout import WARP_OPERATION
-from qframe_plugins.ptx_host.machine import Machine, Options
+from qframe_plugins.ptx_host.machine import Machine
 
 EFFORT = 1  # of LLVM's: kernels run once or twice, so time to compile counts
 

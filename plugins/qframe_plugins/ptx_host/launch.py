@@ -17,7 +17,7 @@ from qframe_plugins.ptx_host.errors import KernelFaultError, LaunchError, PtxErr
 from qframe_plugins.ptx_host.findings import KINDS, LOCAL, NOWHERE, SHARED, SLOTS, Finding
 from qframe_plugins.ptx_host.flow import Program, program
 from qframe_plugins.ptx_host.forms import Instruction
-from qframe_plugins.ptx_host.machine import Options
+from qframe_plugins.ptx_host.frame import Options
 from qframe_plugins.ptx_host.parsing import parse
 from qframe_plugins.ptx_host.syntax import Source
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
+from qframe_plugins.ptx_host.declarations import NAME, variable
 from qframe_plugins.ptx_host.errors import PtxError, PtxUnsupportedError
 from qframe_plugins.ptx_host.literals import number, signed, split
 from qframe_plugins.ptx_host.syntax import (
@@ -28,17 +29,11 @@ from qframe_plugins.ptx_host.syntax import (
     Vector,
 )
 
-NAME = r"[A-Za-z_$%][\w$]*"
 LABEL = rf"({NAME})\s*:(?!:)"
 TUNING = r"\.(?:maxntid|reqntid|minnctapersm|maxnreg|maxnctapersm|noreturn|pragma|unified)\b"
 SPECIAL = re.compile(
     r"%(?:(?:tid|ntid|ctaid|nctaid)\.[xyz]|laneid|warpid|nwarpid|lanemask_(?:eq|lt|le|gt|ge)"
     r"|dynamic_smem_size|total_smem_size)$"
-)
-VARIABLE = re.compile(
-    rf"\.(?P<space>global|const|shared|local|param|reg)\s+(?P<rest>.*?)\.(?P<type>\w+)\s+"
-    rf"(?:\.ptr\b.*?)?(?P<name>{NAME}|_)\s*(?P<dims>(?:\[\s*\w*\s*\])*)\s*(?:=(?P<initial>.*))?$",
-    re.DOTALL,
 )
 
 
@@ -143,45 +138,8 @@ class _Parser:
         text = self.until(";")
         if text.startswith((".alias", ".metadata")):
             raise PtxUnsupportedError(f"line {self.line}: the directive {text.split()[0]}")
-        variable = self.variable(text)
-        self.variables[variable.name] = variable
-
-    def variable(self, text: str) -> Variable:
-        """Return what a declaration declares."""
-        found = VARIABLE.match(text.strip())
-        if not found:
-            raise PtxUnsupportedError(f"line {self.line}: the declaration {text[:80]!r}")
-        kind = found["type"]
-        if found["space"] == "reg" or kind not in BITS or kind == "pred":
-            raise PtxUnsupportedError(
-                f"line {self.line}: a variable of type .{kind}: {text[:80]!r}"
-            )
-        aligned = re.search(r"\.align\s+(\d+)", found["rest"])
-        count: int | None = 1
-        for dimension in re.findall(r"\[\s*(\w*)\s*\]", found["dims"]):
-            count = int(dimension, 0) * count if dimension and count is not None else None
-        if count is None and found["space"] != "shared":
-            raise self.fail(f"the size of {found['name']!r} is missing")
-        align = int(aligned[1]) if aligned else BITS[kind] // 8
-        initial = self.initial(found["initial"], kind, found["name"]) if found["initial"] else None
-        return Variable(found["name"], found["space"], kind, align, count, initial)
-
-    def initial(self, text: str, kind: str, name: str) -> bytes:
-        """Return the bytes that a variable begins with."""
-        made = b""
-        for part in split(re.sub(r"[{}]", "", text)):
-            value = number(part)
-            if value is None:
-                raise PtxUnsupportedError(
-                    f"line {self.line}: the initial value {part!r} of {name}; numbers are known"
-                )
-            if value.is_float and value.width != BITS[kind]:
-                raise PtxUnsupportedError(
-                    f"line {self.line}: {name} of .{kind} begins with {part!r}, "
-                    f"a literal of {value.width} bits"
-                )
-            made += (value.value % (1 << BITS[kind])).to_bytes(BITS[kind] // 8, "little")
-        return made
+        declared = variable(text, self.line)
+        self.variables[declared.name] = declared
 
     # Functions --------------------------------------------------------------------------------
 
@@ -220,7 +178,7 @@ class _Parser:
             if found := re.match(rf"\.reg\s*\.(\w+)\s+({NAME})$", text):
                 made.append(Variable(found[2], "reg", found[1], 1, 1))
             else:
-                made.append(self.variable(text))
+                made.append(variable(text, self.line))
         return made
 
     def body(self, function: Function) -> None:
@@ -282,11 +240,9 @@ class _Parser:
         if text.startswith(".reg"):
             self.registers(function, text)
         elif text.startswith("."):
-            variable = self.variable(text)
-            unique = self.declare(variable.name)
-            function.variables[unique] = Variable(
-                unique, variable.space, variable.type, variable.align, variable.count
-            )
+            declared = variable(text, self.line)
+            unique = self.declare(declared.name)
+            function.variables[unique] = replace(declared, name=unique)
         else:
             function.body.append(self.statement(text, place))
 
