@@ -1,6 +1,8 @@
 """docs/ptx.md lists what the table has, and what the checker can find."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 from qframe_plugins.ptx_host import KINDS, document
@@ -14,6 +16,13 @@ def test_the_list_of_instructions_is_current():
     assert document.written(DOCUMENT) == DOCUMENT
     listed = re.findall(r"^- `(\w+)", DOCUMENT, re.MULTILINE)
     assert sorted(listed) == sorted(form.name for form in TABLE)
+
+
+def test_importing_is_light():
+    """numba is imported by the first launch."""
+    code = "import sys, qframe_plugins.ptx_host; print('numba' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
 
 
 def test_every_finding_is_explained():

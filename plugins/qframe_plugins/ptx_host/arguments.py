@@ -23,7 +23,10 @@ ALIGN, GAP = 256, 256
 
 @dataclass(frozen=True)
 class Fresh:
-    """An array that holds nothing yet: that a kernel reads it before writing is a finding."""
+    """An array that holds nothing yet: that a kernel reads it before writing is a finding.
+
+    On the device its bytes are 0xA5, and so is after the launch what the kernel has not written.
+    """
 
     array: np.ndarray[Any, Any]
 
@@ -98,7 +101,7 @@ def _bytes_of(program: Program, variable: Variable, value: Any, buffers: list[Bu
     where = f"{program.name}: {variable.name}, .{variable.type}"
     is_fresh = isinstance(value, Fresh)
     value = value.array if isinstance(value, Fresh) else value
-    if isinstance(value, np.ndarray) and value.ndim + value.size > 0 and value.shape != ():
+    if isinstance(value, np.ndarray) and value.ndim:
         if variable.size != 8:
             raise LaunchError(f"{where}: an array, expected a number of {variable.size} bytes")
         return struct.pack("<Q", _buffer(where, variable.name, value, is_fresh, buffers).address)

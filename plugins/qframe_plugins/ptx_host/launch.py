@@ -175,7 +175,8 @@ class Kernel:
         row[layout.DYNAMIC], row[layout.TOTAL] = shared_bytes, total
         found = np.zeros((len(KINDS), len(self.program.code), SLOTS), np.int64)
         clocks = np.zeros((threads if check else 0,) * 2, np.int64)
-        local = np.zeros((threads, -(-self.program.local_size // 16) * 16), np.uint8)
+        width = -(-self.program.local_size // 16) * 16
+        local = arguments.aligned(threads * width).reshape(threads, width)
         state = _state(every, found, memory, total, self.program.local_size, clocks, threads) if (
             check) else None  # fmt: skip
         row[layout.STATE] = state[0].ctypes.data if state else 0

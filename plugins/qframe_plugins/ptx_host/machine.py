@@ -199,7 +199,7 @@ class Machine(Frame):
         if space == "param":
             return address
         codes = [const(32, v) for v in (size, access, layout.SPACES[space], self.site)]
-        if self.options.count and access not in (layout.ISSUE,):
+        if self.options.count and access != layout.ISSUE:
             self.trace(address, space, size)
         if not self.options.check:
             return address
