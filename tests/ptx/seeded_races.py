@@ -6,6 +6,11 @@ from tests.ptx.seeds import BAR, GET, KEEP, LOAD, MIRROR, PUT, Seed, lines, tree
 
 BUGS = [
     Seed(
+        "two warps store one value",
+        "race-with-write",
+        lines("mov.u32 %r6, 7;", "st.shared.u32 [%r1], %r6; # BUG"),
+    ),
+    Seed(
         "no barrier before shared memory is read",
         "race-with-write",
         lines(LOAD, PUT, MIRROR, GET + " # BUG", KEEP),

@@ -23,6 +23,18 @@ from tests.ptx.seeds import (
 TWINS = [
     Seed("a barrier before shared memory is read", "", lines(LOAD, PUT, BAR, MIRROR, GET, KEEP)),
     Seed(
+        "lanes of a warp store one value",
+        "",
+        lines(
+            "shr.u32 %r5, %r3, 7; shl.b32 %r5, %r5, 2; add.u32 %r5, %r1, %r5;",
+            "shr.u32 %r6, %r0, 5;",
+            "st.shared.u32 [%r5], %r6;",
+            BAR,
+            GET,
+            KEEP,
+        ),
+    ),
+    Seed(
         "a barrier before shared memory is used again",
         "",
         lines(LOAD, PUT, BAR, MIRROR, GET, BAR, "st.shared.u32 [%r4], %r11;"),

@@ -5,7 +5,8 @@ changed it by atomics, with the time: the number of barriers of the whole block 
 of the thread. Two accesses are
 ordered if a barrier of the block lies between them, or if the later thread has met the earlier one
 since (`bar.warp.sync`, barriers of some threads): vector clocks, as in FastTrack, and exact up to
-the readers, of which two are remembered. Atomics race with what is no atomic. That blocks are
+the readers, of which two are remembered. Atomics race with what is no atomic. Lanes of a warp may
+store one value at one place by one instruction, as compilers let them. That blocks are
 ordered by atomics and fences is not followed.
 
 Source: Flanagan and Freund, FastTrack: efficient and precise dynamic race detection, PLDI 2009.
@@ -27,6 +28,8 @@ from qframe_plugins.ptx_host.layout import (
     LOAD,
     SPACES,
     STATE,
+    STORE,
+    STORED,
     THREAD,
 )
 from qframe_plugins.ptx_host.layout import LOCAL as LOCAL_SLOT
@@ -84,6 +87,12 @@ def ordered(state: Any, other: Any, time: Any, me: Any, epoch: Any, in_shared: A
 
 
 @compiled
+def byte_at(address: Any) -> Any:
+    """Return the byte at an address."""
+    return (at(address & ~7) >> (8 * (address & 7))) & 255
+
+
+@compiled
 def clash(state: Any, pair: Any, me: Any, epoch: Any, in_shared: Any) -> Any:
     """Return one of two remembered threads that is not ordered before `me`, or 0."""
     for slot in (pair, pair + 16):
@@ -125,6 +134,8 @@ def touch(
     epoch: Any,
     where: Any,
     needs_writer: Any,
+    address: Any,
+    stored: Any,
 ) -> None:
     """Compare an access with what is known of its bytes, and remember it."""
     threads, in_shared, none = at(state + 8 * THREADS), where == SHARED, int64(0)
@@ -151,6 +162,12 @@ def touch(
         other, other_site = none, none
         if not ordered(state, writer, at(cell + 8 * WRITE_TIME), me, epoch, in_shared):
             other, other_site = writer, at(cell + 8 * WRITE_SITE)
+            in_warp = (writer - 1) // threads == block and other_site == site + 1
+            in_warp = in_warp and (writer - 1) % threads >> 5 == thread >> 5
+            if access == STORE and in_warp:  # one store of a warp, perhaps of one value
+                place = byte - offset
+                if byte_at(address + place) == byte_at(stored + place):
+                    other = none
         elif access != ATOMIC:
             other = clash(state, atomics, me, epoch, in_shared)
         if other:
@@ -177,6 +194,7 @@ def check(
     """Return 1 if an access may be made, and write down what is wrong with it."""
     state, block, number = at(row + 8 * STATE), at(row + 8 * BLOCK), at(thread + 8 * THREAD)
     size, site, none = int64(size), int64(site), int64(0)
+    stored = thread + 8 * STORED
     if address % size:
         note(state, MISALIGNED, site, block, number, int64(NOWHERE), address, none, none, size)
         return 0
@@ -189,7 +207,10 @@ def check(
             note(state, OUT, site, block, number, int64(SHARED), offset, none, none, size)
             return 0
         cells = at(state + 8 * SHARED_CELLS)
-        touch(state, cells, offset, size, access, site, number, block, epoch, int64(SHARED), True)
+        touch(
+            state, cells, offset, size, access, site, number, block, epoch, int64(SHARED), True,
+            address, stored,
+        )  # fmt: skip
         return 1
     offset = address - at(thread + 8 * LOCAL_SLOT)
     fits = offset >= 0 and offset + size <= at(state + 8 * LOCAL_SIZE)
@@ -207,7 +228,10 @@ def check(
                 return 0
             fresh = flags & IS_FRESH != 0
             cells = at(entry + 16)
-            touch(state, cells, offset, size, access, site, number, block, epoch, index, fresh)
+            touch(
+                state, cells, offset, size, access, site, number, block, epoch, index, fresh,
+                address, stored,
+            )  # fmt: skip
             return 1
     nearest, gap = int64(NOWHERE), int64(1) << 62
     for index in range(at(state + 8 * BUFFER_COUNT)):

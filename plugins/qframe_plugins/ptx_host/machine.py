@@ -236,6 +236,10 @@ class Machine(Frame):
     def store(self, address: Any, space: str, kind: str, values: list[Any]) -> None:
         """Store values of a type beside one another."""
         size, bits = BITS[kind] // 8, ir.IntType(BITS[kind])
+        if self.options.check:
+            stored = self.b.ptrtoint(self.b.gep(self.thread, [const(64, layout.STORED)]), I64)
+            for index, value in enumerate(values):
+                self.b.store(value, self.pointer(stored, bits, size * index), align=1)
         address = self.allowed(address, space, size * len(values), layout.STORE)
         for index, value in enumerate(values):
             self.b.store(value, self.pointer(address, bits, size * index), align=1)
