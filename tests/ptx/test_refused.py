@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 from qframe_plugins.ptx_host import (
     KernelFaultError,
@@ -97,6 +98,16 @@ X = np.arange(64, dtype=np.uint32)
 def test_launches_that_cannot_be_are_refused(launch, says):
     with pytest.raises(LaunchError, match=says):
         launch(Module.from_ptx(ADD).kernel())
+
+
+def test_a_process_that_flushes_subnormal_numbers_is_told():
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot flush subnormal numbers")
+    try:
+        with pytest.raises(LaunchError, match="flushes subnormal numbers"):
+            Module.from_ptx(ADD).kernel().launch(1, 32, X)
+    finally:
+        torch.set_flush_denormal(False)
 
 
 def test_arrays_that_overlap_are_refused_and_the_same_one_is_shared():

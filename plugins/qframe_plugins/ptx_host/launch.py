@@ -160,6 +160,11 @@ class Kernel:
             )
         if order not in ORDERS:
             raise LaunchError(f"order {order!r}, expected one of {', '.join(ORDERS)}")
+        if np.float32(2.0**-126) * np.float32(0.5) == 0:
+            raise LaunchError(
+                "this thread of the process flushes subnormal numbers to zero, which PTX does not; "
+                "undo it, such as by torch.set_flush_denormal(False)"
+            )
         if shared_bytes < 0 or fuel < 0:
             raise LaunchError("shared_bytes and fuel are not negative")
         code = self.code(Options(checker.address() if check else 0, count))
