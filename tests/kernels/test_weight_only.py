@@ -12,6 +12,8 @@ from qframe.kernel_judges import judge
 from qframe.kernels import ARITHMETICS, OPS, run
 from qframe_conformance import kernel_draws
 from qframe_plugins.kernels import numba_ops
+from qframe_plugins.kernels.numba_cpu import weight_only
+from qframe_plugins.kernels.numba_cpu.dot_tile import BLOCK
 from qframe_plugins.kernels.numba_cpu.few_tokens import FEW
 
 COUNTS = st.one_of(st.integers(0, 14), st.sampled_from([47, 49, 97]))
@@ -60,6 +62,19 @@ def test_few_tokens_have_the_bits_of_many(columns, rows, bits, size, symmetric, 
     for count in range(1, FEW + 2):
         assert torch.equal(kernel(x[:count], laid), many[:count])
     assert torch.equal(kernel(x[-2:], laid), many[-2:])
+
+
+@pytest.mark.parametrize("size", [3, 100, 128, None])
+def test_blocks_of_tokens_change_no_bit(size, monkeypatch):
+    """Of many tokens some lie together; what comes out does not say which."""
+    rng = np.random.default_rng(0)
+    x = torch.from_numpy(rng.normal(size=(2 * BLOCK + 5, 300)).astype(np.float32))
+    parts = weight(rng, 4, size, False, 70, 300, False)
+    kernel = numba_ops.LinearWeightOnly()
+    laid = kernel.prepare(*(torch.from_numpy(each) for each in parts.values()))
+    together = kernel(x, laid)
+    monkeypatch.setattr(weight_only, "_WORDS", 1)
+    assert torch.equal(kernel(x, laid), together)
 
 
 @given(COLUMNS, ROWS, st.sampled_from([2, 4, 8]), SIZES, *[st.booleans()] * 2, SEEDS)

@@ -22,7 +22,7 @@ from numba.extending import intrinsic
 
 from qframe import KVScheme
 from qframe_plugins.kernels.numba_cpu.rows import CHUNK, are_whole, decode, mix, rows_of
-from qframe_plugins.kernels.numba_cpu.simd import claim, kernel
+from qframe_plugins.kernels.numba_cpu.simd import claim, kernel, zeros
 from qframe_plugins.kernels.numba_cpu.threads import share, worth_sharing
 from qframe_plugins.kernels.numba_cpu.vectors import FLOAT32, INT32, INT64, Vectors
 
@@ -356,7 +356,7 @@ def _share_pieces(  # type: ignore[no-untyped-def]
     group = queries.shape[1]
     pieces = -(-tokens // piece)
     wide = -(-min(piece, tokens) // _LANES) * _LANES
-    logits = _zeros(group, wide)
+    logits = zeros(group, wide)
     k_chunk, k_sums, k_taken = _room(k_layout[0], group)
     v_chunk, v_sums, v_taken = _room(v_layout[0], group)
     task = claim(counter)
@@ -377,17 +377,9 @@ def _share_pieces(  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _zeros(rows, columns):  # type: ignore[no-untyped-def]
-    """Return zeros that start where a cache line does, so that no register lies across two."""
-    memory = np.zeros(rows * columns + _LANES, np.float32)
-    first = -memory.ctypes.data % (4 * _LANES) // 4
-    return memory[first : first + rows * columns].reshape(rows, columns)
-
-
-@kernel
 def _room(width, group):  # type: ignore[no-untyped-def]
     """Return memory for rows of so many numbers."""
-    return _zeros(CHUNK, width), _zeros(group, width), _zeros(group, width)
+    return zeros(CHUNK, width), zeros(group, width), zeros(group, width)
 
 
 @kernel

@@ -1,8 +1,8 @@
-"""The register tile of products of float32 numbers, for any number of tokens.
+"""The register tile of products of float32 numbers with a part of a weight in groups.
 
 Source: Goto and van de Geijn, Anatomy of high-performance matrix multiplication, TOMS 2008.
-Error:  an element is a recursive sum in ascending order, so n terms added to c have an error of at
-        most gamma_{n+1} (|c| + sum |a b|), with and without fused multiply-add.
+Error:  the sum of a group is recursive in ascending order, and begins with zero; it is scaled when
+        it is added to those of the groups before: docs/bounds.md, B9.b.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from qframe_plugins.kernels.numba_cpu.dot_tile import (
@@ -18,96 +19,172 @@ from qframe_plugins.kernels.numba_cpu.dot_tile import (
     BYTES,
     HEIGHTS,
     PANEL,
+    Places,
     emit_tile,
     height_of,
-    tokens_at,
+    part_of,
 )
 from qframe_plugins.kernels.numba_cpu.simd import claim, kernel
 from qframe_plugins.kernels.numba_cpu.vectors import FLOAT32, INT64, Vectors
 
 
-def _make_tile(height: int) -> Callable[..., Any]:
-    """Return the intrinsic that takes so many tokens at once."""
+def _make_part(height: int) -> Callable[..., Any]:
+    """Return the intrinsic that takes tokens, so many at a time, through a part of a panel."""
 
     @intrinsic
-    def tile(
-        typing: Any, sums: Any, row: Any, x: Any, token: Any, first: Any, count: Any, w: Any
+    def part(
+        typing: Any, between: Any, x: Any, w: Any, scale: Any, columns: Any, tokens: Any
     ) -> Any:
-        index = types.int64
-        signature = types.void(sums, index, x, index, index, index, w)
+        signature = types.void(between, x, w, scale, columns, tokens)
 
         def emit(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-            v = Vectors(context, builder)
-            sums_at, _ = v.array(signature.args[0], values[0])
-            x_at, (_, columns) = v.array(signature.args[2], values[2])
-            w_at, _ = v.array(signature.args[6], values[6])
-            row, token, first, count = (values[i] for i in (1, 3, 4, 5))
-            sums_at = v.at(sums_at, builder.mul(row, INT64(BYTES * PANEL)))
-            x_at = tokens_at(v, x_at, columns, token, first, height)
-            emit_tile(v, FLOAT32, height, sums_at, x_at, w_at, count, v.muladd)
+            v, b, kinds = Vectors(context, builder), builder, signature.args
+            panel, first, deep, width = cgutils.unpack_tuple(b, values[4], 4)
+            row, x_from, tiles = cgutils.unpack_tuple(b, values[5], 3)
+            sums, made = (v.array(kinds[0][i], b.extract_value(values[0], i))[0] for i in (0, 1))
+            x_start, w_start = v.array(kinds[1], values[1])[0], v.array(kinds[2], values[2])[0]
+            scale_start, (_, groups, _) = v.array(kinds[3], values[3])
+            piece = b.select(b.icmp_signed("<", deep, width), deep, width)
+            group, count, after = b.sdiv(first, width), b.sdiv(deep, piece), b.add(first, deep)
+            with v.loop(tiles) as tile, v.loop(count) as each:
+                passed = b.mul(tile.index, INT64(height))
+                stripe = b.mul(b.add(row, passed), INT64(BYTES * PANEL))
+                group_ = b.add(group, each.index)
+                taken = b.add(b.mul(panel, groups), group_)
+                scale_at = v.at(scale_start, b.mul(taken, INT64(BYTES * PANEL)))
+                skipped = b.mul(each.index, piece)
+                place = b.add(b.mul(tile.index, deep), skipped)
+                place = b.add(x_from, b.mul(place, INT64(height)))
+                x_at = v.at(x_start, b.mul(place, INT64(BYTES)))
+                w_at = v.at(w_start, b.mul(skipped, INT64(BYTES * PANEL)))
+                # Not known to be the same for all tiles: LLVM would make code for every case.
+                begins = b.icmp_signed("<=", first, b.mul(group_, width))
+                ends = b.icmp_signed("<=", b.mul(b.add(group_, INT64(1)), width), after)
+                at = v.at(sums, stripe), v.at(made, stripe), scale_at
+                _emit_group(v, height, at, x_at, w_at, piece, begins, ends)
             return context.get_dummy_value()
 
         return signature, emit
 
-    return tile
+    return part
 
 
-# sums[row + m, :] += sum over k < count of x[token + m, first + k] w[k, :], m < 6 (4, 2, 1).
-# sums   float32 [any, PANEL]
-# x      float32 [tokens, columns], as `share_arrange` lays it out
-# w      float32 [count, PANEL]
-# All are C-contiguous.
-_tile_6, _tile_4, _tile_2, _tile_1 = (_make_tile(height) for height in HEIGHTS)
+def _emit_group(
+    v: Vectors,
+    height: int,
+    at: tuple[Any, Any, Any],
+    x_at: Any,
+    w_at: Any,
+    steps: Any,
+    begins: Any,
+    ends: Any,
+) -> None:
+    """Emit the tile for a group, or for a piece of one.
 
-
-@kernel
-def multiply_tokens(sums, row, x, token, height, first, count, w):  # type: ignore[no-untyped-def]
-    """Run the tile for `height` tokens; see above."""
-    if height == 6:
-        _tile_6(sums, row, x, token, first, count, w)
-    elif height == 4:
-        _tile_4(sums, row, x, token, first, count, w)
-    elif height == 2:
-        _tile_2(sums, row, x, token, first, count, w)
-    else:
-        _tile_1(sums, row, x, token, first, count, w)
-
-
-@kernel
-def lay_out(x, spread, arranged):  # type: ignore[no-untyped-def]
-    """Lay tokens out as tiles read them.
-
-    x          [tokens, columns] float32
-    spread     [columns], where each lies among those of a token; None: where it is
-    arranged   [tokens, as many columns or more] float32; what is beyond those of x stays
+    at             where the sums of a piece, those of groups, and scales are
+    begins, ends   whether these are the first columns of the group, and the last
     """
-    tokens, wide = arranged.shape
-    flat = arranged.reshape(-1)
+    b = v.builder
+    sums_at, made_at, scale_at = at
+
+    def spot(start: Any, m: int, byte: Any) -> Any:
+        return v.at(v.at(start, BYTES * PANEL * m), byte)
+
+    def begin(places: Places, kind: Any) -> list[Any]:
+        return v.either(
+            begins,
+            lambda: [v.const(kind, 0.0) for _ in places],
+            lambda: [v.load(spot(sums_at, m, byte), kind) for m, byte in places],
+        )
+
+    def end(places: Places, totals: list[Any]) -> None:
+        kind = totals[0].type
+        with b.if_else(ends) as (whole, piece):
+            with piece:
+                for (m, byte), total in zip(places, totals, strict=True):
+                    v.store(total, spot(sums_at, m, byte))
+            with whole:
+                scales = {byte: v.load(v.at(scale_at, byte), kind) for _, byte in places}
+                for (m, byte), total in zip(places, totals, strict=True):
+                    there = spot(made_at, m, byte)
+                    v.store(v.muladd(total, scales[byte], v.load(there, kind)), there)
+
+    emit_tile(v, FLOAT32, height, sums_at, x_at, w_at, steps, v.muladd, begin=begin, end=end)
+
+
+# What is done with the sums over the columns of some groups, or of a piece of one, of x[column,
+# token] w[column, :], for some tiles of 6 (4, 2, 1) tokens: of a piece they are kept in `sums`, of
+# a group they are scaled and added to `made`.
+# between   (sums, made), float32 [any, PANEL], of the tokens of a block
+# x         float32, laid out by `share_arrange`
+# w         float32 [any, PANEL]
+# scale     of `PackedPanels`
+# columns   (panel, first, deep, width): `deep` columns from the first on, groups or a piece of one;
+#           `width` are a group
+# tokens    (row, x_from, tiles): the rows from there on; where their numbers begin
+# All are C-contiguous.
+_part_6, _part_4, _part_2, _part_1 = map(_make_part, HEIGHTS)
+
+
+@kernel
+def multiply_part(height, between, x, w, scale, columns, tokens):  # type: ignore[no-untyped-def]
+    """Run tiles of `height` tokens; see above."""
+    if height == 6:
+        _part_6(between, x, w, scale, columns, tokens)
+    elif height == 4:
+        _part_4(between, x, w, scale, columns, tokens)
+    elif height == 2:
+        _part_2(between, x, w, scale, columns, tokens)
+    else:
+        _part_1(between, x, w, scale, columns, tokens)
+
+
+@kernel
+def lay_out(given, spread, flat):  # type: ignore[no-untyped-def]
+    """Lay out a few tokens as `share_arrange` does, as one part.
+
+    given    [tokens, all columns] float32
+    spread   where each column lies among those of `flat`; None: where it is
+    flat     [tokens * columns] float32; what is beyond those of the tokens stays
+    """
+    tokens = len(given)
+    columns = len(flat) // tokens
     token = 0
     while token < tokens:
         height = height_of(tokens - token)
         for m in range(height):
-            for column in range(x.shape[1]):
+            for column in range(given.shape[1]):
                 to = column if spread is None else spread[column]
-                flat[token * wide + to * height + m] = x[token + m, column]
+                flat[token * columns + to * height + m] = given[token + m, column]
         token += height
 
 
 @kernel
-def share_arrange(counter, x, arranged):  # type: ignore[no-untyped-def]
-    """Claim blocks of BLOCK tokens, and lay their numbers out as tiles read them.
+def share_arrange(counter, x, block, width, limit, flat):  # type: ignore[no-untyped-def]
+    """Claim BLOCK tokens at a time, and lay their numbers out as tiles read them.
 
-    x, arranged   [tokens, columns] float32
+    x       [tokens, columns] float32
+    block   tokens that lie together, a multiple of BLOCK; the parts of a block follow one another,
+            in each of them the tiles, in each of them the columns, in each of them the tokens
+    width   columns of a group
+    limit   of a part, see `part_of`
+    flat    [tokens * columns] float32
     """
     tokens, columns = x.shape
-    flat = arranged.reshape(-1)
-    block = claim(counter)
-    while block * BLOCK < tokens:
-        token = block * BLOCK
-        while token < min((block + 1) * BLOCK, tokens):
-            height = height_of(tokens - token)
-            for m in range(height):
-                for column in range(columns):
-                    flat[token * columns + column * height + m] = x[token + m, column]
+    token = claim(counter) * BLOCK
+    while token < tokens:
+        last = min(token + BLOCK, tokens)
+        start = token // block * block
+        count = min(block, tokens - start)
+        while token < last:
+            height = height_of(last - token)
+            first = 0
+            while first < columns:
+                deep = part_of(first, columns, width, limit)
+                at = start * columns + count * first + (token - start) * deep
+                for m in range(height):
+                    for k in range(deep):
+                        flat[at + k * height + m] = x[token + m, first + k]
+                first += deep
             token += height
-        block = claim(counter)
+        token = claim(counter) * BLOCK

@@ -10,7 +10,6 @@ Codes are stored less the lowest one, without sign.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,7 +24,7 @@ from numba.extending import intrinsic
 from qframe_plugins.kernels.numba_cpu.dot_tile import BYTES, PANEL, QUAD_BYTES
 from qframe_plugins.kernels.numba_cpu.scratch import aligned
 from qframe_plugins.kernels.numba_cpu.simd import kernel
-from qframe_plugins.kernels.numba_cpu.vectors import FLOAT32, INT32, INT64, Vectors
+from qframe_plugins.kernels.numba_cpu.vectors import INT32, INT64, Vectors
 
 WIDTHS = (2, 3, 4, 8)  # bits that there are layouts for
 _UNIT = 32  # columns: a whole number of steps of every width
@@ -215,79 +214,7 @@ def _make_unpack(planes: tuple[int, ...]) -> Callable[..., Any]:
     return unpack
 
 
-def _make_decode(planes: tuple[int, ...]) -> Callable[..., Any]:
-    """Return the intrinsic that gives what codes stand for; see `_make_unpack`."""
-    together = max(8 // bits for bits in planes)
-
-    @intrinsic
-    def decode(
-        typing: Any,
-        one: Any,
-        other: Any,
-        panel: Any,
-        first: Any,
-        quads: Any,
-        scale: Any,
-        zero: Any,
-        group: Any,
-        out: Any,
-        row: Any,
-    ) -> Any:
-        index = types.int64
-        signature = types.void(one, other, index, index, index, scale, zero, index, out, index)
-
-        def emit(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-            v = Vectors(context, builder)
-            lanes = v.register_bytes // BYTES
-            ints, floats = (ir.VectorType(kind, lanes) for kind in (INT32, FLOAT32))
-            sources = []
-            for i, bits in enumerate(planes):
-                at, (_, size) = v.array(signature.args[i], values[i])
-                start = builder.mul(values[2], size)
-                skipped = builder.sdiv(builder.mul(values[3], INT64(QUAD_BYTES * bits)), INT64(8))
-                sources.append((bits, v.at(at, builder.add(start, skipped))))
-            scale_at, (_, groups, _) = v.array(signature.args[5], values[5])
-            zero_at, _ = v.array(signature.args[6], values[6])
-            place = builder.add(builder.mul(values[2], groups), values[7])
-            place = builder.mul(place, INT64(4 * PANEL))
-            scale_at, zero_at = v.at(scale_at, place), v.at(zero_at, place)
-            out_at, _ = v.array(signature.args[8], values[8])
-            out_at = v.at(out_at, builder.mul(values[9], INT64(4 * PANEL)))
-            passes = builder.sdiv(values[4], INT64(together))
-            with v.loop(INT64(QUAD_BYTES // v.register_bytes)) as part:
-                left = builder.mul(part.index, INT64(v.register_bytes))
-                steps = v.load(v.at(scale_at, left), floats)
-                zeros = v.load(v.at(zero_at, left), ints)
-                with v.loop(passes) as loop:
-                    raws: dict[tuple[int, int], Any] = {}
-                    here = builder.mul(loop.index, INT64(4 * PANEL * BYTES * together))
-                    target = v.at(out_at, builder.add(here, left))
-                    for quad, byte in itertools.product(range(together), range(BYTES)):
-                        code, shift = None, 0
-                        for i, (bits, at) in enumerate(sources):
-                            fields = 8 // bits
-                            if (i, quad // fields) not in raws:
-                                step = QUAD_BYTES * (together // fields)
-                                offset = builder.add(left, builder.mul(loop.index, INT64(step)))
-                                source = v.at(v.at(at, offset), QUAD_BYTES * (quad // fields))
-                                raws[i, quad // fields] = v.load(source, ints)
-                            raw = raws[i, quad // fields]
-                            part_ = _moved(v, raw, 8 * byte + bits * (quad % fields) - shift)
-                            mask = v.const(ints, ((1 << bits) - 1) << shift)
-                            field = builder.and_(part_, mask)
-                            code = field if code is None else builder.or_(code, field)
-                            shift += bits
-                        value = builder.sitofp(builder.sub(code, zeros), floats)
-                        stripe = 4 * PANEL * (BYTES * quad + byte)
-                        v.store(builder.fmul(value, steps), v.at(target, stripe))
-            return context.get_dummy_value()
-
-        return signature, emit
-
-    return decode
-
-
-def _moved(v: Vectors, raw: Any, move: int) -> Any:
+def moved(v: Vectors, raw: Any, move: int) -> Any:
     """Return lanes shifted to the right by so many bits, or to the left."""
     if move > 0:
         return v.builder.lshr(raw, v.const(raw.type, move))
@@ -309,7 +236,7 @@ def planes_at(
 def field_of(v: Vectors, raw: Any, bits: int, field: int, shift: int) -> Any:
     """Return a field of every byte of raw, moved to the bits from `shift` on."""
     every = (((1 << bits) - 1) << shift) * 0x01010101
-    return v.builder.and_(_moved(v, raw, bits * field - shift), v.const(raw.type, every))
+    return v.builder.and_(moved(v, raw, bits * field - shift), v.const(raw.type, every))
 
 
 # out[quad, :, :] = codes of the quads first ... first + quads of a panel, bytes without sign.
@@ -327,23 +254,3 @@ def unpack(one, other, bits, panel, first, quads, out):  # type: ignore[no-untyp
         _unpack_3(one, other, panel, first, quads, out)
     else:
         _unpack_4(one, other, panel, first, quads, out)
-
-
-# out[row + ..., :] = scale * (code - zero) of the quads first ... first + quads of a panel, which
-# are all of one group. scale and zero are those of `PackedPanels`, out is [any, PANEL] float32.
-_decode_2, _decode_3, _decode_4, _decode_8 = (
-    _make_decode(planes) for planes in ((2,), (2, 1), (4,), (8,))
-)
-
-
-@kernel
-def decode(one, other, bits, panel, first, quads, scale, zero, group, out, row):  # type: ignore[no-untyped-def]
-    """Set rows of `out` to what the codes of some quads of a panel stand for; see above."""
-    if bits == 2:
-        _decode_2(one, other, panel, first, quads, scale, zero, group, out, row)
-    elif bits == 3:
-        _decode_3(one, other, panel, first, quads, scale, zero, group, out, row)
-    elif bits == 4:
-        _decode_4(one, other, panel, first, quads, scale, zero, group, out, row)
-    else:
-        _decode_8(one, other, panel, first, quads, scale, zero, group, out, row)

@@ -1,9 +1,11 @@
 """Products of float32 activations with a weight in codes: `linear_weight_only`.
 
-Method: a part of a panel is decoded to float32 in the fastest cache, and all tokens meet it there;
-        where they are few, in registers.
-Error:  docs/bounds.md, B9.b, value by value: one rounding of a weight, then a recursive sum in the
-        order of the groups. The bits do not depend on the number of threads.
+Method: a part of a panel, some groups or a piece of one, is decoded to float32 in the fastest
+        cache, and all tokens of a block meet it there; where they are few, in registers. Numbers
+        of tokens lie in the order in which tiles read them: as one stream.
+Error:  docs/bounds.md, B9.b, group by group: the sum of x (c - z) over the columns of a group is
+        recursive, is scaled once, and the groups are added up in their order. The bits depend
+        neither on the number of threads nor on that of the tokens.
 """
 
 from __future__ import annotations
@@ -11,14 +13,24 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from qframe_plugins.kernels.numba_cpu.dot_tile import BLOCK, BYTES, PANEL, height_of
+from qframe_plugins.kernels.numba_cpu.dot_tile import (
+    BLOCK,
+    BYTES,
+    PANEL,
+    height_of,
+    part_of,
+)
 from qframe_plugins.kernels.numba_cpu.few_tokens import FEW, multiply_few
-from qframe_plugins.kernels.numba_cpu.float_tile import lay_out, multiply_tokens, share_arrange
-from qframe_plugins.kernels.numba_cpu.packed import PackedPanels, decode
-from qframe_plugins.kernels.numba_cpu.simd import claim, kernel
+from qframe_plugins.kernels.numba_cpu.float_tile import lay_out, multiply_part, share_arrange
+from qframe_plugins.kernels.numba_cpu.packed import PackedPanels
+from qframe_plugins.kernels.numba_cpu.simd import claim, kernel, zeros
 from qframe_plugins.kernels.numba_cpu.threads import share, worth_sharing
+from qframe_plugins.kernels.numba_cpu.values import decode
 
-_PART = 16  # quads, 16 KiB of float32, that are decoded at a time: they stay in L1
+_DECODED = 128  # columns of a panel that are decoded at a time, 32 KiB: they stay in L1
+# Of a block of tokens, 8 MiB, which need not stay in L2: that a weight is decoded for fewer tokens
+# costs more than to read two bytes in a cycle from L3.
+_WORDS = 1 << 21
 
 Float32 = npt.NDArray[np.float32]
 
@@ -29,25 +41,22 @@ def multiply(x: Float32, weight: PackedPanels) -> Float32:
     y = np.empty((tokens, weight.rows), np.float32)
     if not y.size:
         return y
-    panels = worth_sharing(len(weight.scale), weight.nbytes, tokens * weight.rows * weight.columns)
+    panels = len(weight.scale)
+    tasks = worth_sharing(panels, weight.nbytes, tokens * weight.rows * weight.columns)
+    operands = *weight.filled, weight.scale, weight.points
     if tokens <= FEW:
         columns = weight.groups * weight.quads * BYTES
-        operands = *weight.filled, weight.scale, weight.points
-        share(_share_few, panels, np.ascontiguousarray(x), weight.spread, columns, *operands, y)
+        share(_share_few, tasks, np.ascontiguousarray(x), weight.spread, columns, *operands, y)
         return y
     taken = weight.taken(x)
-    arranged = np.empty(taken.shape, np.float32)
-    share(share_arrange, -(-tokens // BLOCK), taken, arranged)
-    share(
-        _share_panels,
-        panels,
-        arranged,
-        *weight.planes,
-        weight.bits,
-        weight.scale,
-        weight.zero,
-        y,
-    )
+    width = weight.quads * BYTES
+    limit = min(_DECODED, taken.shape[1])
+    blocks = -(-taken.size // _WORDS)
+    block = -(-tokens // blocks // BLOCK) * BLOCK
+    blocks = -(-tokens // block)
+    flat = np.empty(taken.size, np.float32)
+    share(share_arrange, -(-tokens // BLOCK), taken, block, width, limit, flat)
+    share(_share_panels, tasks * blocks, flat, *operands, (block, limit), y)
     return y
 
 
@@ -60,57 +69,61 @@ def _share_few(counter, given, spread, columns, planes, widths, scale, zero, y):
     """
     tokens, groups = len(y), scale.shape[1]
     x = np.zeros((tokens, columns), np.float32)
-    lay_out(given, spread, x)
+    lay_out(given, spread, x.reshape(-1))
     quads = columns // BYTES // groups  # of a group
-    sums = np.empty((tokens, PANEL), np.float32)
+    made = np.empty((tokens, PANEL), np.float32)
     panel = claim(counter)
     while panel * PANEL < y.shape[1]:
-        for token in range(tokens):
-            for lane in range(PANEL):
-                sums[token, lane] = 0
+        made[:] = 0
         for group in range(groups):
             place = (panel, group)
             token = 0
             while token < tokens:
                 height = height_of(tokens - token)
                 part = (token, group * quads, quads)
-                multiply_few(sums, x, planes, widths, scale, zero, place, part, height)
+                multiply_few(made, x, planes, widths, scale, zero, place, part, height)
                 token += height
         for token in range(tokens):
             for lane in range(min(PANEL, y.shape[1] - panel * PANEL)):
-                y[token, panel * PANEL + lane] = sums[token, lane]
+                y[token, panel * PANEL + lane] = made[token, lane]
         panel = claim(counter)
 
 
 @kernel
-def _share_panels(counter, x, one, other, bits, scale, zero, y):  # type: ignore[no-untyped-def]
-    """Claim panels, and compute their columns of y."""
-    tokens, columns = x.shape
-    quads = columns // BYTES
-    width = quads // scale.shape[1]  # quads of a group
-    w = np.empty((_PART * BYTES, PANEL), np.float32)
-    sums = np.empty((tokens, PANEL), np.float32)
-    panel = claim(counter)
-    while panel * PANEL < y.shape[1]:
-        for token in range(tokens):
-            for lane in range(PANEL):
-                sums[token, lane] = 0
+def _share_panels(counter, x, planes, widths, scale, zero, sizes, y):  # type: ignore[no-untyped-def]
+    """Claim panels for a block of tokens, and compute their columns of y."""
+    block, limit = sizes  # tokens, and columns of a part
+    tokens = len(y)
+    panels, groups = scale.shape[:2]
+    columns = len(x) // tokens
+    width = columns // groups
+    w = zeros(limit, PANEL)
+    sums, made = zeros(block if width > limit else 0, PANEL), zeros(block, PANEL)
+    between = sums, made
+    blocks = -(-tokens // block)
+    task = claim(counter)
+    while task < blocks * panels:
+        panel, start = task % panels, task // panels * block
+        count = min(block, tokens - start)
+        made[:count] = 0
         first = 0
-        while first < quads:
-            count = 0
-            while count < _PART and first + count < quads:  # of one group or of several
-                group = (first + count) // width
-                piece = min(_PART - count, (group + 1) * width - first - count)
-                row = count * BYTES
-                decode(one, other, bits, panel, first + count, piece, scale, zero, group, w, row)
-                count += piece
+        while first < columns:
+            deep = part_of(first, columns, width, limit)
+            piece = min(deep, width)
+            for passed in range(0, deep, piece):
+                here = panel, (first + passed) // width, groups
+                quads = (first + passed) // BYTES, piece // BYTES, deep // BYTES
+                decode(planes, widths, zero, here, quads, w, passed)
+            part = panel, first, deep, width
             token = 0
-            while token < tokens:
-                height = height_of(tokens - token)
-                multiply_tokens(sums, token, x, token, height, first * BYTES, count * BYTES, w)
-                token += height
-            first += count
-        for token in range(tokens):
+            while token < count:
+                height = height_of(count - token)
+                tiles = (count - token) // height
+                rows = token, start * columns + count * first + token * deep, tiles
+                multiply_part(height, between, x, w, scale, part, rows)
+                token += tiles * height
+            first += deep
+        for token in range(count):
             for lane in range(min(PANEL, y.shape[1] - panel * PANEL)):
-                y[token, panel * PANEL + lane] = sums[token, lane]
-        panel = claim(counter)
+                y[start + token, panel * PANEL + lane] = made[token, lane]
+        task = claim(counter)
