@@ -27,7 +27,7 @@ from qframe_plugins.kernels.numba_cpu.values import Values, load_step
 from qframe_plugins.kernels.numba_cpu.vectors import FLOAT32, INT32, INT64, Vectors
 
 FEW = 4  # tokens at most
-_AHEAD = 16  # steps of the weight that are asked for before they are read
+_AHEAD = 8192  # bytes of the weight that are asked for before they are read
 
 
 def _make_row(height: int) -> Callable[..., Any]:
@@ -117,9 +117,9 @@ def _emit_row(
             raws = load_step(v, sources, loop.index, spots)
             for width, source in sources:
                 size = together * width // 8 * QUAD_BYTES
-                ahead = b.add(b.mul(loop.index, INT64(size)), INT64(_AHEAD * size))
+                ahead = b.add(b.mul(loop.index, INT64(size)), INT64(_AHEAD))
                 for line in range(0, size, LINE):
-                    v.prefetch(v.at(v.at(source, ahead), line), 1)
+                    v.prefetch(v.at(v.at(source, ahead), line), 2)
             values = [stand_for.of_step(raws[r], r) for r in range(across)]
             there = v.at(x_at, b.mul(loop.index, INT64(BYTES * BYTES * together * height)))
             for quad in range(together):

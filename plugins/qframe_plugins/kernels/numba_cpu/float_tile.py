@@ -41,7 +41,9 @@ def _make_part(height: int) -> Callable[..., Any]:
             v, b, kinds = Vectors(context, builder), builder, signature.args
             panel, first, deep, width = cgutils.unpack_tuple(b, values[4], 4)
             row, x_from, tiles = cgutils.unpack_tuple(b, values[5], 3)
-            sums, made = (v.array(kinds[0][i], b.extract_value(values[0], i))[0] for i in (0, 1))
+            sums, made, plain = (
+                v.array(kinds[0][i], b.extract_value(values[0], i))[0] for i in (0, 1, 2)
+            )
             x_start, w_start = v.array(kinds[1], values[1])[0], v.array(kinds[2], values[2])[0]
             scale_start, (_, groups, _) = v.array(kinds[3], values[3])
             piece = b.select(b.icmp_signed("<", deep, width), deep, width)
@@ -57,11 +59,15 @@ def _make_part(height: int) -> Callable[..., Any]:
                 place = b.add(x_from, b.mul(place, INT64(height)))
                 x_at = v.at(x_start, b.mul(place, INT64(BYTES)))
                 w_at = v.at(w_start, b.mul(skipped, INT64(BYTES * PANEL)))
-                # Not known to be the same for all tiles: LLVM would make code for every case.
+                # Places are chosen, not ways: LLVM would make code of its own for every case.
                 begins = b.icmp_signed("<=", first, b.mul(group_, width))
                 ends = b.icmp_signed("<=", b.mul(b.add(group_, INT64(1)), width), after)
-                at = v.at(sums, stripe), v.at(made, stripe), scale_at
-                _emit_group(v, height, at, x_at, w_at, piece, begins, ends)
+                sums_at, made_at = v.at(sums, stripe), v.at(made, stripe)
+                ones, apart = v.at(plain, BYTES * PANEL), INT64(BYTES * PANEL)
+                first_ = b.select(begins, plain, sums_at), b.select(begins, INT64(0), apart)
+                before = b.select(ends, made_at, plain), b.select(ends, apart, INT64(0))
+                target, factor = b.select(ends, made_at, sums_at), b.select(ends, scale_at, ones)
+                _emit_group(v, height, x_at, w_at, piece, first_, before, target, factor)
             return context.get_dummy_value()
 
         return signature, emit
@@ -72,50 +78,43 @@ def _make_part(height: int) -> Callable[..., Any]:
 def _emit_group(
     v: Vectors,
     height: int,
-    at: tuple[Any, Any, Any],
     x_at: Any,
     w_at: Any,
     steps: Any,
-    begins: Any,
-    ends: Any,
+    first: tuple[Any, Any],
+    before: tuple[Any, Any],
+    target: Any,
+    factor: Any,
 ) -> None:
-    """Emit the tile for a group, or for a piece of one.
+    """Emit target[m, :] = before[m, :] + factor * (first[m, :] + the products of some steps).
 
-    at             where the sums of a piece, those of groups, and scales are
-    begins, ends   whether these are the first columns of the group, and the last
+    first, before   where they are, and how many bytes their rows lie apart
+    target          where that is; rows of PANEL lanes
+    factor          where PANEL of them are
     """
-    b = v.builder
-    sums_at, made_at, scale_at = at
 
-    def spot(start: Any, m: int, byte: Any) -> Any:
-        return v.at(v.at(start, BYTES * PANEL * m), byte)
+    def load(at: tuple[Any, Any], m: int, byte: Any, kind: Any) -> Any:
+        start, row = at
+        return v.load(v.at(v.at(start, v.builder.mul(row, INT64(m))), byte), kind)
 
     def begin(places: Places, kind: Any) -> list[Any]:
-        return v.either(
-            begins,
-            lambda: [v.const(kind, 0.0) for _ in places],
-            lambda: [v.load(spot(sums_at, m, byte), kind) for m, byte in places],
-        )
+        return [load(first, m, byte, kind) for m, byte in places]
 
     def end(places: Places, totals: list[Any]) -> None:
         kind = totals[0].type
-        with b.if_else(ends) as (whole, piece):
-            with piece:
-                for (m, byte), total in zip(places, totals, strict=True):
-                    v.store(total, spot(sums_at, m, byte))
-            with whole:
-                scales = {byte: v.load(v.at(scale_at, byte), kind) for _, byte in places}
-                for (m, byte), total in zip(places, totals, strict=True):
-                    there = spot(made_at, m, byte)
-                    v.store(v.muladd(total, scales[byte], v.load(there, kind)), there)
+        factors = {byte: v.load(v.at(factor, byte), kind) for _, byte in places}
+        for (m, byte), total in zip(places, totals, strict=True):
+            made = v.muladd(total, factors[byte], load(before, m, byte, kind))
+            v.store(made, v.at(v.at(target, BYTES * PANEL * m), byte))
 
-    emit_tile(v, FLOAT32, height, sums_at, x_at, w_at, steps, v.muladd, begin=begin, end=end)
+    emit_tile(v, FLOAT32, height, target, x_at, w_at, steps, v.muladd, begin=begin, end=end)
 
 
 # What is done with the sums over the columns of some groups, or of a piece of one, of x[column,
 # token] w[column, :], for some tiles of 6 (4, 2, 1) tokens: of a piece they are kept in `sums`, of
 # a group they are scaled and added to `made`.
-# between   (sums, made), float32 [any, PANEL], of the tokens of a block
+# between   (sums, made, plain), float32: [any, PANEL] of the tokens of a block, twice; [2, PANEL],
+#           zeros and ones
 # x         float32, laid out by `share_arrange`
 # w         float32 [any, PANEL]
 # scale     of `PackedPanels`

@@ -99,7 +99,10 @@ def _share_panels(counter, x, planes, widths, scale, zero, sizes, y):  # type: i
     width = columns // groups
     w = zeros(limit, PANEL)
     sums, made = zeros(block if width > limit else 0, PANEL), zeros(block, PANEL)
-    between = sums, made
+    plain = zeros(2, PANEL)
+    for lane in range(PANEL):
+        plain[1, lane] = 1
+    between = sums, made, plain
     blocks = -(-tokens // block)
     task = claim(counter)
     while task < blocks * panels:
