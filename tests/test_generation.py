@@ -16,6 +16,7 @@ import qframe
 from qframe.cli.generate import network_of
 from qframe.errors import ModelError, RecipeError
 from qframe.generation import generate
+from qframe.growing_cache import GrowingKVCache
 from qframe.held import held_bytes
 from qframe.kernel_layer import KernelLinear
 from qframe.kv_cache import QuantizedKVCache, QuantizedLayer
@@ -122,6 +123,24 @@ def test_what_makes_no_sense_is_refused(model, given, why):
     network = network_of(model, "none")
     with pytest.raises(RecipeError, match=why):
         generate(network, model, given.pop("prompt", PROMPT), **given)
+
+
+@pytest.mark.parametrize("given", [None, "KV8"])
+def test_a_cache_has_room_for_more_unless_another_is_given(model, given, monkeypatch):
+    network = network_of(model, "none")
+    seen, forward = [], network.forward
+
+    def spy(*args, **kwargs):
+        seen.append(kwargs["past_key_values"])
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(network, "forward", spy)
+    cache = None if given is None else QuantizedKVCache(given)
+    generate(network, model, PROMPT, max_new_tokens=2, cache=cache)
+    if cache is None:
+        assert {type(each) for each in seen} == {GrowingKVCache}
+    else:
+        assert all(each is cache for each in seen)
 
 
 def test_a_folder_without_a_tokenizer_is_named(model, tmp_path):

@@ -85,6 +85,15 @@ def test_it_holds_what_transformers_cache_holds(steps):
             both.update(tokens)
 
 
+def test_what_is_held_keeps_its_dtype_when_narrower_tokens_come():
+    both = Both()
+    both.change("dtype", torch.float32)
+    both.update(5)
+    both.change("reorder", 0)  # so that memory is made anew for the next ones
+    both.change("dtype", torch.bfloat16)
+    both.update(3)
+
+
 def test_sequences_that_were_not_there_are_refused():
     layer = GrowingLayer()
     layer.update(torch.ones(2, 3, 5, 4), torch.ones(2, 3, 5, 4))

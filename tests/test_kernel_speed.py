@@ -123,6 +123,33 @@ def test_all_backends_take_turns_and_the_first_is_that_of_auto():
     assert FULL not in seen["hadamard"].times
 
 
+class Listed:
+    """A kernel that lists the weights that it is called with."""
+
+    op, backend, called = "linear_weight_only", "listed", None
+
+    def __init__(self):
+        self.called = []
+
+    def supports(self, call):
+        return None
+
+    def prepare(self, codes, *others):
+        return codes
+
+    def __call__(self, x, codes):
+        self.called.append(codes)
+
+
+def test_a_kernel_runs_on_another_weight_just_before_it_is_timed():
+    """So its code is warm, and the weight is not."""
+    kernel = Listed()
+    list(measure([kernel], [kernel.op], [SMALL], rounds=2))
+    first, *others = kernel.called
+    assert [each is first for each in others] == [False, True] * 2
+    assert not any(torch.equal(each, first) for each in others[::2])
+
+
 def test_ratios_are_speeds():
     timed = Timed(call=None, times={"a": [1, 4], "b": [2, 8]}, shares={}, refused={})
     assert timed.over("a", "b") == 2

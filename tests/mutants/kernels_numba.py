@@ -16,10 +16,9 @@ from tests.mutants import (
     kernels_hadamard,
     kernels_int8,
     kernels_outliers,
+    kernels_source,
     kernels_weights,
 )
-from tests.mutants.kernels_source import changed
-from tests.mutants.mutant import Mutant
 
 
 def of_groups(plugin):
@@ -46,24 +45,13 @@ OUTPUTS = {
 }
 
 
-def mutants(kernel, *mistakes):
-    right = getattr(numba_ops, kernel)
-    return [
-        Mutant(
-            name=f"{right.op}:numba_{name}",
-            kind="kernel",
-            bug=f"numba: {bug}",
-            make=changed(numba_ops, "numba_cpu", right.op, name, file, old, new),
-            correct=right,
-            killed_by=killed_by,
-        )
-        for name, file, old, new, killed_by, bug in mistakes
-    ]
+def mutants(op, *mistakes):
+    return kernels_source.mutants(numba_ops, "numba_cpu", op, mistakes)
 
 
 MUTANTS = (
     *mutants(
-        "QuantizeActivations",
+        "quantize_activations",
         (
             "signs_count",
             "tokens.py",
@@ -130,7 +118,7 @@ MUTANTS = (
         ),
     ),
     *mutants(
-        "LinearWeightOnly",
+        "linear_weight_only",
         (
             "scale_of_the_first_group",
             "float_tile.py",
@@ -285,7 +273,7 @@ MUTANTS = (
         ),
     ),
     *mutants(
-        "Hadamard",
+        "hadamard",
         (
             "not_normalized",
             "hadamard.py",
@@ -320,7 +308,7 @@ MUTANTS = (
         ),
     ),
     *mutants(
-        "Dequantize",
+        "dequantize",
         (
             "zero_point_of_the_first_group",
             "dequantize.py",
@@ -339,7 +327,7 @@ MUTANTS = (
         ),
     ),
     *mutants(
-        "LinearInt8",
+        "linear_int8",
         (
             "offset_of_126",
             "packed.py",
@@ -470,7 +458,7 @@ MUTANTS = (
         ),
     ),
     *mutants(
-        "LinearInt8Groups",
+        "linear_int8_groups",
         (
             "zero_points_keep_the_lowest",
             "packed.py",
@@ -609,7 +597,7 @@ MUTANTS = (
         ),
     ),
     *mutants(
-        "LinearInt8Outliers",
+        "linear_int8_outliers",
         (
             "above_the_threshold",
             "int8_outliers.py",
@@ -684,7 +672,7 @@ MUTANTS = (
         ),
     ),
     *mutants(
-        "AttentionKV",
+        "attention_kv",
         (
             "pieces_weigh_the_same",
             "attention.py",

@@ -9,8 +9,10 @@ from __future__ import annotations
 import importlib
 import sys
 import tempfile
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+
+from tests.mutants.mutant import Mutant
 
 
 @cache
@@ -48,6 +50,26 @@ def changed(hooks, folder, op, name, file, old, new):
         return kernel_of(module, op)
 
     return make
+
+
+def mutants(hooks, folder, op, mistakes):
+    """Return mutants of the kernel of an operation, see `changed`.
+
+    mistakes   (name, file, old, new, check that must find it, bug) of each
+    """
+    right = partial(kernel_of, hooks, op)
+    backend = right().backend
+    return [
+        Mutant(
+            name=f"{op}:{backend}_{name}",
+            kind="kernel",
+            bug=f"{backend}: {bug}",
+            make=changed(hooks, folder, op, name, file, old, new),
+            correct=right,
+            killed_by=killed_by,
+        )
+        for name, file, old, new, killed_by, bug in mistakes
+    ]
 
 
 def kernel_of(hooks, op):

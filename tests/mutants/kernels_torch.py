@@ -2,27 +2,12 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 from qframe_plugins.kernels import torch_ops
-from tests.mutants import kernels_numba
-from tests.mutants.kernels_source import changed, kernel_of
-from tests.mutants.mutant import Mutant
+from tests.mutants import kernels_numba, kernels_source
 
 
 def mutants(op, *mistakes):
-    right = partial(kernel_of, torch_ops, op)
-    return [
-        Mutant(
-            name=f"{op}:torch_{name}",
-            kind="kernel",
-            bug=f"torch: {bug}",
-            make=changed(torch_ops, "torch_native", op, name, file, old, new),
-            correct=right,
-            killed_by=killed_by,
-        )
-        for name, file, old, new, killed_by, bug in mistakes
-    ]
+    return kernels_source.mutants(torch_ops, "torch_native", op, mistakes)
 
 
 MUTANTS = (

@@ -2,12 +2,11 @@
 
 For every byte it keeps who stored there last, two threads that have read it and two that have
 changed it by atomics, with the time: the number of barriers of the whole block so far, and a clock
-of the thread. Two accesses are
-ordered if a barrier of the block lies between them, or if the later thread has met the earlier one
-since (`bar.warp.sync`, barriers of some threads): vector clocks, as in FastTrack, and exact up to
-the readers, of which two are remembered. Atomics race with what is no atomic. Lanes of a warp may
-store one value at one place by one instruction, as compilers let them. That blocks are
-ordered by atomics and fences is not followed.
+of the thread. Two accesses are ordered if a barrier of the block lies between them, or if the later
+thread has met the earlier one since (`bar.warp.sync`, barriers of some threads): vector clocks, as
+in FastTrack, and exact up to the readers, of which two are remembered. Atomics race with what is no
+atomic. Lanes of a warp may store one value at one place by one instruction, as compilers let them.
+That blocks are ordered by atomics and fences is not followed.
 
 Source: Flanagan and Freund, FastTrack: efficient and precise dynamic race detection, PLDI 2009.
 """
@@ -36,10 +35,10 @@ from qframe_plugins.ptx_host.layout import LOCAL as LOCAL_SLOT
 from qframe_plugins.ptx_host.layout import SHARED as SHARED_SLOT
 from qframe_plugins.ptx_host.raw import FINGERPRINT, at, compiled, put
 
-# A cell: who stored there last, when, at which site + 1; two threads that have read it and two that
-# have changed it by atomics, each with the time; and whose copy is on its way there.
+# A cell: who stored there last (at 0), when, at which site + 1; two threads that have read it and
+# two that have changed it by atomics, each with the time; and whose copy is on its way there.
 CELL, PENDING_SLOT = 12, 11
-WRITER, WRITE_TIME, WRITE_SITE, READERS, ATOMICS = 0, 1, 2, 3, 7
+WRITE_TIME, WRITE_SITE, READERS, ATOMICS = 1, 2, 3, 7
 BUFFER = 4  # begin, end, cells, flags
 READ_ONLY, IS_FRESH = 1, 2
 

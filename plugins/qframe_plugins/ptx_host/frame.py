@@ -26,7 +26,7 @@ AXES = {"x": 0, "y": 1, "z": 2}
 
 @dataclass(frozen=True)
 class Options:
-    """What is compiled in: addresses of the checker and of the tracer, or 0; the counters."""
+    """What is compiled in: the checker, by its address, or 0; and the counters."""
 
     check: int = 0
     count: bool = False

@@ -50,4 +50,3 @@ FINE, READS_OTHERS, PARTIAL = 0, 1, 2
 # Accesses to memory, and spaces.
 LOAD, STORE, ATOMIC, ISSUE, ARRIVAL = 0, 1, 2, 3, 4
 SPACES = {"global": 0, "": 1, "shared": 2, "local": 3, "const": 4, "param": 5}
-SPACE_NAMES = {number: name or "generic" for name, number in SPACES.items()}

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-# numba's cache knows only the file of a function: the fingerprint of what these functions use is in
-# their names, so that an edited file leaves no stale machine code behind.
-FINGERPRINT = hashlib.sha256(
-    b"".join(
-        (Path(__file__).parent / f"{name}.py").read_bytes()
-        for name in ("raw", "layout", "findings", "scheduler", "checker")
-    )
-).hexdigest()[:12]
+from qframe_plugins.compiling import fingerprint
+
+FINGERPRINT = fingerprint(__file__)  # part of each function's name in numba's cache
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:

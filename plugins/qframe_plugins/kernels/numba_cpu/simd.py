@@ -13,9 +13,7 @@ Error:  an element is a recursive sum in ascending k, so n terms added to c have
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,22 +22,15 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from qframe_plugins.kernels.numba_cpu import compiling
+from qframe_plugins.compiling import fingerprint
 
 STRIPE_BYTES = 256  # a stripe is one row of a panel: 64 float32 or 32 float64 lanes
 LANES = STRIPE_BYTES // 4  # lanes of a float32 stripe
 QUAD = 4  # stripes that a tile updates at once
 
-# numba keys its on-disk cache by the file of the function alone, so an edited tile, or an edited
-# callee in another file, would leave stale machine code behind. The fingerprint of all sources
-# of this folder is part of the name of each cached function instead.
-KERNEL_ABI = hashlib.sha256(
-    b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
-).hexdigest()[:12]
+KERNEL_ABI = fingerprint(__file__)  # part of the name of each kernel in numba's cache
 
 Function = Callable[..., Any]
-
-compiling.watch()  # every kernel comes through here
 
 
 def kernel(function: Function) -> Function:

@@ -1,13 +1,16 @@
-"""Tells that kernels are being compiled, which happens once for an installation.
+"""What numba compiles, once for an installation: under which name it is kept, and word of it.
 
-It goes to the logger "qframe.compiling", level INFO: a first record when the first kernel is not in
-numba's cache, and `record.compiled`, (kernels, seconds), on one that follows the last so far.
+Word goes to the logger "qframe.compiling", level INFO: a first record when the first kernel is not
+in numba's cache, and `record.compiled`, (kernels, seconds), on one that follows the last so far.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 from numba.core import event
@@ -44,6 +47,19 @@ class _Watch(event.Listener):  # type: ignore[misc]
             )
 
 
+@cache
 def watch() -> None:
-    """Tell of compilations from now on. For one call in a process."""
+    """Tell of compilations from now on."""
     event.register("numba:compile", _Watch())
+
+
+def fingerprint(file: str) -> str:
+    """Return what tells the sources of a file's folder from any others. Watches, too.
+
+    numba keys its cache on disk by the file of a function alone: an edited callee in another file,
+    or an edited intrinsic, would leave stale machine code behind. So this is made part of the name
+    of every function that is kept.
+    """
+    watch()
+    sources = sorted(Path(file).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
