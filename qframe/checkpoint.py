@@ -289,7 +289,7 @@ def load(
             module = replace_module(module, name, made)
     _load_rest(module, source)
     if dispatch is not None:
-        module = fuse_norms(on_kernels(module, dispatch))
+        module = fuse_norms(on_kernels(module, dispatch), dispatch)
         left = without_kernels(module)
         for reason in sorted(set(left.values())):
             names = [name for name, why in left.items() if why == reason]

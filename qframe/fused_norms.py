@@ -1,9 +1,10 @@
-"""RMS norms as one call of PyTorch instead of six, where that gives the same bits.
+"""RMS norms as one call instead of six: of a kernel, or of PyTorch where that gives the same bits.
 
 A network that writes one token at a time spends as long on the small operations of its norms as on
 many a layer's product. What transformers spells out, x / sqrt(mean(x^2) + eps) times the weight, is
 `torch.nn.functional.rms_norm`; a norm that does anything else, such as Gemma's, which multiplies
-by 1 + w, is left as it is. That is found by trying.
+by 1 + w, is left as it is. That is found by trying. What is such a norm may as well be computed by
+a kernel for `rms_norm`, within the same bound.
 
 Source: Zhang and Sennrich, Root Mean Square Layer Normalization, NeurIPS 2019, arXiv:1910.07467.
 """
@@ -16,6 +17,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from qframe.contracts import Kernel, OpCall
+from qframe.dispatch import Dispatch
+from qframe.errors import UnsupportedError
 from qframe.fold_search import may_be_norm
 from qframe.model import replace_module
 
@@ -25,13 +29,15 @@ _NAMES = ("variance_epsilon", "eps", "epsilon")  # of what is added to the mean
 class FusedRMSNorm(nn.Module):
     """An RMS norm [..., columns] that computes float32 numbers in one call.
 
-    usual   the norm that it stands for: it still computes what has another dtype
+    usual    the norm that it stands for: it still computes what has another dtype
+    kernel   what computes it where no gradient is asked for; None: PyTorch
     """
 
     weight: nn.Parameter
 
-    def __init__(self, usual: nn.Module, eps: float) -> None:
+    def __init__(self, usual: nn.Module, eps: float, kernel: Kernel | None = None) -> None:
         super().__init__()
+        self.kernel = kernel
         self.weight = usual.weight  # type: ignore[assignment]
         self.eps = eps
         self._usual = (usual,)  # no submodule: what is stored keeps its name
@@ -46,23 +52,43 @@ class FusedRMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the norm of x."""
-        if x.dtype != torch.float32 or self.weight.dtype != torch.float32:
+        weight: torch.Tensor = self._parameters["weight"]  # type: ignore[assignment]  # faster
+        if x.dtype != torch.float32 or weight.dtype != torch.float32:
             made: torch.Tensor = self.usual(x)
             return made
-        return functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        learns = (x.requires_grad or weight.requires_grad) and torch.is_grad_enabled()
+        if self.kernel is None or learns:
+            return functional.rms_norm(x, weight.shape, weight, self.eps)
+        if weight.requires_grad:
+            weight = weight.detach()
+        y: torch.Tensor = self.kernel(x.reshape(-1, x.shape[-1]), weight, self.eps)
+        return y.view(x.shape)
 
     def extra_repr(self) -> str:
         """Return what a printed network shows."""
         return f"{len(self.weight)}, eps={self.eps}"
 
 
-def fuse_norms(network: nn.Module) -> nn.Module:
-    """Put fused norms in place of RMS norms of a network, changed in place, and return it."""
+def fuse_norms(network: nn.Module, dispatch: Dispatch | None = None) -> nn.Module:
+    """Put fused norms in place of RMS norms of a network, changed in place, and return it.
+
+    dispatch   finds the kernel that computes them; None: PyTorch does
+    """
     for name, module in list(network.named_modules()):
         fused = _fused(module)
         if fused is not None:
+            fused.kernel = None if dispatch is None else _kernel(dispatch, len(fused.weight))
             network = replace_module(network, name, fused)
     return network
+
+
+def _kernel(dispatch: Dispatch, columns: int) -> Kernel | None:
+    """Return the kernel for norms of single tokens; None where none serves them."""
+    call = OpCall(op="rms_norm", device="cpu", dtype="float32", scheme=None, shape=(1, columns))
+    try:
+        return dispatch.choose(call)
+    except UnsupportedError:  # a backend need not have norms
+        return None
 
 
 def _fused(module: nn.Module) -> FusedRMSNorm | None:

@@ -57,6 +57,7 @@ THEOREMS: Final[Mapping[str, tuple[str, ...]]] = {
     "linear_int8_groups": ("B5.f",),
     "linear_int8_outliers": ("B5.a", "B5.b", "B5.d"),
     "hadamard": ("B8.a", "B8.b", "B9.c"),
+    "rms_norm": ("B13.a",),
     "attention_kv": ("B7.e", "B7.i"),
     "hessian_update": ("B9.c", "B9.d"),
 }
@@ -105,7 +106,7 @@ def _linear_weight_only(operands: Operands, answer: Answer, arithmetic: Arithmet
     }
 
 
-# Rotation, attention, statistics --------------------------------------------------------------
+# Rotation, norms, attention, statistics ----------------------------------------------------------
 
 
 def _hadamard(operands: Operands, answer: Answer, arithmetic: Arithmetic, dense: bool) -> Judged:
@@ -135,6 +136,17 @@ def _hadamard(operands: Operands, answer: Answer, arithmetic: Arithmetic, dense:
             "|y - x diag(signs) H| where it is exact", only_where(exact, error), np.zeros_like(x)
         ),
     }
+
+
+def _rms_norm(operands: Operands, answer: Answer, arithmetic: Arithmetic) -> Judged:
+    x, weight = (np.asarray(operands[name], np.float64) for name in ("x", "weight"))
+    expected = reference_ops.rms_norm(x, weight, operands["eps"])
+    columns = x.shape[1]
+    unit, inputs = arithmetic.unit, arithmetic.inputs
+    allowed = bounds.rms_norm(expected, weight, columns, unit, inputs)
+    error = difference(answer[0], expected)
+    what = "|y - w x / sqrt(mean(x^2) + eps)|"
+    return {"B13.a": Comparison(what, error, checked(allowed, columns))}
 
 
 def _attention_kv(operands: Operands, answer: Answer, arithmetic: Arithmetic) -> Judged:
@@ -204,6 +216,7 @@ _JUDGES: Mapping[str, Callable[[Operands, Answer, Arithmetic], Judged]] = {
     "linear_int8": kernel_judges_int8.linear_int8,
     "linear_int8_groups": kernel_judges_int8.linear_int8_groups,
     "linear_int8_outliers": kernel_judges_int8.linear_int8_outliers,
+    "rms_norm": _rms_norm,
     "attention_kv": _attention_kv,
     "hessian_update": _hessian_update,
 }

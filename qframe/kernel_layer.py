@@ -52,8 +52,9 @@ class KernelLinear(QuantizedLinear):
             y = self._product(z)
         else:
             y = self._product(transform.rest(z)) + z[:, transform.kept] @ self._kept.T
-        if self.bias is not None:
-            y = y + self.bias
+        bias = self._buffers["bias"]  # which is found sooner than an attribute
+        if bias is not None:
+            y = y + bias
         y = y.view(*x.shape[:-1], self.out_features)
         return y if x.dtype == y.dtype else y.to(x.dtype)
 

@@ -29,7 +29,7 @@ from qframe.timing import in_turn, speedup
 FULL = "full precision"  # torch's own product or attention in float32
 COLD = 1 << 28  # bytes that are read before each call
 _READ = "reading"
-_BLOCK, _THRESHOLD, _LOUD, _OUTLIERS = 256, 6.0, 30.0, 1000
+_BLOCK, _THRESHOLD, _LOUD, _OUTLIERS, _EPS = 256, 6.0, 30.0, 1000, 1e-5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -271,6 +271,12 @@ def _hadamard(size: Sizes, rng: np.random.Generator) -> _Work:
     return _Work(call=call, given=(x, signs, block), constants=(), nbytes=2 * x.nbytes)
 
 
+def _rms_norm(size: Sizes, rng: np.random.Generator) -> _Work:
+    x, weight = _x(size, rng), _normal(rng, (size.columns,))
+    call = _call("rms_norm", None, size.tokens, size.columns)
+    return _Work(call=call, given=(x, weight, _EPS), constants=(), nbytes=2 * x.nbytes)
+
+
 def _hessian(size: Sizes, rng: np.random.Generator) -> _Work:
     x = _x(size, rng)
     hessian = torch.zeros(size.columns, size.columns, dtype=torch.float64)
@@ -318,6 +324,7 @@ _WORKS: Mapping[str, Callable[[Sizes, np.random.Generator], _Work]] = {
     "linear_int8_groups": _int8_groups,
     "linear_int8_outliers": _int8_outliers,
     "hadamard": _hadamard,
+    "rms_norm": _rms_norm,
     "attention_kv": _attention,
     "hessian_update": _hessian,
 }

@@ -168,6 +168,20 @@ _DEFINED = (
         oracle=reference_ops.hadamard,
     ),
     Op(
+        name="rms_norm",
+        operands=(
+            _X,
+            Operand("weight", "float32", ("columns",), "what each column is multiplied with"),
+            Operand("eps", "float", (), "added to the mean of the squares, at least 2^-100"),
+        ),
+        answer=(
+            Operand("y", "float32", ("tokens", "columns"), "weight x / sqrt(mean(x^2) + eps)"),
+        ),
+        call=("tokens", "columns"),
+        along="tokens",
+        oracle=reference_ops.rms_norm,
+    ),
+    Op(
         name="attention_kv",
         operands=(
             Operand("q", "float32", ("batch", "heads", "head_dim"), "the newest token's queries"),

@@ -147,6 +147,13 @@ def hadamard(x: Numbers, signs: Numbers, block: int) -> Float64:
     return np.asarray(turned.reshape(signed.shape))
 
 
+def rms_norm(x: Numbers, weight: Numbers, eps: float) -> Float64:
+    """Return weight x / sqrt(mean(x^2) + eps), token by token, [tokens, columns]."""
+    numbers = _float(x)
+    root = np.sqrt((numbers**2).mean(1, keepdims=True) + eps)
+    return np.asarray(_float(weight) * (numbers / root))
+
+
 def unpacked(words: Numbers, scheme: KVScheme, tokens: int, width: int) -> Float64:
     """Return the codes of a cache, [batch, heads, tokens, head_dim].
 

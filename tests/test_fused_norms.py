@@ -12,8 +12,14 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 import qframe
+from qframe.dispatch import Dispatch
 from qframe.fused_norms import FusedRMSNorm, fuse_norms
+from qframe.host import Host
+from qframe.kernel_judges import judge
+from qframe.kernels import ARITHMETICS
 from tests.tiny import write_llama
+
+KERNELS = [Host.discover().get("kernel", name) for name in Host.discover().names("kernel")]
 
 
 def norm_of(kind, columns, seed=0, **others):
@@ -121,3 +127,38 @@ def test_a_network_may_be_moved_and_loaded_into():
     assert half(x.bfloat16()).dtype == torch.bfloat16
     assert torch.equal(half(x.bfloat16()), half.usual(x.bfloat16()))
     assert torch.equal(half(x), half.usual(x))
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@given(columns=st.integers(1, 600), shape=st.sampled_from(((), (0,), (1, 1), (2, 7))))
+def test_a_kernel_computes_them_within_the_bound(backend, columns, shape):
+    usual = norm_of(LlamaRMSNorm, columns)
+    fused = fuse_norms(copy.deepcopy(usual), Dispatch(KERNELS, backend))
+    assert fused.kernel.backend == {"auto": "numba"}.get(backend, backend)
+    x = torch.randn((*shape, columns), generator=torch.Generator().manual_seed(columns))
+    made = fused(x)
+    assert made.shape == x.shape
+    operands = {"x": x.reshape(-1, columns).numpy(), "weight": usual.weight.detach().numpy()}
+    answer = (made.detach().reshape(-1, columns).numpy(),)
+    judged = judge("rms_norm", {**operands, "eps": fused.eps}, answer, ARITHMETICS["float32"])
+    assert judged["B13.a"].ratio <= 1
+    assert torch.equal(fused(x.bfloat16()), usual(x.bfloat16()))
+
+
+def test_gradients_are_those_of_the_norm():
+    usual = norm_of(LlamaRMSNorm, 24)
+    fused = fuse_norms(copy.deepcopy(usual), Dispatch(KERNELS))
+    x = torch.randn(3, 24, generator=torch.Generator().manual_seed(2), requires_grad=True)
+    plain = fuse_norms(copy.deepcopy(usual))
+    found = [torch.autograd.grad(norm(x).sum(), (x, norm.weight)) for norm in (plain, fused)]
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    fused.weight.requires_grad_(False)
+    assert fused(x.detach()).grad_fn is None
+
+
+def test_a_backend_without_norms_leaves_them_to_pytorch():
+    kernels = [each for each in KERNELS if each.op != "rms_norm"]
+    fused = fuse_norms(norm_of(LlamaRMSNorm, 24), Dispatch(kernels))
+    assert fused.kernel is None
+    x = torch.randn(3, 24, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(fused(x), fused.usual(x))

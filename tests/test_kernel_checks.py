@@ -20,6 +20,7 @@ from tests.mutants import (
     kernels_hadamard,
     kernels_int8,
     kernels_moments,
+    kernels_norms,
     kernels_outliers,
     kernels_weights,
 )
@@ -35,6 +36,7 @@ MODULES = (
     kernels_int8,
     kernels_outliers,
     kernels_hadamard,
+    kernels_norms,
     kernels_attention,
     kernels_moments,
 )

@@ -228,6 +228,12 @@ def codes_of_tokens(case: KernelCase) -> Outcome:
     return _compare(case, "B6.b")
 
 
+@check("kernel", "bound", "B13.a", unless=_judged_by("B13.a"))
+def norms(case: KernelCase) -> Outcome:
+    """The output is weight x / sqrt(mean(x^2) + eps), up to float32 arithmetic."""
+    return _compare(case, "B13.a")
+
+
 @check("kernel", "bound", "B7.e", unless=_judged_by("B7.e"))
 def attention_output(case: KernelCase) -> Outcome:
     """The output is attention over what the codes stand for, up to float32 arithmetic."""

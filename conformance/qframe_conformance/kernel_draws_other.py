@@ -1,4 +1,4 @@
-"""Operands of the other operations: Hadamard transforms, attention on codes, second moments."""
+"""Operands of the other operations: transforms, norms, attention on codes, second moments."""
 
 from __future__ import annotations
 
@@ -37,6 +37,32 @@ def hadamard(rng: np.random.Generator, columns: int, block: int) -> Operands:
         "x": np.asarray(tokens, np.float32),
         "signs": rng.choice([-1.0, 1.0], columns).astype(np.float32),
         "block": block,
+    }
+
+
+def norm(rng: np.random.Generator, columns: int) -> Operands:
+    """Return tokens of a norm: ordinary, faint, loud, none, single ones, columns of all sizes."""
+    single = np.zeros(columns)
+    single[rng.integers(columns)] = 100
+    outlier = rng.normal(size=columns)
+    outlier[rng.integers(columns)] *= 1000
+    tokens = [
+        rng.normal(size=columns),
+        rng.normal(size=columns) * 1e-3,  # where eps matters
+        rng.normal(size=columns) * 1e-20,  # where it is all
+        rng.normal(size=columns) * 1e12,
+        rng.normal(size=columns) + 10,  # its mean is no variance
+        outlier,
+        single,
+        np.zeros(columns),
+        rng.normal(size=columns) * 2.0 ** rng.integers(-12, 13, columns),
+    ]
+    weight = rng.normal(size=columns)
+    weight[rng.integers(columns)] = 0
+    return {
+        "x": np.asarray(tokens, np.float32),
+        "weight": weight.astype(np.float32),
+        "eps": float(rng.choice([1e-5, 1e-6, 1e-12, 0.25])),
     }
 
 

@@ -167,6 +167,13 @@ def _of_hadamard(kernel: Any) -> Iterator[Variant]:
         yield name, call, _draw(kernel_draws_other.hadamard, block * blocks, block)
 
 
+def _of_norms(kernel: Any) -> Iterator[Variant]:
+    for columns in (*SHORT, 576, 4097):
+        name = "long" if columns > 500 else "short"
+        call = call_of(kernel, (9, columns))
+        yield name, call, _draw(kernel_draws_other.norm, columns)
+
+
 CACHES = (
     ((4, 2), 5, 8, 3, False),
     ((6, 3), 33, 20, None, True),
@@ -228,6 +235,7 @@ _VARIANTS: dict[str, Callable[[Any], Iterator[Variant]]] = {
     "linear_int8_groups": _of_groups,
     "linear_int8_outliers": _of_outliers,
     "hadamard": _of_hadamard,
+    "rms_norm": _of_norms,
     "attention_kv": _of_attention,
     "hessian_update": _of_moments,
 }

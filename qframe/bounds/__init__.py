@@ -64,6 +64,7 @@ from qframe.bounds.methods import (
     output_bound,
     radius,
 )
+from qframe.bounds.norms import rms_norm
 from qframe.bounds.rewrites import (
     folded_norm,
     kept_weight,
@@ -153,6 +154,7 @@ __all__ = [
     "representable",
     "rewrite_element",
     "rewrite_output",
+    "rms_norm",
     "rotated_block",
     "rotated_output",
     "rotated_product",

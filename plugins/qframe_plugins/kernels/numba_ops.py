@@ -84,6 +84,16 @@ class Hadamard(NumbaKernel):
         return _tensor(_cpu("hadamard").hadamard(x.numpy(), signs.numpy(), block))
 
 
+class RMSNorm(NumbaKernel):
+    """Norms of tokens."""
+
+    op = "rms_norm"
+
+    def __call__(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """Return weight x / sqrt(mean(x^2) + eps), [tokens, columns] float32."""
+        return _tensor(_cpu("rms_norm").rms_norm(x.numpy(), weight.numpy(), eps))
+
+
 class LinearWeightOnly(NumbaKernel):
     """Products of float32 activations with a weight in codes."""
 
@@ -255,6 +265,7 @@ def qframe_kernels() -> Iterable[Any]:
         LinearInt8Groups(),
         LinearInt8Outliers(),
         Hadamard(),
+        RMSNorm(),
         AttentionKV(),
         HessianUpdate(),
     ]

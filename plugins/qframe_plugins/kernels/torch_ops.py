@@ -75,6 +75,16 @@ def _block_objection(columns: int, block: int) -> Unsupported | None:
     return None
 
 
+# Norms ----------------------------------------------------------------------------------------
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Return weight x / sqrt(mean(x^2) + eps), token by token, [tokens, columns] float32."""
+    from torch.nn import functional
+
+    return functional.rms_norm(x, weight.shape, weight, eps)
+
+
 # Weights --------------------------------------------------------------------------------------
 
 
@@ -206,6 +216,7 @@ def qframe_kernels() -> Iterable[TorchKernel]:
         linear_int8,
         linear_int8_outliers,
         hadamard,
+        rms_norm,
         attention_kv,
         hessian_update,
     )
