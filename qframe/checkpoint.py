@@ -295,9 +295,11 @@ def load(
             names = [name for name, why in left.items() if why == reason]
             log.warning("%d layers run without kernels, %s ...: %s", len(names), names[0], reason)
         if hasattr(module, "set_attn_implementation"):
-            from qframe.kv_attention import attend_to_codes  # with transformers, which is slow
+            from qframe.fused_attention import fuse_attention  # with transformers, which is slow
+            from qframe.kv_attention import attend_to_codes
 
             attend_to_codes(module)
+            fuse_attention(module, dispatch)
     return module.eval()
 
 

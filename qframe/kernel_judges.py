@@ -59,6 +59,7 @@ THEOREMS: Final[Mapping[str, tuple[str, ...]]] = {
     "hadamard": ("B8.a", "B8.b", "B9.c"),
     "rms_norm": ("B13.a",),
     "attention_kv": ("B7.e", "B7.i"),
+    "attention_rotary": ("B7.e", "B13.b"),
     "hessian_update": ("B9.c", "B9.d"),
 }
 """The theorems that an operation is judged by."""
@@ -186,6 +187,45 @@ def _cached(operands: Operands, letter: str, q: Float64) -> tuple[Float64, Float
     return reference_ops.shared(both[0], q), reference_ops.shared(both[1], q)
 
 
+def _attention_rotary(operands: Operands, answer: Answer, arithmetic: Arithmetic) -> Judged:
+    names = ("q", "k", "v", "cos", "sin", "keys", "values")
+    q, k, v, cos, sin, keys, values = (np.asarray(operands[name], np.float64) for name in names)
+    unit, rounded = arithmetic.unit, 2 * arithmetic.inputs * (1 + arithmetic.inputs)
+    query, key = (reference_ops.turned(each, cos, sin) for each in (q, k))
+    in_query, in_key = (
+        bounds.rotary(_turned_size(each, cos, sin), unit, arithmetic.inputs) for each in (q, k)
+    )
+    factor = operands["scaling"] * np.sqrt(q.shape[-1])
+    query, in_query = query * factor, in_query * factor
+    all_keys, all_values, off = (
+        reference_ops.shared(reference_ops.with_newest(*pair), query)
+        for pair in ((keys, key), (values, v), (np.zeros_like(keys), in_key))
+    )
+    tokens, width = all_keys.shape[-2:]
+    weights = reference_ops.softmax(reference_ops.logits(query, all_keys))
+    # As in `_attention_kv`: what the declared arithmetic does to products counts as an error of
+    # the numbers in the cache.
+    in_logits = bounds.gamma(width + 7, unit) + rounded
+    in_output = bounds.gamma(2 * tokens + 18 * (tokens + 1), unit) + rounded
+    sizes = np.abs(all_keys) + off, np.abs(all_values)
+    elements = off + in_logits * sizes[0], in_output * sizes[1]
+    _, allowed = bounds.kv_attention(
+        query, all_keys, all_values, weights, elements, rescalings=tokens, query_error=in_query
+    )
+    error = difference(answer[0], (weights[..., None] * all_values).sum(-2))
+    length = 4 * (tokens + width)
+    return {
+        "B7.e": Comparison("|out - softmax(q k) v|", error, checked(allowed, length)),
+        "B13.b": Comparison("|k_turned - k'|", difference(answer[1], key), in_key),
+    }
+
+
+def _turned_size(x: Float64, cos: Float64, sin: Float64) -> Float64:
+    """Return |x cos| + |x' sin|."""
+    other = np.roll(np.abs(x), x.shape[-1] // 2, -1)
+    return np.asarray(np.abs(x) * np.abs(cos)[:, None] + other * np.abs(sin)[:, None])
+
+
 def _hessian_update(operands: Operands, answer: Answer, arithmetic: Arithmetic) -> Judged:
     before, x = (np.asarray(operands[name], np.float64) for name in ("hessian", "x"))
     tokens, columns = x.shape
@@ -218,5 +258,6 @@ _JUDGES: Mapping[str, Callable[[Operands, Answer, Arithmetic], Judged]] = {
     "linear_int8_outliers": kernel_judges_int8.linear_int8_outliers,
     "rms_norm": _rms_norm,
     "attention_kv": _attention_kv,
+    "attention_rotary": _attention_rotary,
     "hessian_update": _hessian_update,
 }

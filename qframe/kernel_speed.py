@@ -312,6 +312,22 @@ def _attention(size: Sizes, rng: np.random.Generator) -> _Work:
     )
 
 
+def _attention_rotary(size: Sizes, rng: np.random.Generator) -> _Work:
+    shape = (1, size.heads, size.head_dim)
+    past = (1, size.heads, size.context, size.head_dim)
+    q, k, v, keys, values = (_normal(rng, each) for each in (*[shape] * 3, *[past] * 2))
+    angles = _normal(rng, (1, size.head_dim // 2)).repeat(1, 2)
+    scaling = size.head_dim**-0.5
+    sizes = (1, size.heads, size.heads, size.context, size.head_dim)
+    return _Work(
+        call=_call("attention_rotary", None, *sizes),
+        given=(q, k, v, angles.cos(), angles.sin(), keys, values, scaling),
+        constants=(),
+        nbytes=keys.nbytes + values.nbytes,
+        full=lambda: functional.scaled_dot_product_attention(q[:, :, None], keys, values),
+    )
+
+
 def _normal(rng: np.random.Generator, shape: tuple[int, ...]) -> torch.Tensor:
     return torch.from_numpy(rng.normal(size=shape).astype(np.float32))
 
@@ -326,5 +342,6 @@ _WORKS: Mapping[str, Callable[[Sizes, np.random.Generator], _Work]] = {
     "hadamard": _hadamard,
     "rms_norm": _rms_norm,
     "attention_kv": _attention,
+    "attention_rotary": _attention_rotary,
     "hessian_update": _hessian,
 }

@@ -99,6 +99,7 @@ _INT8_WEIGHT = (
 _X = Operand("x", "float32", ("tokens", "columns"), "activations")
 _Y = Operand("y", "float32", ("tokens", "rows"), "outputs")
 _X_CODES = Operand("x_codes", "int8", ("tokens", "columns"), "codes, -127..127")
+_PAST = ("batch", "kv heads", "tokens", "head_dim")
 _X_SCALE = Operand("x_scale", "float32", ("tokens",), "> 0, one per token")
 
 _DEFINED = (
@@ -196,6 +197,26 @@ _DEFINED = (
         call=("batch", "heads", "kv heads", "tokens", "head_dim"),
         along="batch",
         oracle=reference_ops.attention_kv,
+    ),
+    Op(
+        name="attention_rotary",
+        operands=(
+            Operand("q", "float32", ("batch", "heads", "head_dim"), "the newest token's queries"),
+            Operand("k", "float32", ("batch", "kv heads", "head_dim"), "its keys"),
+            Operand("v", "float32", ("batch", "kv heads", "head_dim"), "its values"),
+            Operand("cos", "float32", ("batch", "head_dim"), "of the angles of its position"),
+            Operand("sin", "float32", ("batch", "head_dim"), "of the same"),
+            Operand("keys", "float32", _PAST, "of those before, turned"),
+            Operand("values", "float32", _PAST, "of those before"),
+            Operand("scaling", "float", (), "what logits are multiplied with"),
+        ),
+        answer=(
+            Operand("out", "float32", ("batch", "heads", "head_dim"), "softmax(z) V"),
+            Operand("k_turned", "float32", ("batch", "kv heads", "head_dim"), "k, turned"),
+        ),
+        call=("batch", "heads", "kv heads", "tokens", "head_dim"),
+        along="batch",
+        oracle=reference_ops.attention_rotary,
     ),
     Op(
         name="hessian_update",

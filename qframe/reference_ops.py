@@ -240,6 +240,40 @@ def log_sum_exp(z: Float64) -> Float64:
     return np.asarray(largest + np.log(np.exp(z - largest[..., None]).sum(-1)))
 
 
+def turned(x: Numbers, cos: Numbers, sin: Numbers) -> Float64:
+    """Return x cos + x' sin, x' being (- second half, first half); x is [batch, heads, head_dim].
+
+    cos, sin   [batch, head_dim]
+    """
+    numbers, c, s = _float(x), _float(cos)[:, None], _float(sin)[:, None]
+    first, second = np.split(numbers, 2, -1)
+    return np.asarray(numbers * c + np.concatenate([-second, first], -1) * s)
+
+
+def attention_rotary(
+    q: Numbers,
+    k: Numbers,
+    v: Numbers,
+    cos: Numbers,
+    sin: Numbers,
+    keys: Numbers,
+    values: Numbers,
+    scaling: float,
+) -> tuple[Float64, Float64]:
+    """Return (softmax(scaling q' K^T) V, k'): q' and k' are turned, k' and v stand last in K, V."""
+    query, key = turned(q, cos, sin), turned(k, cos, sin)
+    width = np.sqrt(query.shape[-1])
+    cache = (shared(with_newest(*pair), query) for pair in ((keys, key), (values, v)))
+    all_keys, all_values = cache
+    weights = softmax(logits(query * scaling * width, all_keys))
+    return (weights[..., None] * all_values).sum(-2), key
+
+
+def with_newest(cache: Numbers, newest: Numbers) -> Float64:
+    """Return [batch, kv heads, tokens + 1, head_dim] of a cache and what comes after it."""
+    return np.concatenate([_float(cache), _float(newest)[:, :, None]], 2)
+
+
 def hessian_update(hessian: Numbers, x: Numbers) -> Float64:
     """Return hessian + x^T x below and on the diagonal, and hessian above it."""
     before = _float(hessian)

@@ -20,6 +20,7 @@ from tests.mutants import (
     kernels_hadamard,
     kernels_int8,
     kernels_moments,
+    kernels_newest,
     kernels_norms,
     kernels_outliers,
     kernels_weights,
@@ -38,6 +39,7 @@ MODULES = (
     kernels_hadamard,
     kernels_norms,
     kernels_attention,
+    kernels_newest,
     kernels_moments,
 )
 MUTANTS = [mutant for module in MODULES for mutant in module.MUTANTS]

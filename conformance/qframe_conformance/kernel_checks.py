@@ -234,6 +234,12 @@ def norms(case: KernelCase) -> Outcome:
     return _compare(case, "B13.a")
 
 
+@check("kernel", "bound", "B13.b", unless=_judged_by("B13.b"))
+def positions(case: KernelCase) -> Outcome:
+    """The key of the newest token is turned by the angles of its position."""
+    return _compare(case, "B13.b")
+
+
 @check("kernel", "bound", "B7.e", unless=_judged_by("B7.e"))
 def attention_output(case: KernelCase) -> Outcome:
     """The output is attention over what the codes stand for, up to float32 arithmetic."""

@@ -106,6 +106,28 @@ def attention(
     return {"q": q.astype(np.float32), **operands, "tokens": tokens}
 
 
+def newest(
+    rng: np.random.Generator, heads: Sequence[int], tokens: int, width: int, scaling: float
+) -> Operands:
+    """Return a newest token, and those before: ordinary, huge logits, none, itself the loudest.
+
+    heads   (heads, kv heads)
+    """
+    batch, (query_heads, kv_heads) = 4, heads
+    q, k, v = (rng.normal(size=(batch, n, width)) for n in (query_heads, kv_heads, kv_heads))
+    q[1] *= 80 / scaling / width  # exp overflows unless the largest logit is taken off
+    q[2] = 0  # every token weighs the same
+    k[3] = 8 * k[3]
+    angles = rng.uniform(-np.pi, np.pi, (batch, width // 2))
+    angles[0, ::2] = 0
+    keys, values = rng.normal(size=(2, batch, kv_heads, tokens, width)) + rng.normal(size=width)
+    operands = {"q": q, "k": k, "v": v}
+    for name, function in (("cos", np.cos), ("sin", np.sin)):
+        operands[name] = np.concatenate([function(angles)] * 2, -1)
+    operands |= {"keys": keys, "values": values}
+    return {**{n: a.astype(np.float32) for n, a in operands.items()}, "scaling": scaling}
+
+
 def packed(codes: npt.NDArray[np.int64], scheme: KVScheme) -> npt.NDArray[np.int32]:
     """Return codes [batch, heads, tokens, head_dim] as the words of `attention_kv`."""
     batch, heads, tokens, width = codes.shape

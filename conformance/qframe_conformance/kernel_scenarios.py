@@ -209,6 +209,17 @@ def _attention(
     return name, call_of(kernel, (5, *shape), schemes), draw
 
 
+def _of_newest(kernel: Any) -> Iterator[Variant]:
+    sizes = (((4, 2), 5, 8), ((9, 3), 40, 64), ((2, 2), 0, 16), ((6, 1), 33, 20), ((1, 1), 1, 2))
+    for (heads, tokens, width), scaling in itertools.product(
+        (*sizes, ((2, 1), 2500, 16)), (None, 0.3)
+    ):
+        call = call_of(kernel, (4, *heads, tokens, width))
+        factor = width**-0.5 if scaling is None else scaling
+        draw = _draw(kernel_draws_other.newest, heads, tokens, width, factor)
+        yield "long" if tokens > 1000 else "short", call, draw
+
+
 @cache
 def _kv(bits: int, axis: Any, size: int | None, *, symmetric: bool) -> KVScheme:
     size = 128 if size is None and axis == "channel" else size
@@ -237,5 +248,6 @@ _VARIANTS: dict[str, Callable[[Any], Iterator[Variant]]] = {
     "hadamard": _of_hadamard,
     "rms_norm": _of_norms,
     "attention_kv": _of_attention,
+    "attention_rotary": _of_newest,
     "hessian_update": _of_moments,
 }

@@ -64,7 +64,7 @@ from qframe.bounds.methods import (
     output_bound,
     radius,
 )
-from qframe.bounds.norms import rms_norm
+from qframe.bounds.norms import rms_norm, rotary
 from qframe.bounds.rewrites import (
     folded_norm,
     kept_weight,
@@ -155,6 +155,7 @@ __all__ = [
     "rewrite_element",
     "rewrite_output",
     "rms_norm",
+    "rotary",
     "rotated_block",
     "rotated_output",
     "rotated_product",

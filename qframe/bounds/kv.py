@@ -111,6 +111,7 @@ def kv_attention(
     elements: tuple[Numbers, Numbers] = (0.0, 0.0),
     dtype: str = "float32",
     rescalings: int = 0,
+    query_error: Numbers = 0.0,
 ) -> tuple[Array, Array]:
     """B7.e: how far off attention may be: (weights, sum of magnitudes [...]; output [..., d]).
 
@@ -120,6 +121,7 @@ def kv_attention(
     dtype        of the arithmetic; its exp is within 8 u
     rescalings   how often a weight may be scaled down after it was made: 0 if the largest logit is
                  known before, up to the number of tokens for an online softmax
+    query_error  what each number of the query may be off by, [..., d]
 
     Logits move by B7.b, by gamma_{d+3} of their magnitude, and by u |z_t - max z| for the
     subtraction; B7.c carries that on. Sums, products, exp, quotient: gamma_{2T + 18 (n + 1)}.
@@ -127,9 +129,16 @@ def kv_attention(
     q, k, v, p = (as_array(a) for a in (query, keys, values, weights))
     off_k, off_v = (np.broadcast_to(as_array(e), k.shape) for e in elements)
     (tokens, d), unit, tiny = k.shape[-2:], UNIT[dtype], NORMAL[dtype]
-    magnitude = kv_logits(q, np.abs(k) + off_k)
+    off_q = np.broadcast_to(as_array(query_error), q.shape)
+    largest_k = np.abs(k) + off_k
+    magnitude = kv_logits(np.abs(q) + off_q, largest_k)
     spread = 2 * magnitude.max(-1)[..., None]
-    logits = kv_logits(q, off_k) + gamma(d + 3, unit) * magnitude + gamma(2, unit) * spread
+    logits = (
+        kv_logits(q, off_k)
+        + kv_logits(off_q, largest_k)
+        + gamma(d + 3, unit) * magnitude
+        + gamma(2, unit) * spread
+    )
     moved = softmax(2 * (logits.max(-1) + d * tiny))
     relative, lost = gamma(2 * tokens + 18 * (rescalings + 1), unit), 2 * tokens * tiny
 

@@ -1,4 +1,4 @@
-"""B13: norms."""
+"""B13: norms, and positions that are angles."""
 
 from __future__ import annotations
 
@@ -20,3 +20,12 @@ def rms_norm(
     mean = compound(gamma(columns, unit), gamma(4), inputs, inputs)
     relative = compound((1 - mean) ** -0.5 - 1, gamma(5), inputs, inputs)
     return as_array(relative * abs(as_array(y)) + 2 * ETA["float32"] * (1 + abs(as_array(weight))))
+
+
+def rotary(magnitude: Numbers, unit: float = UNIT["float32"], inputs: float = 0.0) -> Array:
+    """B13.b: the error of x cos + x' sin, pairs of numbers being turned by an angle.
+
+    magnitude   |x cos| + |x' sin|
+    """
+    relative = compound(gamma(1), gamma(1, unit), inputs, inputs)
+    return as_array(relative * as_array(magnitude) + 3 * ETA["float32"])

@@ -15,6 +15,7 @@ from tests.mutants import (
     kernels_dequantize,
     kernels_hadamard,
     kernels_int8,
+    kernels_newest,
     kernels_norms,
     kernels_outliers,
     kernels_source,
@@ -44,6 +45,7 @@ OUTPUTS = {
     "linear_int8": kernels_int8.outputs,
     "linear_int8_outliers": kernels_outliers.outputs,
     "attention_kv": kernels_attention.outputs,
+    "attention_rotary": kernels_newest.outputs,
 }
 
 
@@ -460,6 +462,57 @@ MUTANTS = (
         ),
     ),
     *mutants(
+        "attention_rotary",
+        (
+            "the_first_sequence_turns_all",
+            "attention_rotary.py",
+            "_turn(k[b, h], cos[b], sin[b], turned[b, h])",
+            "_turn(k[b, h], cos[0], sin[0], turned[b, h])",
+            "positions",
+            "the angles of the first sequence are those of all.",
+        ),
+        (
+            "second_half_of_the_angles_unread",
+            "attention_rotary.py",
+            "x[i + half] * cos[i + half] + x[i] * sin[i + half]",
+            "x[i + half] * cos[i] + x[i] * sin[i + half] * 0",
+            "positions",
+            "the second half of a head is not turned.",
+        ),
+        (
+            "newest_not_weighed",
+            "attention_rotary.py",
+            "logits[g, tokens] * v[b, h, c]",
+            "own * 0 + v[b, h, c]",
+            "attention_output",
+            "the newest value counts in full.",
+        ),
+        (
+            "nothing_is_not_finite",
+            "attention_rotary.py",
+            "most) + (most - most)",
+            "most)",
+            "nan_comes_out",
+            "logits that are no numbers give an output that is one.",
+        ),
+        (
+            "room_is_not_filled",
+            "attention_rotary.py",
+            "logits[g, tokens + 1 :] = -np.inf",
+            "logits[g, tokens + 1 :] = 0",
+            "attention_output",
+            "places after the newest token have weight.",
+        ),
+        (
+            "rows_cut_short",
+            "attention_rotary.py",
+            "wide[..., :width] = cache",
+            "wide[..., : width - 1] = cache[..., :-1]",
+            "attention_output",
+            "of heads that are no whole registers the last column is lost.",
+        ),
+    ),
+    *mutants(
         "rms_norm",
         (
             "mean_without_the_tail",
@@ -662,7 +715,7 @@ MUTANTS = (
         (
             "sums_of_the_panel_before",
             "int8_products.py",
-            "                extra[token + m, lane] = 0\n",
+            "                extra[token + m, lane] = _NOTHING\n",
             "                extra[token + m, lane] *= np.float32(row > 0)\n",
             "eight_bit_decode",
             "products of outliers are added to those of the panel before.",
@@ -753,7 +806,7 @@ MUTANTS = (
         ),
         (
             "short_logarithm",
-            "attention.py",
+            "attention_steps.py",
             "            rest = v.muladd(whole, v.const(vector, -_LOG2[1]), rest)\n",
             "",
             "attention_output",

@@ -219,6 +219,33 @@ class AttentionKV(NumbaKernel):
         return _tensor(out), _tensor(lse)
 
 
+class AttentionRotary(NumbaKernel):
+    """Attention of the newest token, its position turned in."""
+
+    op = "attention_rotary"
+
+    def objection(self, call: OpCall) -> Unsupported | None:
+        """Refuse heads that are no pairs of numbers."""
+        width = call.shape[-1]
+        return Unsupported(f"head_dim={width} is no number of pairs") if width % 2 else None
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        scaling: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (the output [batch, heads, head_dim], the key, turned, like k), float32."""
+        parts = (each.numpy() for each in (q, k, v, cos, sin, keys, values))
+        out, turned = _cpu("attention_rotary").attend(*parts, scaling)
+        return _tensor(out), _tensor(turned)
+
+
 class HessianUpdate(NumbaKernel):
     """Second moments; runs of tokens are summed in float32, and the runs in float64."""
 
@@ -267,5 +294,6 @@ def qframe_kernels() -> Iterable[Any]:
         Hadamard(),
         RMSNorm(),
         AttentionKV(),
+        AttentionRotary(),
         HessianUpdate(),
     ]

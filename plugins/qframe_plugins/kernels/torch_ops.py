@@ -54,6 +54,8 @@ class TorchKernel:
             return Unsupported(f"device {call.device!r} is neither cpu nor cuda")
         if self.op == "hadamard":
             return _block_objection(*call.shape[1:])
+        if self.op == "attention_rotary" and call.shape[-1] % 2:
+            return Unsupported(f"head_dim={call.shape[-1]} is no number of pairs")
         return None
 
     def __call__(self, *operands: Any) -> Any:
@@ -200,6 +202,20 @@ def attention_kv(
     return _native("attention").attend(q, keys, values, tokens)  # type: ignore[no-any-return]
 
 
+def attention_rotary(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (the output [batch, heads, head_dim], the key, turned, like k), float32."""
+    return _native("attention").attend_newest(q, k, v, cos, sin, keys, values, scaling)  # type: ignore[no-any-return]
+
+
 def hessian_update(hessian: torch.Tensor, x: torch.Tensor) -> None:
     """Add x^T x on and below the diagonal: runs of tokens in float32, their sums in float64."""
     for first in range(0, len(x), _RUN):
@@ -218,6 +234,7 @@ def qframe_kernels() -> Iterable[TorchKernel]:
         hadamard,
         rms_norm,
         attention_kv,
+        attention_rotary,
         hessian_update,
     )
     return [LinearWeightOnly(), LinearInt8Groups(), *(TorchKernel(each) for each in plain)]

@@ -12,25 +12,24 @@ Error:  docs/bounds.md, B7.e and B7.i, a logit being rescaled once for its piece
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
 
 from qframe import KVScheme
+from qframe_plugins.kernels.numba_cpu.attention_steps import (
+    LANES,
+    dots,
+    largest_of,
+    mix_rows,
+    powers,
+)
 from qframe_plugins.kernels.numba_cpu.rows import CHUNK, are_whole, decode, mix, rows_of
 from qframe_plugins.kernels.numba_cpu.simd import claim, kernel, zeros
 from qframe_plugins.kernels.numba_cpu.threads import share, worth_sharing
-from qframe_plugins.kernels.numba_cpu.vectors import FLOAT32, INT32, INT64, Vectors
 
 PIECE = 1024  # tokens of a piece, at least
-_LANES = 16
-_TILE = 8  # registers of sums that a product with rows keeps
 _AT_ONCE = 2  # heads for which it is cheaper to decode again than to store what was decoded
-_LOWEST = -87.33  # of e to less than this nothing is left: no normal number
 
 Float32 = npt.NDArray[np.float32]
 Words = npt.NDArray[np.int32]
@@ -71,173 +70,6 @@ def attend(
     return out.reshape(batch, heads, width), lse.reshape(batch, heads)
 
 
-# Products with rows ---------------------------------------------------------------------------
-
-
-@intrinsic
-def _dots(typing: Any, x: Any, g: Any, rows: Any, count: Any, out: Any, first: Any) -> Any:
-    """Set out[g, first + r] = x[g] . rows[r], r < count. Rows are whole registers long."""
-    index = types.int64
-    signature = types.void(x, index, rows, index, out, index)
-
-    def emit(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        v = Vectors(context, builder)
-        x_at, (_, width) = v.array(signature.args[0], values[0])
-        rows_at, _ = v.array(signature.args[2], values[2])
-        out_at, (_, length) = v.array(signature.args[4], values[4])
-        stride = builder.mul(width, INT64(4))
-        x_at = v.at(x_at, builder.mul(values[1], stride))
-        place = builder.add(builder.mul(values[1], length), values[5])
-        out_at = v.at(out_at, builder.mul(place, INT64(4)))
-        vector = ir.VectorType(FLOAT32, _LANES)
-        passes = builder.sdiv(width, INT64(_LANES))
-        several = 4
-        blocks = builder.sdiv(values[3], INT64(several))
-
-        def products(first: Any, together: int) -> None:
-            at = [
-                v.at(rows_at, builder.mul(builder.add(first, INT64(r)), stride))
-                for r in range(together)
-            ]
-            with v.loop(passes, [v.const(vector, 0.0)] * together) as loop:
-                here = builder.mul(loop.index, INT64(4 * _LANES))
-                taken = v.load(v.at(x_at, here), vector)
-                loop.hand_on(
-                    [
-                        v.muladd(v.load(v.at(each, here), vector), taken, total)
-                        for each, total in zip(at, loop.values, strict=True)
-                    ]
-                )
-            for r, total in enumerate(loop.values):
-                target = v.at(out_at, builder.mul(builder.add(first, INT64(r)), INT64(4)))
-                v.store(v.total(total), target)
-
-        with v.loop(blocks) as block:
-            products(builder.mul(block.index, INT64(several)), several)
-        done = builder.mul(blocks, INT64(several))
-        with v.loop(builder.sub(values[3], done)) as rest:
-            products(builder.add(done, rest.index), 1)
-        return context.get_dummy_value()
-
-    return signature, emit
-
-
-@intrinsic
-def _mix(typing: Any, sums: Any, g: Any, weights: Any, first: Any, rows: Any, count: Any) -> Any:
-    """Add to sums[g] the sum of weights[g, first + r] rows[r], r < count."""
-    index = types.int64
-    signature = types.void(sums, index, weights, index, rows, index)
-
-    def emit(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        v = Vectors(context, builder)
-        sums_at, (_, width) = v.array(signature.args[0], values[0])
-        weights_at, (_, length) = v.array(signature.args[2], values[2])
-        rows_at, _ = v.array(signature.args[4], values[4])
-        stride = builder.mul(width, INT64(4))
-        sums_at = v.at(sums_at, builder.mul(values[1], stride))
-        place = builder.add(builder.mul(values[1], length), values[3])
-        weights_at = v.at(weights_at, builder.mul(place, INT64(4)))
-        vector = ir.VectorType(FLOAT32, _LANES)
-
-        def tile(start: Any, registers: int) -> None:
-            """Take so many registers from the byte `start` of every row on."""
-            at = [v.at(sums_at, builder.add(start, INT64(64 * i))) for i in range(registers)]
-            with v.loop(values[5], [v.load(each, vector) for each in at]) as loop:
-                weight = v.load(v.at(weights_at, builder.mul(loop.index, INT64(4))), FLOAT32)
-                weight = v.splat(weight, _LANES)
-                row = v.at(rows_at, builder.add(builder.mul(loop.index, stride), start))
-                loop.hand_on(
-                    [
-                        v.muladd(v.load(v.at(row, 64 * i), vector), weight, total)
-                        for i, total in enumerate(loop.values)
-                    ]
-                )
-            for each, total in zip(at, loop.values, strict=True):
-                v.store(total, each)
-
-        registers = builder.sdiv(width, INT64(_LANES))
-        tiles = builder.sdiv(registers, INT64(_TILE))
-        with v.loop(tiles) as block:
-            tile(builder.mul(block.index, INT64(64 * _TILE)), _TILE)
-        done = builder.mul(tiles, INT64(_TILE))
-        with v.loop(builder.sub(registers, done)) as rest:
-            tile(builder.mul(builder.add(done, rest.index), INT64(64)), 1)
-        return context.get_dummy_value()
-
-    return signature, emit
-
-
-# Softmax --------------------------------------------------------------------------------------
-
-# e^r = 1 + r + r^2 P(r) for |r| <= log(2) / 2: Cephes' expf, within 1.5 units in the last place.
-_EXP = (
-    1.9875691500e-4,
-    1.3981999507e-3,
-    8.3334519073e-3,
-    4.1665795894e-2,
-    1.6666665459e-1,
-    5.0000001201e-1,
-)
-_LOG2 = (0.693359375, -2.12194440e-4)  # log(2) as a short number and the rest
-
-
-@intrinsic
-def _largest(typing: Any, logits: Any, g: Any, count: Any) -> Any:
-    """Return the largest of logits[g, :count]. count is whole registers, at least one."""
-    signature = types.float32(logits, types.int64, types.int64)
-
-    def emit(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        v = Vectors(context, builder)
-        at, (_, length) = v.array(signature.args[0], values[0])
-        at = v.at(at, builder.mul(builder.mul(values[1], length), INT64(4)))
-        vector = ir.VectorType(FLOAT32, _LANES)
-        passes = builder.sdiv(values[2], INT64(_LANES))
-        with v.loop(passes, [v.load(at, vector)]) as loop:
-            here = v.load(v.at(at, builder.mul(loop.index, INT64(4 * _LANES))), vector)
-            loop.hand_on([v.call("llvm.maxnum.v16f32", vector, here, loop.values[0])])
-        return v.call("llvm.vector.reduce.fmax.v16f32", FLOAT32, loop.values[0])
-
-    return signature, emit
-
-
-@intrinsic
-def _powers(typing: Any, logits: Any, g: Any, count: Any, largest: Any) -> Any:
-    """Set logits[g, :count] to e^(logit - largest), return their sum. count is whole registers."""
-    signature = types.float32(logits, types.int64, types.int64, types.float32)
-
-    def emit(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        v = Vectors(context, builder)
-        at, (_, length) = v.array(signature.args[0], values[0])
-        at = v.at(at, builder.mul(builder.mul(values[1], length), INT64(4)))
-        vector, ints = ir.VectorType(FLOAT32, _LANES), ir.VectorType(INT32, _LANES)
-        largest = v.splat(values[3], _LANES)
-        low = v.const(vector, _LOWEST)
-        passes = builder.sdiv(values[2], INT64(_LANES))
-        with v.loop(passes, [v.const(vector, 0.0)]) as loop:
-            here = v.at(at, builder.mul(loop.index, INT64(4 * _LANES)))
-            z = builder.fsub(v.load(here, vector), largest)
-            number = v.call("llvm.maxnum.v16f32", vector, z, low)
-            number = v.call("llvm.minnum.v16f32", vector, number, v.const(vector, 0.0))
-            scaled = builder.fmul(number, v.const(vector, 1 / math.log(2)))
-            whole = v.call("llvm.rint.v16f32", vector, scaled)
-            rest = v.muladd(whole, v.const(vector, -_LOG2[0]), number)
-            rest = v.muladd(whole, v.const(vector, -_LOG2[1]), rest)
-            power = v.const(vector, _EXP[0])
-            for coefficient in _EXP[1:]:
-                power = v.muladd(power, rest, v.const(vector, coefficient))
-            power = v.muladd(builder.fmul(power, rest), rest, rest)
-            power = builder.fadd(power, v.const(vector, 1.0))
-            exponent = builder.add(builder.fptosi(whole, ints), v.const(ints, 127))
-            two = builder.bitcast(builder.shl(exponent, v.const(ints, 23)), vector)
-            gone = builder.fcmp_ordered("<", z, low)
-            power = builder.select(gone, v.const(vector, 0.0), builder.fmul(power, two))
-            v.store(power, here)
-            loop.hand_on([builder.fadd(loop.values[0], power)])
-        return v.total(loop.values[0])
-
-    return signature, emit
-
-
 # Pieces ---------------------------------------------------------------------------------------
 
 
@@ -274,7 +106,7 @@ def _logits(queries, k, begin, end, taken, chunk, sums, out):  # type: ignore[no
             count = min(CHUNK, end - first)
             decode(words, scale, offset, layout, lane, first, count, chunk)
             for g in range(group):
-                _dots(taken, g, chunk, count, out, first - begin)
+                dots(taken, g, chunk, count, out, first - begin)
         return
     at_once = group <= _AT_ONCE and are_whole(layout)
     for unit in range(begin // step, -(-end // step)):
@@ -287,7 +119,7 @@ def _logits(queries, k, begin, end, taken, chunk, sums, out):  # type: ignore[no
                 count = min(CHUNK, width - first)
                 decode(words, scale, offset, layout, lane, row + first, count, chunk)
                 for g in range(group):
-                    _mix(sums, g, queries, first, chunk, count)
+                    mix_rows(sums, g, queries, first, chunk, count)
         for g in range(group):
             for t in range(min(step, end - unit * step)):
                 out[g, unit * step + t - begin] = sums[g, place[t]]
@@ -308,13 +140,13 @@ def _output(weights, v, begin, end, taken, chunk, sums, out):  # type: ignore[no
                 count = min(CHUNK, end - first)
                 decode(words, scale, offset, layout, lane, first, count, chunk)
                 for g in range(group):
-                    _mix(sums, g, weights, first - begin, chunk, count)
+                    mix_rows(sums, g, weights, first - begin, chunk, count)
         for g in range(group):
             for c in range(width):
                 out[g, c] = sums[g, place[c]]
         return
     out[:, :] = 0
-    dots = np.empty((group, CHUNK), np.float32)
+    found = np.empty((group, CHUNK), np.float32)
     for unit in range(begin // step, -(-end // step)):
         taken[:, :] = 0
         for g in range(group):
@@ -324,9 +156,9 @@ def _output(weights, v, begin, end, taken, chunk, sums, out):  # type: ignore[no
             count = min(CHUNK, width - first)
             decode(words, scale, offset, layout, lane, unit * width + first, count, chunk)
             for g in range(group):
-                _dots(taken, g, chunk, count, dots, 0)
+                dots(taken, g, chunk, count, found, 0)
                 for c in range(count):
-                    out[g, first + c] += dots[g, c]
+                    out[g, first + c] += found[g, c]
 
 
 @kernel
@@ -355,7 +187,7 @@ def _share_pieces(  # type: ignore[no-untyped-def]
     """
     group = queries.shape[1]
     pieces = -(-tokens // piece)
-    wide = -(-min(piece, tokens) // _LANES) * _LANES
+    wide = -(-min(piece, tokens) // LANES) * LANES
     logits = zeros(group, wide)
     k_chunk, k_sums, k_taken = _room(k_layout[0], group)
     v_chunk, v_sums, v_taken = _room(v_layout[0], group)
@@ -365,12 +197,12 @@ def _share_pieces(  # type: ignore[no-untyped-def]
         end = min(begin + piece, tokens)
         keys = (lane, k_words, k_scale, k_offset, k_place, k_layout)
         _logits(queries[lane], keys, begin, end, k_taken, k_chunk, k_sums, logits)
-        filled = -(-(end - begin) // _LANES) * _LANES
+        filled = -(-(end - begin) // LANES) * LANES
         for g in range(group):
             logits[g, end - begin : filled] = -np.inf
-            largest = _largest(logits, g, filled)
+            largest = largest_of(logits, g, filled)
             state[task, g, 0] = largest
-            state[task, g, 1] = _powers(logits, g, filled, largest)
+            state[task, g, 1] = powers(logits, g, filled, largest)
         values = (lane, v_words, v_scale, v_offset, v_place, v_layout)
         _output(logits, values, begin, end, v_taken, v_chunk, v_sums, sums[task])
         task = claim(counter)

@@ -121,14 +121,9 @@ class _Group:
             for m, _ in places
         }
         values = [b.fmul(value, steps[m]) for (m, _), value in zip(places, values, strict=True)]
-        values = v.either(
-            self.does["some"],
-            lambda: [
-                b.fadd(value, more)
-                for value, more in zip(values, self.lines("extra", places, kind), strict=True)
-            ],
-            lambda: values,
-        )
+        if arrays["extra"] is not None:
+            extra = self.lines("extra", places, kind)
+            values = [b.fadd(value, more) for value, more in zip(values, extra, strict=True)]
         for (m, byte), value in zip(places, values, strict=True):
             row_at = v.at(arrays["y"], b.mul(arrays["y row"], INT64(BYTES * m)))
             v.store(value, v.at(row_at, byte))
@@ -164,7 +159,7 @@ def _make_part(height: int) -> Callable[..., Any]:
 
             panel, first, deep, width, start = cgutils.unpack_tuple(b, values[7], 5)
             token, row, tiles, x_from, y_from, y_row = cgutils.unpack_tuple(b, values[8], 6)
-            goes_on, some, wanted, lines = cgutils.unpack_tuple(b, values[9], 4)
+            goes_on, wanted, lines = cgutils.unpack_tuple(b, values[9], 3)
             groups = v.array(kinds[2], values[2])[1][1]
             one_for_all = not isinstance(kinds[3], types.Array)
             after = b.add(first, deep)
@@ -193,7 +188,7 @@ def _make_part(height: int) -> Callable[..., Any]:
                     "zero": None if one_for_all else address(3, taken),
                     "sums": address(4, lane, 0),
                     "made": address(4, lane, 1),
-                    "extra": address(4, lane, 2),
+                    "extra": address(4, lane, 2) if len(kinds[4]) > 2 else None,
                     "y": address(5, b.add(y_from, b.mul(passed, y_row))),
                     "y row": y_row,
                 }
@@ -201,7 +196,6 @@ def _make_part(height: int) -> Callable[..., Any]:
                     "goes on": goes_on,
                     "ends": ends,
                     "last": b.and_(ends, is_last),
-                    "some": some,
                 }
                 of_all = b.trunc(values[3], INT32) if one_for_all else None
                 sums = _Group(v, arrays, groups, of_all, does)
@@ -247,14 +241,13 @@ def _larger(b: Any, one: Any, other: Any) -> Any:
 # scale     [panels, groups, PANEL] float32; zero the same in int32, or a number; unless they go on,
 #           numbers that are bytes without sign
 # between   of the tokens of a block, [block, PANEL]: int32, where sums of pieces are; float32,
-#           where sums of groups are; float32, what is added at last
+#           where sums of groups are; float32, what is added at last, if anything is
 # y         float32: where products go, from `y_from` on, rows being `y_row` apart
 # ahead     uint8, of which each tile asks for some lines, the first from the byte `wanted` on
 # columns   (panel, first, deep, width, start): `deep` quads from `first` on; `width` are a group
 # tokens    (token, row, tiles, x_from, y_from, y_row): `token` of all is the first, and `row` of
 #           the block; `x_from` is where their codes for these columns begin
-# how       (goes_on, some, wanted, lines): they go on with sums that are there; what is between is
-#           added at last
+# how       (goes_on, wanted, lines): they go on with sums that are there
 _part_6, _part_4, _part_2, _part_1 = map(_make_part, HEIGHTS)
 
 

@@ -87,9 +87,7 @@ def multiply(x: Float32, threshold: float, weight: Int8AndColumns) -> Float32:
     tasks = worth_sharing(-(-x.shape[1] // _WIDTH), x.nbytes, 0)
     least = np.float32(threshold).view(np.int32)
     share(_share_columns, tasks, x.view(np.int32), least, keep)
-    outliers = np.flatnonzero(keep == 0)
-    if not len(outliers):
-        return multiply_codes(*quantize(x), weight.panels)
+    outliers = np.flatnonzero(keep == 0)  # none of them, too: that is the same compiled code
     others = np.zeros((len(outliers), -(-len(x) // QUAD) * QUAD), np.float32)
     others[:, : len(x)] = x[:, outliers].T
     codes, scale = quantize_kept(x, keep)

@@ -11,6 +11,8 @@ Error:  docs/bounds.md, B5.b and B5.f: sums of groups are exact, and added in fl
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
@@ -43,15 +45,13 @@ _NOTHING = np.float32(-0.0)  # what added to any number is that number, to zeros
 Int8 = npt.NDArray[np.int8]
 Float32 = npt.NDArray[np.float32]
 
-_NONE = np.empty((0, 0), np.float32)
-
 
 def multiply(
     x_codes: Int8,
     x_scale: Float32,
     weight: PackedPanels,
-    others: Float32 = _NONE,
-    columns_of: Float32 = _NONE,
+    others: Float32 | None = None,
+    columns_of: Float32 | None = None,
 ) -> Float32:
     """Return x W^T, [tokens, rows] float32, and the products of columns kept as they are.
 
@@ -59,6 +59,8 @@ def multiply(
     x_scale      [tokens] float32
     others       [kept columns, tokens up to a multiple of QUAD] float32
     columns_of   [kept columns, panels * PANEL] float32, the weight's columns
+
+    None of both saves their part of the kernels' code, and of its compilation.
     """
     tokens = len(x_codes)
     y = np.empty((tokens, weight.rows), np.float32)
@@ -82,8 +84,8 @@ def multiply(
     share(share_arrange, copies, x, block, limit, flat, totals)
     sizes = block, limit, weight.bits, in_tiles
     rows = flat, totals, x_scale
-    operands = rows, weight.planes, weight.scale, weight.points, sizes, kept, y.reshape(-1)
-    share(_share_panels, tasks * blocks, *operands)
+    operands = rows, weight.planes, weight.scale, weight.points, sizes
+    share(_share_panels, tasks * blocks, *operands, *kept, y.reshape(-1))
     return y
 
 
@@ -125,7 +127,7 @@ def _kept_products(others, columns_of, start, count, row, extra):  # type: ignor
     for token in range(0, count, QUAD):
         for m in range(QUAD):
             for lane in range(PANEL):
-                extra[token + m, lane] = 0
+                extra[token + m, lane] = _NOTHING
         tile_add(extra, token, others, 0, start + token, stripes, 0, columns)
 
 
@@ -138,8 +140,8 @@ def _share_few(counter, x, x_scale, planes, widths, scale, zero, others, columns
     laid, totals = np.empty(x.shape, np.int32), np.empty((tokens, groups), np.int32)
     arrange(x, 0, tokens, 0, tokens, quads, laid.reshape(-1), totals)
     made = np.empty((tokens, PANEL), np.float32)
-    some = len(others) > 0
-    extra = np.empty((QUAD if some else 0, PANEL), np.float32)
+    if others is not None:
+        extra = np.empty((QUAD, PANEL), np.float32)
     panel = claim(counter)
     while panel * PANEL < y.shape[1]:
         made[:] = _NOTHING
@@ -151,12 +153,14 @@ def _share_few(counter, x, x_scale, planes, widths, scale, zero, others, columns
                 multiply_few(made, laid, totals, planes, widths, scale, zero, place, height)
                 token += height
         row = panel * PANEL
-        if some:
+        if others is not None:
             _kept_products(others, columns_of, 0, tokens, row, extra)
         for token in range(tokens):
             for lane in range(min(PANEL, y.shape[1] - row)):
                 value = made[token, lane] * x_scale[token]
-                y[token, row + lane] = value + extra[token, lane] if some else value
+                if others is not None:
+                    value += extra[token, lane]
+                y[token, row + lane] = value
         panel = claim(counter)
 
 
@@ -173,15 +177,13 @@ def _share_few_floats(counter, x, spread, quads, planes, widths, scale, zero, y)
                 wide[token, spread[column]] = codes[token, column]
     else:
         wide = codes
-    none = np.empty((0, 0), np.float32)
-    _share_few(counter, wide.view(np.int32), x_scale, planes, widths, scale, zero, none, none, y)
+    _share_few(counter, wide.view(np.int32), x_scale, planes, widths, scale, zero, None, None, y)
 
 
 @kernel
-def _share_panels(counter, rows, planes, scale, zero, sizes, kept, y):  # type: ignore[no-untyped-def]
+def _share_panels(counter, rows, planes, scale, zero, sizes, others, columns_of, y):  # type: ignore[no-untyped-def]
     """Claim panels for a block of tokens, and compute their columns of y, which is flat."""
     flat, totals, _ = rows
-    others, columns_of = kept
     block, limit, bits, in_tiles = sizes
     tokens, groups = totals.shape
     quads, wide, panels = len(flat) // tokens, len(y) // tokens, len(scale)
@@ -195,9 +197,10 @@ def _share_panels(counter, rows, planes, scale, zero, sizes, kept, y):  # type: 
     sums = np.empty((block if goes_on else 0, PANEL), np.int32)
     made = np.empty((block, PANEL), np.float32)
     ragged = np.empty(block * PANEL, np.float32)
-    some = len(others) > 0
-    extra = np.empty((block if some else 0, PANEL), np.float32)
-    between = sums, made, extra
+    if others is None:
+        between: Any = sums, made
+    else:
+        between = sums, made, np.empty((block, PANEL), np.float32)
     blocks = -(-tokens // block)
     task = claim(counter)
     while task < blocks * panels:
@@ -206,8 +209,8 @@ def _share_panels(counter, rows, planes, scale, zero, sizes, kept, y):  # type: 
         count = min(block, tokens - start)
         row = panel * PANEL
         full = row + PANEL <= wide
-        if some:
-            _kept_products(others, columns_of, start, count, row, extra)
+        if others is not None:
+            _kept_products(others, columns_of, start, count, row, between[2])
         made[:count] = _NOTHING
         tiles = -(-count // HEIGHTS[0])
         first = 0
@@ -236,7 +239,7 @@ def _share_panels(counter, rows, planes, scale, zero, sizes, kept, y):  # type: 
                 if full:
                     target, y_from, y_row = y, (start + token) * wide + row, wide
                 place = start + token, token, some_tiles, x_from, y_from, y_row
-                how = goes_on, some, wanted + token // HEIGHTS[0] * lines * LINE, lines
+                how = goes_on, wanted + token // HEIGHTS[0] * lines * LINE, lines
                 multiply_part(
                     height, rows, w, scale, zero, between, target, ahead, columns, place, how
                 )

@@ -1,4 +1,4 @@
-"""Attention over a cache in codes: decoded, then multiplied.
+"""Attention: over a cache in codes, decoded, then multiplied; and of the newest token over numbers.
 
 Query heads that share keys are multiplied as queries of one head, so keys and values are not
 repeated. scaled_dot_product_attention is not called: it does not return log sum exp, without which
@@ -36,6 +36,33 @@ def attend(
     logits = shared @ k.transpose(-1, -2)
     out = (logits.softmax(-1) @ v).reshape(batch, heads, width)
     return out, logits.logsumexp(-1).reshape(batch, heads)
+
+
+def attend_newest(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what `attention_rotary` returns. Keys and values of those before are not copied."""
+    batch, heads, width = q.shape
+    kv_heads, tokens = keys.shape[1:3]
+    key = _turned(k, cos, sin)
+    shared = _turned(q, cos, sin).reshape(batch, kv_heads, heads // kv_heads, width) * scaling
+    past, own = shared @ keys.transpose(-1, -2), shared @ key[..., None]
+    weights = torch.cat((past, own), -1).softmax(-1)
+    out = weights[..., :tokens] @ values + weights[..., tokens:] * v[:, :, None]
+    return out.reshape(batch, heads, width), key
+
+
+def _turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Return x cos + x' sin of [batch, heads, head_dim], x' being (- second half, first half)."""
+    first, second = x.chunk(2, -1)
+    return x * cos[:, None] + torch.cat((-second, first), -1) * sin[:, None]
 
 
 def decoded(words: torch.Tensor, parts: Sequence[Any], tokens: int, width: int) -> torch.Tensor:
