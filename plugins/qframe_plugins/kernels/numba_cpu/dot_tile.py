@@ -249,6 +249,24 @@ def arrange(x, token, last, start, count, limit, flat, totals):  # type: ignore[
 
 
 @kernel
+def arrange_few(x, flat, totals):  # type: ignore[no-untyped-def]
+    """Do the same for a few tokens that are one block and one part, with little code to compile."""
+    tokens, quads = x.shape
+    groups = totals.shape[1]
+    width = quads // groups
+    codes = x.view(np.int8)
+    token = 0
+    while token < tokens:
+        height = height_of(tokens - token)
+        for m in range(height):
+            for group in range(groups):
+                totals[token + m, group] = _total_of(x, codes, token + m, group * width, width)
+            for quad in range(quads):
+                flat[token * quads + quad * height + m] = x[token + m, quad]
+        token += height
+
+
+@kernel
 def share_arrange(counter, x, block, limit, flat, totals):  # type: ignore[no-untyped-def]
     """Claim BLOCK tokens at a time, and arrange them; `block` is a multiple of BLOCK."""
     tokens = len(x)

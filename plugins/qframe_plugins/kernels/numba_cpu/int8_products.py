@@ -22,7 +22,7 @@ from qframe_plugins.kernels.numba_cpu.dot_tile import (
     HEIGHTS,
     PANEL,
     QUAD_BYTES,
-    arrange,
+    arrange_few,
     height_of,
     part_of,
     share_arrange,
@@ -138,7 +138,7 @@ def _share_few(counter, x, x_scale, planes, widths, scale, zero, others, columns
     groups = scale.shape[1]
     width = quads // groups
     laid, totals = np.empty(x.shape, np.int32), np.empty((tokens, groups), np.int32)
-    arrange(x, 0, tokens, 0, tokens, quads, laid.reshape(-1), totals)
+    arrange_few(x, laid.reshape(-1), totals)
     made = np.empty((tokens, PANEL), np.float32)
     if others is not None:
         extra = np.empty((QUAD, PANEL), np.float32)
