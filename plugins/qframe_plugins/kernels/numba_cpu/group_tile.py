@@ -140,13 +140,15 @@ def _make_part(height: int) -> Callable[..., Any]:
         scale: Any,
         zero: Any,
         between: Any,
+        others: Any,
         y: Any,
         ahead: Any,
         columns: Any,
         tokens: Any,
         how: Any,
     ) -> Any:
-        signature = types.void(rows, w, scale, zero, between, y, ahead, columns, tokens, how)
+        given = rows, w, scale, zero, between, others, y, ahead, columns, tokens, how
+        signature = types.void(*given)
 
         def emit(context: Any, builder: Any, signature: Any, values: Any) -> Any:
             v, b, kinds = Vectors(context, builder), builder, signature.args
@@ -157,9 +159,9 @@ def _make_part(height: int) -> Callable[..., Any]:
                     kind, value = kind[number], b.extract_value(value, number)
                 return v.at(v.array(kind, value)[0], b.mul(offset, INT64(BYTES)))
 
-            panel, first, deep, width, start = cgutils.unpack_tuple(b, values[7], 5)
-            token, row, tiles, x_from, y_from, y_row = cgutils.unpack_tuple(b, values[8], 6)
-            goes_on, wanted, lines = cgutils.unpack_tuple(b, values[9], 3)
+            panel, first, deep, width, start = cgutils.unpack_tuple(b, values[8], 5)
+            token, row, tiles, x_from, y_from, y_row = cgutils.unpack_tuple(b, values[9], 6)
+            goes_on, wanted, lines = cgutils.unpack_tuple(b, values[10], 3)
             groups = v.array(kinds[2], values[2])[1][1]
             one_for_all = not isinstance(kinds[3], types.Array)
             after = b.add(first, deep)
@@ -188,8 +190,8 @@ def _make_part(height: int) -> Callable[..., Any]:
                     "zero": None if one_for_all else address(3, taken),
                     "sums": address(4, lane, 0),
                     "made": address(4, lane, 1),
-                    "extra": address(4, lane, 2) if len(kinds[4]) > 2 else None,
-                    "y": address(5, b.add(y_from, b.mul(passed, y_row))),
+                    "extra": None if isinstance(kinds[5], types.NoneType) else address(4, lane, 2),
+                    "y": address(6, b.add(y_from, b.mul(passed, y_row))),
                     "y row": y_row,
                 }
                 does = {
@@ -204,7 +206,7 @@ def _make_part(height: int) -> Callable[..., Any]:
                 w_at = v.at(address(1, INT64(0)), b.add(start, b.mul(begin, INT64(QUAD_BYTES))))
                 line = b.add(b.mul(tile.index, lines), b.lshr(b.mul(begin, rate), INT64(_POINT)))
                 line = b.add(wanted, b.mul(line, INT64(LINE)))
-                ahead_at = v.at(address(6, INT64(0)), line)
+                ahead_at = v.at(address(7, INT64(0)), line)
 
                 def meanwhile(quad: Any) -> None:
                     line = b.lshr(b.mul(quad, rate), INT64(_POINT))
@@ -241,7 +243,8 @@ def _larger(b: Any, one: Any, other: Any) -> Any:
 # scale     [panels, groups, PANEL] float32; zero the same in int32, or a number; unless they go on,
 #           numbers that are bytes without sign
 # between   of the tokens of a block, [block, PANEL]: int32, where sums of pieces are; float32,
-#           where sums of groups are; float32, what is added at last, if anything is
+#           where sums of groups are; float32, what is added at last
+# others    None: nothing is added at last
 # y         float32: where products go, from `y_from` on, rows being `y_row` apart
 # ahead     uint8, of which each tile asks for some lines, the first from the byte `wanted` on
 # columns   (panel, first, deep, width, start): `deep` quads from `first` on; `width` are a group
@@ -252,13 +255,13 @@ _part_6, _part_4, _part_2, _part_1 = map(_make_part, HEIGHTS)
 
 
 @kernel
-def multiply_part(height, rows, w, scale, zero, between, y, ahead, columns, tokens, how):  # type: ignore[no-untyped-def]
+def multiply_part(height, rows, w, scale, zero, between, others, y, ahead, columns, tokens, how):  # type: ignore[no-untyped-def]
     """Run tiles of `height` tokens; see above."""
     if height == 6:
-        _part_6(rows, w, scale, zero, between, y, ahead, columns, tokens, how)
+        _part_6(rows, w, scale, zero, between, others, y, ahead, columns, tokens, how)
     elif height == 4:
-        _part_4(rows, w, scale, zero, between, y, ahead, columns, tokens, how)
+        _part_4(rows, w, scale, zero, between, others, y, ahead, columns, tokens, how)
     elif height == 2:
-        _part_2(rows, w, scale, zero, between, y, ahead, columns, tokens, how)
+        _part_2(rows, w, scale, zero, between, others, y, ahead, columns, tokens, how)
     else:
-        _part_1(rows, w, scale, zero, between, y, ahead, columns, tokens, how)
+        _part_1(rows, w, scale, zero, between, others, y, ahead, columns, tokens, how)

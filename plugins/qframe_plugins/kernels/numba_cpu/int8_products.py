@@ -11,8 +11,6 @@ Error:  docs/bounds.md, B5.b and B5.f: sums of groups are exact, and added in fl
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 
@@ -197,10 +195,8 @@ def _share_panels(counter, rows, planes, scale, zero, sizes, others, columns_of,
     sums = np.empty((block if goes_on else 0, PANEL), np.int32)
     made = np.empty((block, PANEL), np.float32)
     ragged = np.empty(block * PANEL, np.float32)
-    if others is None:
-        between: Any = sums, made
-    else:
-        between = sums, made, np.empty((block, PANEL), np.float32)
+    extra = np.empty((0 if others is None else block, PANEL), np.float32)
+    between = sums, made, extra
     blocks = -(-tokens // block)
     task = claim(counter)
     while task < blocks * panels:
@@ -210,7 +206,7 @@ def _share_panels(counter, rows, planes, scale, zero, sizes, others, columns_of,
         row = panel * PANEL
         full = row + PANEL <= wide
         if others is not None:
-            _kept_products(others, columns_of, start, count, row, between[2])
+            _kept_products(others, columns_of, start, count, row, extra)
         made[:count] = _NOTHING
         tiles = -(-count // HEIGHTS[0])
         first = 0
@@ -241,7 +237,18 @@ def _share_panels(counter, rows, planes, scale, zero, sizes, others, columns_of,
                 place = start + token, token, some_tiles, x_from, y_from, y_row
                 how = goes_on, wanted + token // HEIGHTS[0] * lines * LINE, lines
                 multiply_part(
-                    height, rows, w, scale, zero, between, target, ahead, columns, place, how
+                    height,
+                    rows,
+                    w,
+                    scale,
+                    zero,
+                    between,
+                    others,
+                    target,
+                    ahead,
+                    columns,
+                    place,
+                    how,
                 )
                 token += some_tiles * height
             first = after
