@@ -466,6 +466,8 @@ class Kernel(Protocol):
     device              where its operands must be; "cpu" unless it says otherwise
     priority            an integer: of several that serve a call, the one with the highest is taken
                         where none is asked for by name; 0
+    by_name_only        whether it is taken only where its backend is asked for by name, as one that
+                        simulates another machine; False
     accumulator         how it adds up, a word of `qframe.kernels.ARITHMETICS`; "float32"
     deterministic       whether it gives the same bits every time; True
     token_independent   whether a token alone gets the bits that it gets among others; False

@@ -1,8 +1,9 @@
 """Which kernel computes a call: that of a backend by name, or the first that serves it.
 
 With "auto" the kernels of an operation are asked in the order of their `priority`, the highest
-first. Why one does not serve a call is logged once, and is in the error where none does. This
-module imports neither torch nor numba.
+first; those that simulate another machine (`by_name_only`) are not asked. Why one does not serve a
+call is logged once, and is in the error where none does. This module imports neither torch nor
+numba.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class Dispatch:
         """Raises UnsupportedError for a backend that no kernel has."""
         self.backend = backend
         self._kernels: dict[str, list[Kernel]] = {}
-        for kernel in in_order(kernels):
+        for kernel in _sorted(kernels):
             self._kernels.setdefault(kernel.op, []).append(kernel)
         self._said: set[tuple[str, str, str]] = set()
         known = sorted({each.backend for found in self._kernels.values() for each in found})
@@ -49,6 +50,12 @@ class Dispatch:
         for kernel in self._kernels.get(call.op, []):
             if self.backend not in (AUTO, kernel.backend):
                 continue
+            if self.backend == AUTO and _by_name_only(kernel):
+                reasons.append(
+                    f"{kernel.op}/{kernel.backend}: it is taken only where "
+                    f"kernels={kernel.backend!r} is asked for"
+                )
+                continue
             refused = kernel.supports(call)
             if refused is None:
                 return kernel
@@ -65,5 +72,13 @@ class Dispatch:
 
 
 def in_order(kernels: Iterable[Kernel]) -> list[Kernel]:
-    """Return kernels in the order in which "auto" asks them, the highest priority first."""
+    """Return the kernels that "auto" asks, in its order: the highest priority first."""
+    return [kernel for kernel in _sorted(kernels) if not _by_name_only(kernel)]
+
+
+def _sorted(kernels: Iterable[Kernel]) -> list[Kernel]:
     return sorted(kernels, key=lambda kernel: -int(getattr(kernel, "priority", 0)))
+
+
+def _by_name_only(kernel: Kernel) -> bool:
+    return bool(getattr(kernel, "by_name_only", False))

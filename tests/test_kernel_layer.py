@@ -8,7 +8,7 @@ import torch
 import qframe
 from qframe import CalibrationData, Unsupported
 from qframe.contracts import OpCall
-from qframe.dispatch import Dispatch
+from qframe.dispatch import Dispatch, in_order
 from qframe.errors import UnsupportedError
 from qframe.host import Host
 from qframe.kernel_layer import KernelLinear
@@ -145,7 +145,9 @@ def test_layers_that_no_kernel_serves_go_on_and_are_named(model, tmp_path, caplo
 
 
 def test_a_backend_that_is_not_there_is_an_error_that_names_the_others(quantized):
-    with pytest.raises(UnsupportedError, match="'nunba'; choose auto or one of numba, torch"):
+    with pytest.raises(
+        UnsupportedError, match="'nunba'; choose auto or one of cuda, numba, ptx_host, torch"
+    ):
         qframe.load(quantized("W8A8"), kernels="nunba")
 
 
@@ -173,6 +175,16 @@ def test_the_highest_priority_is_taken_and_the_first_of_equals():
     low, high, also = Fake("low"), Fake("high", 5), Fake("also", 5)
     assert Dispatch([low, high, also]).choose(CALL) is high
     assert Dispatch([low, also, high]).choose(CALL) is also
+
+
+def test_one_that_simulates_is_taken_by_name_and_never_by_auto():
+    simulated = Fake("simulated", 99)
+    simulated.by_name_only = True
+    assert Dispatch([simulated, Fake("plain")]).choose(CALL).backend == "plain"
+    assert [each.backend for each in in_order([simulated, Fake("plain")])] == ["plain"]
+    assert Dispatch([simulated, Fake("plain")], "simulated").choose(CALL) is simulated
+    with pytest.raises(UnsupportedError, match="simulated: it is taken only where"):
+        Dispatch([simulated]).choose(CALL)
 
 
 def test_one_that_does_not_serve_is_passed_over_and_that_is_logged_once(caplog):

@@ -1,0 +1,1 @@
+"""Kernels for GPUs, written in Python for numba.cuda: one file for each operation."""

@@ -1,0 +1,14 @@
+"""All kernels, so that a tool can build each of them for every architecture."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from qframe_plugins.kernels.cuda import dequantize, hadamard, tokens
+from qframe_plugins.kernels.cuda.compile import Source
+
+SOURCES: Final[tuple[Source, ...]] = (
+    tokens.quantize_tokens,
+    dequantize.dequantize_rows,
+    hadamard.transform,
+)

@@ -1,0 +1,148 @@
+"""Operations for GPUs: the code is in `cuda`, compiled at the first call.
+
+Two backends run the same PTX: "cuda" on a GPU, and "ptx_host" on the CPU, by a device that executes
+PTX. The second one is for looking at kernels, not for speed, so "auto" never takes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cache
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from qframe import OpCall, Unsupported, hookimpl
+
+if TYPE_CHECKING:
+    import torch
+
+    from qframe_plugins.kernels.cuda.device import Launcher
+
+LARGEST_SIZE = 2**31 - 1  # numbers of an operand: places are counted in 32 bits
+
+
+class CudaKernel:
+    """What all of them have in common.
+
+    on       where it runs; None: as the backend says
+    device   where its operands are
+    """
+
+    op: str
+    token_independent = True
+
+    def __init__(self, backend: str = "cuda", on: Launcher | None = None) -> None:
+        self.backend = backend
+        self.device = "cpu" if backend == "ptx_host" else "cuda"
+        self.by_name_only = backend == "ptx_host"
+        self.priority = 20 if backend == "cuda" else 0
+        self._on = on
+
+    @property
+    def on(self) -> Launcher:
+        """What launches it."""
+        if self._on is None:
+            devices = _gpu("device")
+            self._on = devices.PtxHost() if self.backend == "ptx_host" else devices.Gpu()
+        return self._on
+
+    def supports(self, call: OpCall) -> Unsupported | None:
+        """Serve float32 activations and codes that are integers, where kernels can be compiled."""
+        if call.op != self.op:
+            return Unsupported(f"this kernel computes {self.op}, not {call.op}")
+        if call.device.partition(":")[0] != self.device:
+            return Unsupported(f"{self.backend} computes on {self.device}, not on {call.device}")
+        absent = _absent(self.backend)
+        if absent is not None:
+            return absent
+        if call.dtype != "float32":
+            return Unsupported(f"activations must be float32, not {call.dtype}")
+        if getattr(call.scheme, "type", "int") != "int":
+            return Unsupported("codes of floats stand for values; dequantize the weight first")
+        return self.objection(call)
+
+    def objection(self, call: OpCall) -> Unsupported | None:
+        """Return what else stands against the call."""
+        return None
+
+
+class QuantizeActivations(CudaKernel):
+    """Codes of tokens; the bits are those of a division."""
+
+    op = "quantize_activations"
+
+    def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (codes int8 [tokens, columns], scale float32 [tokens])."""
+        made: tuple[torch.Tensor, torch.Tensor] = _gpu("tokens").quantize(self.on, x)
+        return made
+
+
+class Dequantize(CudaKernel):
+    """What codes stand for."""
+
+    op = "dequantize"
+
+    def __call__(self, *operands: torch.Tensor) -> torch.Tensor:
+        """Return the weight, [rows, columns] float32."""
+        made: torch.Tensor = _gpu("dequantize").dequantize(self.on, *operands)
+        return made
+
+
+class Hadamard(CudaKernel):
+    """Randomized Hadamard transforms, by butterflies."""
+
+    op = "hadamard"
+
+    def objection(self, call: OpCall) -> Unsupported | None:
+        """Refuse blocks that are no powers of two, do not divide the columns, or do not fit."""
+        _, columns, block = call.shape
+        if block < 1 or block & (block - 1):
+            return Unsupported(f"block={block} is not a power of two")
+        if columns % block:
+            return Unsupported(f"block={block} does not divide columns={columns}")
+        if block > LARGEST_BLOCK:
+            return Unsupported(f"block={block}: shared memory holds up to {LARGEST_BLOCK} columns")
+        return None
+
+    def __call__(self, x: torch.Tensor, signs: torch.Tensor, block: int) -> torch.Tensor:
+        """Return x diag(signs) H / sqrt(block), [tokens, columns] float32."""
+        made: torch.Tensor = _gpu("hadamard").hadamard(self.on, x, signs, block)
+        return made
+
+
+LARGEST_BLOCK = 8192  # columns that are transformed in shared memory
+KERNELS: tuple[type[CudaKernel], ...] = (QuantizeActivations, Dequantize, Hadamard)
+
+
+@cache
+def _gpu(name: str) -> Any:
+    """Return a module of `cuda`, which imports numba.cuda."""
+    return import_module(f"qframe_plugins.kernels.cuda.{name}")
+
+
+@cache
+def _absent(backend: str) -> Unsupported | None:
+    """Return what this machine lacks, looked up once."""
+    package = _gpu("compile").missing()
+    if package is not None:
+        return Unsupported(f'{package} is not installed; run: pip install "qframe[cuda]"')
+    if backend == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            return Unsupported("PyTorch finds no CUDA device")
+        if torch.cuda.get_device_capability() < (8, 0):
+            return Unsupported("kernels need a GPU of compute capability 8.0 or above")
+    return None
+
+
+def kernels_on(on: Launcher) -> list[CudaKernel]:
+    """Return a kernel for each operation that is launched by `on`, such as PtxHost("sm_80")."""
+    backend = "cuda" if on.device == "cuda" else "ptx_host"
+    return [kernel(backend, on) for kernel in KERNELS]
+
+
+@hookimpl
+def qframe_kernels() -> Iterable[Any]:
+    """Register one kernel for each operation and backend."""
+    return [kernel(backend) for backend in ("cuda", "ptx_host") for kernel in KERNELS]
