@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     import torch
 
     from qframe_plugins.kernels.cuda.device import Launcher
+    from qframe_plugins.kernels.cuda.int8_layout import Int8Weight
 
-LARGEST_SIZE = 2**31 - 1  # numbers of an operand: places are counted in 32 bits
+LONGEST = (2**31 - 1) // 127**2  # columns whose products of codes fit an int32
 
 
 class CudaKernel:
@@ -110,8 +111,63 @@ class Hadamard(CudaKernel):
         return made
 
 
+class Int8Kernel(CudaKernel):
+    """Products of codes with a weight that was laid out."""
+
+    def objection(self, call: OpCall) -> Unsupported | None:
+        """Refuse rows so long that a sum may not fit."""
+        if call.shape[1] > LONGEST:
+            return Unsupported(f"an int32 holds the sums of up to {LONGEST} columns")
+        return None
+
+    def __call__(
+        self, x_codes: torch.Tensor, x_scale: torch.Tensor, weight: Int8Weight
+    ) -> torch.Tensor:
+        """Return x W^T, [tokens, rows] float32."""
+        made: torch.Tensor = _gpu("int8_products").multiply(self.on, x_codes, x_scale, weight)
+        return made
+
+    def from_activations(self, x: torch.Tensor, weight: Int8Weight) -> torch.Tensor:
+        """Return x W^T of activations [tokens, columns] float32, of which codes are made."""
+        return self(*_gpu("tokens").quantize(self.on, x), weight)
+
+
+class LinearInt8(Int8Kernel):
+    """Products of codes; the sums are exact."""
+
+    op = "linear_int8"
+
+    def prepare(self, w_codes: torch.Tensor, w_scale: torch.Tensor) -> Int8Weight:
+        """Return the weight in whole steps."""
+        laid: Int8Weight = _gpu("int8_layout").lay_out_channels(w_codes, w_scale)
+        return laid
+
+
+class LinearInt8Groups(Int8Kernel):
+    """Products of codes with a weight in groups; the sums of groups are exact."""
+
+    op = "linear_int8_groups"
+
+    def prepare(
+        self,
+        codes: torch.Tensor,
+        scale: torch.Tensor,
+        zero_point: torch.Tensor,
+        group_index: torch.Tensor,
+    ) -> Int8Weight:
+        """Return the weight group after group."""
+        laid: Int8Weight = _gpu("int8_layout").lay_out(codes, scale, zero_point, group_index)
+        return laid
+
+
 LARGEST_BLOCK = 8192  # columns that are transformed in shared memory
-KERNELS: tuple[type[CudaKernel], ...] = (QuantizeActivations, Dequantize, Hadamard)
+KERNELS: tuple[type[CudaKernel], ...] = (
+    QuantizeActivations,
+    Dequantize,
+    Hadamard,
+    LinearInt8,
+    LinearInt8Groups,
+)
 
 
 @cache

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Final
 
-from qframe_plugins.kernels.cuda import dequantize, hadamard, tokens
+from qframe_plugins.kernels.cuda import dequantize, hadamard, int8_layout, int8_products, tokens
 from qframe_plugins.kernels.cuda.compile import Source
 
 SOURCES: Final[tuple[Source, ...]] = (
     tokens.quantize_tokens,
     dequantize.dequantize_rows,
     hadamard.transform,
+    int8_layout.place_codes,
+    int8_products.multiply_few,
+    int8_products.multiply_tile,
 )
