@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from qframe_plugins.kernels.cuda.device import Launcher
     from qframe_plugins.kernels.cuda.int8_layout import Int8Weight
+    from qframe_plugins.kernels.cuda.packed import PackedWeight
 
 LONGEST = (2**31 - 1) // 127**2  # columns whose products of codes fit an int32
 
@@ -129,7 +130,8 @@ class Int8Kernel(CudaKernel):
 
     def from_activations(self, x: torch.Tensor, weight: Int8Weight) -> torch.Tensor:
         """Return x W^T of activations [tokens, columns] float32, of which codes are made."""
-        return self(*_gpu("tokens").quantize(self.on, x), weight)
+        codes, scale = _gpu("tokens").quantize(self.on, x)
+        return self(codes, scale, weight)
 
 
 class LinearInt8(Int8Kernel):
@@ -160,6 +162,29 @@ class LinearInt8Groups(Int8Kernel):
         return laid
 
 
+class LinearWeightOnly(CudaKernel):
+    """Products of float32 activations with a weight in codes."""
+
+    op = "linear_weight_only"
+    token_independent = False  # many tokens are added up in another order than few
+
+    def prepare(
+        self,
+        codes: torch.Tensor,
+        scale: torch.Tensor,
+        zero_point: torch.Tensor,
+        group_index: torch.Tensor,
+    ) -> PackedWeight:
+        """Return the weight group after group."""
+        packed: PackedWeight = _gpu("packed").pack(codes, scale, zero_point, group_index)
+        return packed
+
+    def __call__(self, x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
+        """Return x W^T, [tokens, rows] float32."""
+        made: torch.Tensor = _gpu("weight_only").multiply(self.on, x, weight)
+        return made
+
+
 LARGEST_BLOCK = 8192  # columns that are transformed in shared memory
 KERNELS: tuple[type[CudaKernel], ...] = (
     QuantizeActivations,
@@ -167,6 +192,7 @@ KERNELS: tuple[type[CudaKernel], ...] = (
     Hadamard,
     LinearInt8,
     LinearInt8Groups,
+    LinearWeightOnly,
 )
 
 

@@ -1,8 +1,7 @@
 """Weights and tokens in eight bits as the products read them: group after group, in whole steps.
 
-A step is what one matrix instruction takes of a row: 32 codes. A group begins at a step; what is
-left of its last step is zeros. Weights are laid out once, tokens in each call, by `place_codes`,
-unless they lie right as they are.
+What is left of a group's last step is zeros. Weights are laid out once, tokens in each call, by
+`place_codes`, unless they lie right as they are.
 """
 
 from __future__ import annotations
@@ -15,12 +14,12 @@ from numba import cuda, int8, int32, uint32
 from qframe.errors import UnsupportedError
 from qframe_plugins.kernels.cuda.compile import inlined, source
 from qframe_plugins.kernels.cuda.device import Fresh, Launcher, dense
+from qframe_plugins.kernels.cuda.places import Places, lay_out_columns
 from qframe_plugins.kernels.cuda.tokens import FULL, THREADS, WARPS
 
 if TYPE_CHECKING:
     import torch
 
-STEP = 32  # codes that one matrix instruction takes of a row
 LARGEST = 127  # the largest code of a token
 
 
@@ -28,22 +27,16 @@ LARGEST = 127  # the largest code of a token
 class Int8Weight:
     """A weight: scale * (code - zero).
 
-    codes         [rows, pitch] int8, columns in the order of `place`
+    codes         [rows, pitch] int8, columns in the order of `places`
     scale, zero   [rows or 1, groups] float32 and int32
-    place         [pitch] int32, the column that stands at each place, -1 for none
-    starts        [groups + 1] int32, the place at which each group begins
-    ends          [pitch / STEP] int32, the group that ends with a step, -1 for none
-    columns       of the weight
+    places        where columns lie
     as_it_is      tokens need not be laid out: places are columns, and no zero counts
     """
 
     codes: torch.Tensor
     scale: torch.Tensor
     zero: torch.Tensor
-    place: torch.Tensor
-    starts: torch.Tensor
-    ends: torch.Tensor
-    columns: int
+    places: Places
     as_it_is: bool
 
 
@@ -61,8 +54,7 @@ def lay_out(
     """
     import torch
 
-    rows, columns = codes.shape
-    groups, index = scale.shape[1], group_index.long()
+    rows, groups, index = len(codes), scale.shape[1], group_index.long()
     wide, zero = codes.to(torch.int32), zero_point.to(torch.int32)
     shift = 0
     if wide.numel():
@@ -73,42 +65,23 @@ def lay_out(
             raise UnsupportedError(
                 f"codes lie in {least}..{most}, expected at most 256 neighbouring numbers"
             )
-    count = torch.bincount(index, minlength=groups)
-    longest = int(count.max()) if groups else 0
+    places = lay_out_columns(group_index, groups)
+    longest = int(torch.bincount(index, minlength=groups).max()) if groups else 0
     size = int((wide - zero.index_select(1, index)).abs().max()) if wide.numel() else 0
     if size * LARGEST * longest >= 2**31:
         raise UnsupportedError(
             f"an int32 may not hold sums of {longest} products of up to {size} * {LARGEST}; "
             "use smaller groups, or another backend"
         )
-    padded = -(-count // STEP) * STEP
-    starts = torch.zeros(groups + 1, dtype=torch.int64, device=codes.device)
-    starts[1:] = padded.cumsum(0)
-    first = count.cumsum(0) - count
-    order = torch.argsort(index, stable=True)
-    rank = torch.arange(columns, device=codes.device) - first[index[order]]
-    at = starts[index[order]] + rank
-    pitch = int(starts[-1])
-    place = torch.full((pitch,), -1, dtype=torch.int32, device=codes.device)
-    place[at] = order.to(torch.int32)
-    laid = torch.zeros(rows, pitch, dtype=torch.int8, device=codes.device)
-    laid[:, at] = (wide - shift)[:, order].to(torch.int8)
-    ends = torch.full((pitch // STEP,), -1, dtype=torch.int32, device=codes.device)
-    full = (count > 0).nonzero().flatten()
-    ends[starts[1:][full] // STEP - 1] = full.to(torch.int32)
+    laid = torch.zeros(rows, places.pitch, dtype=torch.int8, device=codes.device)
+    laid[:, places.at] = (wide - shift).to(torch.int8)
     zero = (zero - shift).contiguous()
-    identity = pitch == columns and bool(
-        (order == torch.arange(columns, device=order.device)).all()
-    )
     return Int8Weight(
         codes=laid,
         scale=dense(scale),
         zero=zero,
-        place=place,
-        starts=starts.to(torch.int32),
-        ends=ends,
-        columns=columns,
-        as_it_is=identity and not bool(zero.any()),
+        places=places,
+        as_it_is=places.in_order and not bool(zero.any()),
     )
 
 
@@ -127,15 +100,15 @@ def lay_out_tokens(
     """Return (codes [tokens, pitch] int8, their sum over each group [tokens, groups] int32)."""
     import torch
 
-    tokens, pitch = len(x_codes), len(weight.place)
-    groups = len(weight.starts) - 1
+    (tokens, columns), places = x_codes.shape, weight.places
+    groups = len(places.starts) - 1
     sums = torch.zeros(tokens, groups, dtype=torch.int32, device=x_codes.device)
     if weight.as_it_is:
         return dense(x_codes), sums
-    codes = torch.empty(tokens, pitch, dtype=torch.int8, device=x_codes.device)
+    codes = torch.empty(tokens, places.pitch, dtype=torch.int8, device=x_codes.device)
     grid = tokens, -(-groups // WARPS)
-    given = dense(x_codes), weight.place, weight.starts, Fresh(codes), sums
-    on.launch(place_codes, grid, THREADS, *given, weight.columns, pitch, groups)
+    given = dense(x_codes), places.column, places.starts, Fresh(codes), sums
+    on.launch(place_codes, grid, THREADS, *given, columns, places.pitch, groups)
     return codes, sums
 
 

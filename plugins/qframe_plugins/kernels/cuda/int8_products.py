@@ -21,12 +21,7 @@ from numba import cuda, float32, int32, uint32
 
 from qframe_plugins.kernels.cuda.compile import inlined, source
 from qframe_plugins.kernels.cuda.device import Fresh, Launcher, dense
-from qframe_plugins.kernels.cuda.int8_layout import (
-    STEP,
-    Int8Weight,
-    lay_out_tokens,
-    sum_of_lanes,
-)
+from qframe_plugins.kernels.cuda.int8_layout import Int8Weight, lay_out_tokens, sum_of_lanes
 from qframe_plugins.kernels.cuda.intrinsics import (
     copy16,
     dp4a,
@@ -35,6 +30,7 @@ from qframe_plugins.kernels.cuda.intrinsics import (
     mma_s8,
     wait_for_all_but_one,
 )
+from qframe_plugins.kernels.cuda.places import STEP
 
 if TYPE_CHECKING:
     import torch
@@ -73,7 +69,7 @@ def multiply(
     given = (
         *(each.view(torch.int32) for each in (codes, weight.codes)),
         *(dense(x_scale), sums, weight.scale, weight.zero),
-        weight.starts if few else weight.ends,
+        weight.places.starts if few else weight.places.ends,
         *(Fresh(y), tokens, rows, pitch // 4, groups, step),
     )
     if few:

@@ -134,6 +134,38 @@ def _shared_address(context: Any, builder: Any, kind: Any, array: Any, index: An
 
 
 @intrinsic
+def read4(typing: Any, shared: Any, index: Any) -> Any:
+    """Return shared[index : index + 4] of float32, in one load; index is a multiple of 4."""
+
+    def emit(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        address = _shared_address(context, builder, shared, values[0], values[1])
+        four = ir.LiteralStructType([_F32] * 4)
+        text = "ld.shared.v4.f32 {$0,$1,$2,$3}, [$4];"
+        # The compiler does not know what is read, so stores before stay before.
+        asm = ir.InlineAsm(
+            ir.FunctionType(four, [_I32]), text, "=f,=f,=f,=f,r,~{memory}", side_effect=True
+        )
+        return _tuple(context, builder, signature, builder.call(asm, [address]))
+
+    return types.UniTuple(types.float32, 4)(shared, types.uintp), emit
+
+
+@intrinsic
+def write4(typing: Any, shared: Any, index: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
+    """Set shared[index : index + 4] of float32, in one store; index is a multiple of 4."""
+
+    def emit(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        address = _shared_address(context, builder, shared, values[0], values[1])
+        kind = ir.FunctionType(ir.VoidType(), [_I32] + [_F32] * 4)
+        text = "st.shared.v4.f32 [$0], {$1,$2,$3,$4};"
+        asm = ir.InlineAsm(kind, text, "r,f,f,f,f,~{memory}", side_effect=True)
+        builder.call(asm, [address, *values[2:]])
+        return context.get_dummy_value()
+
+    return types.void(shared, types.uintp, *(types.float32,) * 4), emit
+
+
+@intrinsic
 def copy16(typing: Any, shared: Any, to: Any, pointer: Any, index: Any) -> Any:
     """Begin to copy 16 bytes of pointer[index] .. to shared[to] .., both on 16 bytes."""
 

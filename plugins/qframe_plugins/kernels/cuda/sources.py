@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import Final
 
-from qframe_plugins.kernels.cuda import dequantize, hadamard, int8_layout, int8_products, tokens
+from qframe_plugins.kernels.cuda import (
+    dequantize,
+    few_tokens,
+    float_tile,
+    hadamard,
+    int8_layout,
+    int8_products,
+    tokens,
+)
 from qframe_plugins.kernels.cuda.compile import Source
 
 SOURCES: Final[tuple[Source, ...]] = (
@@ -14,4 +22,6 @@ SOURCES: Final[tuple[Source, ...]] = (
     int8_layout.place_codes,
     int8_products.multiply_few,
     int8_products.multiply_tile,
+    *few_tokens.FEW.values(),
+    *float_tile.TILES.values(),
 )

@@ -1,0 +1,42 @@
+"""Products of float32 activations with a weight in codes: `linear_weight_only`.
+
+Few tokens read the weight as it is packed (few_tokens.py); more share what is decoded in a tile
+(float_tile.py). Groups may have any size and any columns.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qframe_plugins.kernels.cuda import few_tokens, float_tile
+from qframe_plugins.kernels.cuda.device import Fresh, Launcher, dense
+from qframe_plugins.kernels.cuda.packed import PackedWeight
+
+if TYPE_CHECKING:
+    import torch
+
+MOST_FEW = 8  # tokens up to which a tile would be mostly empty
+
+
+def multiply(on: Launcher, x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
+    """Return x W^T, [tokens, rows] float32, of x [tokens, columns] float32."""
+    import torch
+
+    (tokens, columns), rows, places = x.shape, len(weight.words), weight.places
+    y = torch.empty(tokens, rows, dtype=torch.float32, device=x.device)
+    if not y.numel():
+        return y
+    numbers = tokens, columns, rows, places.pitch, weight.step, places.in_order
+    given = (
+        *(dense(x), weight.words, weight.scale, weight.zero, places.column, places.group),
+        *(Fresh(y), *numbers),
+    )
+    if tokens <= MOST_FEW:
+        many = 1 if tokens == 1 else few_tokens.SUMS
+        block_rows = few_tokens.WARPS * few_tokens.SUMS // many
+        grid = -(-rows // block_rows), -(-tokens // many)
+        on.launch(few_tokens.FEW[weight.bits, many], grid, few_tokens.THREADS, *given)
+    else:
+        grid = -(-rows // float_tile.ROWS), -(-tokens // float_tile.TOKENS)
+        on.launch(float_tile.TILES[weight.bits], grid, float_tile.THREADS, *given)
+    return y
