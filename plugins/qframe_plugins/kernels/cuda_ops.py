@@ -16,6 +16,7 @@ from qframe import OpCall, Unsupported, hookimpl
 if TYPE_CHECKING:
     import torch
 
+    from qframe import KVScheme
     from qframe_plugins.kernels.cuda.device import Launcher
     from qframe_plugins.kernels.cuda.int8_layout import Int8Weight
     from qframe_plugins.kernels.cuda.packed import PackedWeight
@@ -185,6 +186,32 @@ class LinearWeightOnly(CudaKernel):
         return made
 
 
+class AttentionKV(CudaKernel):
+    """Attention over a cache in codes."""
+
+    op = "attention_kv"
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        k_words: torch.Tensor,
+        k_scale: torch.Tensor,
+        k_offset: torch.Tensor,
+        k_scheme: KVScheme,
+        v_words: torch.Tensor,
+        v_scale: torch.Tensor,
+        v_offset: torch.Tensor,
+        v_scheme: KVScheme,
+        tokens: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return softmax(z) V and log sum exp z: [batch, heads, head_dim] and [batch, heads]."""
+        keys = k_words, k_scale, k_offset, k_scheme
+        values = v_words, v_scale, v_offset, v_scheme
+        made: tuple[torch.Tensor, torch.Tensor]
+        made = _gpu("attention").attend(self.on, q, keys, values, tokens)
+        return made
+
+
 LARGEST_BLOCK = 8192  # columns that are transformed in shared memory
 KERNELS: tuple[type[CudaKernel], ...] = (
     QuantizeActivations,
@@ -193,6 +220,7 @@ KERNELS: tuple[type[CudaKernel], ...] = (
     LinearInt8,
     LinearInt8Groups,
     LinearWeightOnly,
+    AttentionKV,
 )
 
 

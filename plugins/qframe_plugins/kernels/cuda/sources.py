@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from qframe_plugins.kernels.cuda import (
+    attention,
     dequantize,
     few_tokens,
     float_tile,
@@ -24,4 +25,6 @@ SOURCES: Final[tuple[Source, ...]] = (
     int8_products.multiply_tile,
     *few_tokens.FEW.values(),
     *float_tile.TILES.values(),
+    attention.attend_piece,
+    attention.merge_pieces,
 )
