@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from qframe import KVScheme
     from qframe_plugins.kernels.cuda.device import Launcher
     from qframe_plugins.kernels.cuda.int8_layout import Int8Weight
+    from qframe_plugins.kernels.cuda.int8_outliers import Int8AndColumns
     from qframe_plugins.kernels.cuda.packed import PackedWeight
 
 LONGEST = (2**31 - 1) // 127**2  # columns whose products of codes fit an int32
@@ -118,9 +119,7 @@ class Int8Kernel(CudaKernel):
 
     def objection(self, call: OpCall) -> Unsupported | None:
         """Refuse rows so long that a sum may not fit."""
-        if call.shape[1] > LONGEST:
-            return Unsupported(f"an int32 holds the sums of up to {LONGEST} columns")
-        return None
+        return _too_long(call.shape[1])
 
     def __call__(
         self, x_codes: torch.Tensor, x_scale: torch.Tensor, weight: Int8Weight
@@ -161,6 +160,40 @@ class LinearInt8Groups(Int8Kernel):
         """Return the weight group after group."""
         laid: Int8Weight = _gpu("int8_layout").lay_out(codes, scale, zero_point, group_index)
         return laid
+
+
+class LinearInt8Outliers(CudaKernel):
+    """LLM.int8()."""
+
+    op = "linear_int8_outliers"
+    token_independent = False  # an outlier of one token is one of all
+
+    def objection(self, call: OpCall) -> Unsupported | None:
+        """Refuse rows so long that a sum may not fit."""
+        return _too_long(call.shape[1])
+
+    def prepare(
+        self, w_codes: torch.Tensor, w_scale: torch.Tensor, weight: torch.Tensor
+    ) -> Int8AndColumns:
+        """Return the weight in whole steps, and transposed."""
+        both: Int8AndColumns = _gpu("int8_outliers").lay_out_both(w_codes, w_scale, weight)
+        return both
+
+    def __call__(self, x: torch.Tensor, threshold: float, weight: Int8AndColumns) -> torch.Tensor:
+        """Return x W^T, [tokens, rows] float32."""
+        made: torch.Tensor = _gpu("int8_outliers").multiply(self.on, x, threshold, weight)
+        return made
+
+
+class HessianUpdate(CudaKernel):
+    """Second moments; runs of tokens are summed in float32, and the runs in float64."""
+
+    op = "hessian_update"
+    token_independent = False  # it has no answer for a token
+
+    def __call__(self, hessian: torch.Tensor, x: torch.Tensor) -> None:
+        """Add x^T x to the lower triangle."""
+        _gpu("hessian").accumulate(self.on, hessian, x)
 
 
 class LinearWeightOnly(CudaKernel):
@@ -219,9 +252,17 @@ KERNELS: tuple[type[CudaKernel], ...] = (
     Hadamard,
     LinearInt8,
     LinearInt8Groups,
+    LinearInt8Outliers,
     LinearWeightOnly,
     AttentionKV,
+    HessianUpdate,
 )
+
+
+def _too_long(columns: int) -> Unsupported | None:
+    if columns > LONGEST:
+        return Unsupported(f"an int32 holds the sums of up to {LONGEST} columns")
+    return None
 
 
 @cache

@@ -50,13 +50,16 @@ def attend(
 
     batch, heads, width = q.shape
     kv_heads = keys[0].shape[1]
-    made = {"dtype": torch.float32, "device": q.device}
-    out, lse = torch.empty(batch, heads, width, **made), torch.empty(batch, heads, **made)
+
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=q.device)
+
+    out, lse = empty(batch, heads, width), empty(batch, heads)
     if not lse.numel():
         return out, lse
     lanes, pieces = batch * heads, -(-tokens // PIECE)
-    sums = torch.empty(lanes, pieces, width, **made)
-    state = torch.empty(lanes, pieces, 2, **made)
+    sums = empty(lanes, pieces, width)
+    state = empty(lanes, pieces, 2)
     splits = max(THREADS // width, 1)
     given = (
         *(dense(q), *arguments(*keys, width), *arguments(*values, width)),

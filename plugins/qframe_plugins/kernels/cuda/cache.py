@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 from numba import cuda, float32, int32, uint32
 
-from qframe.errors import UnsupportedError
 from qframe_plugins.kernels.cuda.compile import inlined
 from qframe_plugins.kernels.cuda.device import dense
 
@@ -20,8 +19,6 @@ if TYPE_CHECKING:
     import torch
 
     from qframe import KVScheme
-
-MOST = 2**32  # places that are counted in 32 bits
 
 
 @dataclass(frozen=True)
@@ -53,14 +50,7 @@ TYPES = "int32*, float32*, float32*, uint32, int32, uint32, uint32, uint32, uint
 def arguments(
     words: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor, scheme: KVScheme, width: int
 ) -> tuple[torch.Tensor | int, ...]:
-    """Return what a kernel takes of a cache; width: head_dim.
-
-    Raises UnsupportedError for one whose places 32 bits do not hold.
-    """
-    if words.numel() >= MOST or scale.numel() >= MOST:
-        raise UnsupportedError(
-            f"a cache of {words.numel()} words, expected less than 2^32: use smaller batches"
-        )
+    """Return what a kernel takes of a cache; width: head_dim."""
     numbers = Numbers(
         bits=scheme.num_bits,
         lowest=scheme.grid.qmin,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from qframe.errors import UnsupportedError
 from qframe_plugins.kernels.cuda.compile import Source, compile_ptx
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from qframe_plugins.ptx_host import Kernel, Run
 
 ALIGNMENT = 16  # bytes that one load takes at most
+MOST_BLOCKS = 65535  # of a grid, in its second and third direction
+MOST_NUMBERS = 2**32
 
 Size = int | tuple[int, int] | tuple[int, int, int]
 
@@ -48,12 +51,29 @@ def dense(tensor: torch.Tensor) -> torch.Tensor:
     return made if made.data_ptr() % ALIGNMENT == 0 else made.clone()
 
 
-def _numbers(kernel: Source, given: Sequence[Any]) -> list[Any]:
-    """Return the arguments with numbers in the types of the parameters."""
-    return [
-        value if kind.endswith("*") else np.dtype(kind).type(value)
-        for kind, value in zip(kernel.types, given, strict=True)
-    ]
+def _prepared(kernel: Source, grid: Size, given: Sequence[Any]) -> list[Any]:
+    """Return the arguments with numbers in the types of the parameters.
+
+    Raises UnsupportedError for more than kernels can count.
+    """
+    if isinstance(grid, tuple) and max(grid[1:]) > MOST_BLOCKS:
+        raise UnsupportedError(
+            f"{kernel.name}: {max(grid[1:])} blocks, expected at most {MOST_BLOCKS}; "
+            "call with fewer tokens at a time"
+        )
+    made = []
+    for kind, parameter, value in zip(kernel.types, kernel.parameters, given, strict=True):
+        if not kind.endswith("*"):
+            made.append(np.dtype(kind).type(value))
+            continue
+        tensor = value.tensor if isinstance(value, Fresh) else value
+        if tensor.numel() >= MOST_NUMBERS:
+            raise UnsupportedError(
+                f"{kernel.name}: {parameter} has {tensor.numel()} numbers, expected less than 2^32, "
+                "as places are counted in 32 bits; call with fewer tokens at a time"
+            )
+        made.append(value)
+    return made
 
 
 @dataclass
@@ -82,7 +102,7 @@ class PtxHost:
         from qframe_plugins import ptx_host
 
         arguments: list[Any] = []
-        for value in _numbers(kernel, given):
+        for value in _prepared(kernel, grid, given):
             if isinstance(value, Fresh):
                 arguments.append(ptx_host.Fresh(value.tensor.numpy()))
             else:
@@ -129,7 +149,7 @@ class Gpu:
         with torch.cuda.device(index):
             arguments = [
                 value if isinstance(value, np.generic) else np.uint64(value.data_ptr())
-                for value in _numbers(kernel, tensors)
+                for value in _prepared(kernel, grid, tensors)
             ]
             stream = Stream.from_handle(torch.cuda.current_stream().cuda_stream)
             config = LaunchConfig(grid=grid, block=block, shmem_size=shared)

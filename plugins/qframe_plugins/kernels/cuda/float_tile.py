@@ -13,7 +13,7 @@ from numba import cuda, float32, uint32
 
 from qframe_plugins.kernels.cuda.compile import Source, inlined, source
 from qframe_plugins.kernels.cuda.few_tokens import bring
-from qframe_plugins.kernels.cuda.intrinsics import load4, read4
+from qframe_plugins.kernels.cuda.intrinsics import load4, read4, store4
 from qframe_plugins.kernels.cuda.packed import steps_of
 from qframe_plugins.kernels.cuda.places import STEP
 
@@ -49,16 +49,18 @@ def added(sums, number, weights):  # type: ignore[no-untyped-def]
 @inlined
 def store(y, sums, token, row, tokens, rows):  # type: ignore[no-untyped-def]
     """Set the outputs of a token for four rows."""
-    if token < tokens:
+    if token < tokens and row < rows:
         place = uint32(uint32(token * rows) + row)
-        if row < rows:
+        if rows & uint32(3) == uint32(0):
+            store4(y, place, sums[0], sums[1], sums[2], sums[3])
+        else:
             y[place] = sums[0]
-        if uint32(row + uint32(1)) < rows:
-            y[uint32(place + uint32(1))] = sums[1]
-        if uint32(row + uint32(2)) < rows:
-            y[uint32(place + uint32(2))] = sums[2]
-        if uint32(row + uint32(3)) < rows:
-            y[uint32(place + uint32(3))] = sums[3]
+            if uint32(row + uint32(1)) < rows:
+                y[uint32(place + uint32(1))] = sums[1]
+            if uint32(row + uint32(2)) < rows:
+                y[uint32(place + uint32(2))] = sums[2]
+            if uint32(row + uint32(3)) < rows:
+                y[uint32(place + uint32(3))] = sums[3]
 
 
 def _tile(bits: int) -> Source:

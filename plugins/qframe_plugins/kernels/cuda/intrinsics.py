@@ -125,6 +125,21 @@ def store_word(typing: Any, pointer: Any, index: Any, word: Any) -> Any:
     return types.void(pointer, types.uintp, types.uint32), emit
 
 
+@intrinsic
+def store4(typing: Any, pointer: Any, index: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
+    """Set pointer[index : index + 4] of float32, in one store; index is a multiple of 4."""
+
+    def emit(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        address = builder.ptrtoint(builder.gep(values[0], [values[1]]), _I64)
+        kind = ir.FunctionType(ir.VoidType(), [_I64] + [_F32] * 4)
+        text = "st.global.v4.f32 [$0], {$1,$2,$3,$4};"
+        asm = ir.InlineAsm(kind, text, "l,f,f,f,f,~{memory}", side_effect=True)
+        builder.call(asm, [address, *values[2:]])
+        return context.get_dummy_value()
+
+    return types.void(pointer, types.uintp, *(types.float32,) * 4), emit
+
+
 def _shared_address(context: Any, builder: Any, kind: Any, array: Any, index: Any) -> Any:
     """Return the address of array[index] in shared memory, 32 bits."""
     whole = context.make_array(kind)(context, builder, array)

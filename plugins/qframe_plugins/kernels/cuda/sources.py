@@ -10,7 +10,9 @@ from qframe_plugins.kernels.cuda import (
     few_tokens,
     float_tile,
     hadamard,
+    hessian,
     int8_layout,
+    int8_outliers,
     int8_products,
     tokens,
 )
@@ -27,4 +29,9 @@ SOURCES: Final[tuple[Source, ...]] = (
     *float_tile.TILES.values(),
     attention.attend_piece,
     attention.merge_pieces,
+    int8_outliers.mark_outliers,
+    int8_outliers.list_outliers,
+    int8_outliers.quantize_rest,
+    int8_outliers.add_outliers,
+    hessian.add_moments,
 )
