@@ -9,11 +9,11 @@ import pytest
 
 from qframe.errors import MissingExtraError, UnsupportedError
 from qframe_plugins.kernels.cuda import compile as compiling
+from tests.cuda.extra import need_extra
 
-if importlib.util.find_spec("numba_cuda") is None:
-    pytest.skip('numba-cuda is not installed: pip install "qframe[cuda]"', allow_module_level=True)
+need_extra()
 
-from qframe_plugins.kernels.cuda.sources import SOURCES
+SOURCES = importlib.import_module("qframe_plugins.kernels.cuda.sources").SOURCES
 
 NAMES = [each.name for each in SOURCES]
 

@@ -69,8 +69,8 @@ def _prepared(kernel: Source, grid: Size, given: Sequence[Any]) -> list[Any]:
         tensor = value.tensor if isinstance(value, Fresh) else value
         if tensor.numel() >= MOST_NUMBERS:
             raise UnsupportedError(
-                f"{kernel.name}: {parameter} has {tensor.numel()} numbers, expected less than 2^32, "
-                "as places are counted in 32 bits; call with fewer tokens at a time"
+                f"{kernel.name}: {parameter} has {tensor.numel()} numbers, expected less than "
+                "2^32, as places are counted in 32 bits; call with fewer tokens at a time"
             )
         made.append(value)
     return made

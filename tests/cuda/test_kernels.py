@@ -1,0 +1,179 @@
+"""Kernels for GPUs, run on the CPU: the suite holds, and every architecture gives the same bits."""
+
+import numpy as np
+import pytest
+import torch
+
+from qframe import KVScheme, Scheme, kernels
+from qframe_conformance import (
+    check_plugin,
+    kernel_draws,
+    kernel_draws_int8,
+    kernel_draws_other,
+)
+from qframe_conformance.kernel_scenarios import scenarios
+from qframe_plugins.kernels import cuda_ops, numba_ops
+from qframe_plugins.kernels.cuda.compile import ARCHS
+from qframe_plugins.kernels.cuda.device import PtxHost
+from tests.cuda.extra import need_extra
+
+need_extra()
+
+SLOW = {"long", "tiles", "pieces"}  # families whose operands are large; below they meet no checker
+
+
+def on(device, op):
+    """Return the kernel of an operation."""
+    [kernel] = [each for each in cuda_ops.kernels_on(device) if each.op == op]
+    return kernel
+
+
+def test_there_is_a_kernel_for_every_operation_and_backend():
+    made = {(kernel.op, kernel.backend) for kernel in cuda_ops.qframe_kernels()}
+    assert made == {(op, backend) for op in kernels.OPS for backend in ("cuda", "ptx_host")}
+
+
+@pytest.mark.parametrize("op", kernels.OPS)
+def test_the_suite_holds_with_every_access_looked_at(op):
+    """Threads take turns in a random order; a finding is an error, and fails the call."""
+    kernel = on(PtxHost("sm_90", order="random"), op)
+    known = [each.id for each in scenarios(kernel) if each.id not in SLOW]
+    report = check_plugin(kernel, profile="fast", scenarios=[known[0], known[len(known) // 2]])
+    assert report.ran
+    assert report.ok, str(report)
+
+
+@pytest.mark.parametrize("op", [op for op in kernels.OPS if op != "dequantize"])
+def test_the_suite_holds_for_large_operands(op):
+    kernel = on(PtxHost("sm_100", check=False), op)
+    known = [each.id for each in scenarios(kernel)]
+    report = check_plugin(kernel, profile="fast", scenarios=[known[-1]])
+    assert report.ran
+    assert report.ok, str(report)
+
+
+# Operands -------------------------------------------------------------------------------------
+
+W4 = Scheme(num_bits=4, symmetric=False, group_size=7)
+W8 = Scheme(num_bits=8, symmetric=False, group_size=64)
+KV = KVScheme(num_bits=3, axis="channel", group_size=8), KVScheme(num_bits=4, group_size=12)
+
+
+def drawn(op, rng):
+    """Return two sets of operands: what few tokens, and many, or the like, are computed from."""
+    if op == "dequantize":
+        return [kernel_draws.weight(rng, W4, 5, 33), kernel_draws.weight(rng, W8, 3, 130)]
+    if op == "linear_weight_only":
+        found = []
+        for scheme, columns in ((W4, 33), (W8, 130)):
+            x = kernel_draws.activations(rng, columns, scheme.group_size)
+            made = kernel_draws.shuffled_groups(rng, kernel_draws.weight(rng, scheme, 70, columns))
+            found += [{"x": x, **made}, {"x": x[:3], **made}, {"x": x[:1], **made}]
+        return found
+    if op == "linear_int8":
+        draw = kernel_draws_int8.codes
+        return [draw(rng, 9, 131, 67), draw(rng, 3, 131, 17), draw(rng, 35, 96, 65)]
+    if op == "linear_int8_groups":
+        found = [kernel_draws_int8.groups(rng, 9, 131, 17, scheme) for scheme in (W4, W8)]
+        found.append(kernel_draws_int8.groups(rng, 3, 131, 17, W4))
+        return [kernel_draws.shuffled_groups(rng, each) for each in found]
+    if op == "linear_int8_outliers":
+        return [kernel_draws_int8.outliers(rng, 65, 17, size) for size in (1.0, 0.0)]
+    if op == "quantize_activations":
+        return [kernel_draws_int8.activations(rng, columns) for columns in (65, 260)]
+    if op == "hadamard":
+        return [kernel_draws_other.hadamard(rng, columns, 64) for columns in (192, 1088)]
+    if op == "hessian_update":
+        return [kernel_draws_other.moments(rng, 300, 70, whole=whole) for whole in (False, True)]
+    made = [kernel_draws_other.attention(rng, (4, 2), 33, 20, *pair) for pair in (KV, KV[::-1])]
+    return [*made, kernel_draws_other.attention(rng, (2, 1), 700, 16, *KV)]
+
+
+def answer(kernel, operands):
+    """Return what a kernel makes of operands, as arrays."""
+    op = kernels.op_of(kernel.op)
+    given = [
+        torch.from_numpy(operands[each.name].copy()) if each.is_tensor else operands[each.name]
+        for each in op.operands
+    ]
+    made = kernels.run(kernel, given)
+    if op.in_place:
+        made = given[0]
+    return [part.numpy() for part in (made if isinstance(made, tuple) else (made,))]
+
+
+@pytest.mark.parametrize("op", kernels.OPS)
+def test_architectures_and_orders_of_threads_give_the_same_bits(op):
+    rng = np.random.default_rng(0)
+    for operands in drawn(op, rng):
+        first = answer(on(PtxHost("sm_80", check=False), op), operands)
+        for arch, order in zip(ARCHS[1:], ("reverse", "random"), strict=True):
+            device = PtxHost(arch, check=False, order=order, seed=1)
+            again = answer(on(device, op), operands)
+            for one, other in zip(first, again, strict=True):
+                assert one.tobytes() == other.tobytes(), (arch, order)
+
+
+@pytest.mark.parametrize("op", ["quantize_activations", "dequantize", "hadamard", "linear_int8"])
+def test_the_bits_are_those_of_the_cpu_kernels(op):
+    """Where the sums are integers, or made in the same order, nothing is left to rounding."""
+    [cpu] = [each for each in numba_ops.qframe_kernels() if each.op == op]
+    rng = np.random.default_rng(1)
+    for operands in drawn(op, rng):
+        made = answer(on(PtxHost(check=False), op), operands)
+        for one, other in zip(made, answer(cpu, operands), strict=True):
+            assert one.tobytes() == other.tobytes()
+
+
+@pytest.mark.parametrize("op", ["linear_weight_only", "linear_int8_groups", "hessian_update"])
+def test_integers_are_added_exactly(op):
+    """Integers, and scales that are powers of two: the CPU kernels and these have to agree."""
+    [cpu] = [each for each in numba_ops.qframe_kernels() if each.op == op]
+    rng = np.random.default_rng(2)
+    for operands in drawn(op, rng):
+        if "scale" in operands:
+            shape = operands["scale"].shape
+            operands["scale"] = 2.0 ** rng.integers(-2, 3, shape).astype(np.float32)
+        if "x" in operands:
+            operands["x"] = rng.integers(-9, 10, operands["x"].shape).astype(np.float32)
+        if "x_scale" in operands:
+            operands["x_scale"] = 2.0 ** rng.integers(-2, 3, len(operands["x_scale"]))
+            operands["x_scale"] = operands["x_scale"].astype(np.float32)
+        if "hessian" in operands:
+            operands["hessian"] = np.rint(operands["hessian"])
+        made = answer(on(PtxHost(check=False), op), operands)
+        for one, other in zip(made, answer(cpu, operands), strict=True):
+            assert one.tobytes() == other.tobytes()
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 2, 4, 5, 8, 9])
+def test_no_number_of_tokens_changes_a_bit_of_products_of_codes(tokens):
+    """dp4a for few and matrix instructions for more: the sums of groups are the same integers."""
+    rng = np.random.default_rng(3)
+    operands = kernel_draws_int8.groups(rng, 40, 131, 17, W4)
+    kernel = on(PtxHost(check=False), "linear_int8_groups")
+    few = {name: operands[name][:tokens] for name in ("x_codes", "x_scale")}
+    [whole], [part] = answer(kernel, operands), answer(kernel, {**operands, **few})
+    assert whole[:tokens].tobytes() == part.tobytes()
+
+
+@pytest.mark.parametrize("op", ["linear_weight_only", "linear_int8_groups"])
+def test_codes_of_more_than_eight_bits_are_refused(op):
+    rng = np.random.default_rng(4)
+    operands = kernel_draws_int8.groups(rng, 3, 40, 4, W4)
+    if op == "linear_weight_only":
+        operands["x"] = operands["x_codes"].astype(np.float32)
+    operands["codes"][0, :2] = (-5, 251)
+    with pytest.raises(kernels.UnsupportedError, match=r"codes lie in -5\.\.251, expected at most"):
+        answer(on(PtxHost(), op), operands)
+    operands["codes"][0, :2] = (-4, 251)
+    assert np.isfinite(answer(on(PtxHost(), op), operands)[0]).all()
+
+
+def test_sums_that_do_not_fit_are_refused():
+    rng = np.random.default_rng(5)
+    operands = kernel_draws_int8.groups(rng, 2, 520, 2, Scheme(num_bits=8, strategy="channel"))
+    operands["zero_point"][:] = -32767
+    kernel = on(PtxHost(), "linear_int8_groups")
+    with pytest.raises(kernels.UnsupportedError, match=r"may not hold sums of 520 products"):
+        answer(kernel, operands)
