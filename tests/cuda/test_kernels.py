@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import torch
 
 from qframe import KVScheme, Scheme, kernels
 from qframe_conformance import (
@@ -15,17 +14,11 @@ from qframe_conformance.kernel_scenarios import scenarios
 from qframe_plugins.kernels import cuda_ops, numba_ops
 from qframe_plugins.kernels.cuda.compile import ARCHS
 from qframe_plugins.kernels.cuda.device import PtxHost
-from tests.cuda.extra import need_extra
+from tests.cuda.extra import answer, need_extra, on
 
 need_extra()
 
 SLOW = {"long", "tiles", "pieces"}  # families whose operands are large; below they meet no checker
-
-
-def on(device, op):
-    """Return the kernel of an operation."""
-    [kernel] = [each for each in cuda_ops.kernels_on(device) if each.op == op]
-    return kernel
 
 
 def test_there_is_a_kernel_for_every_operation_and_backend():
@@ -87,19 +80,6 @@ def drawn(op, rng):
         return [kernel_draws_other.moments(rng, 300, 70, whole=whole) for whole in (False, True)]
     made = [kernel_draws_other.attention(rng, (4, 2), 33, 20, *pair) for pair in (KV, KV[::-1])]
     return [*made, kernel_draws_other.attention(rng, (2, 1), 700, 16, *KV)]
-
-
-def answer(kernel, operands):
-    """Return what a kernel makes of operands, as arrays."""
-    op = kernels.op_of(kernel.op)
-    given = [
-        torch.from_numpy(operands[each.name].copy()) if each.is_tensor else operands[each.name]
-        for each in op.operands
-    ]
-    made = kernels.run(kernel, given)
-    if op.in_place:
-        made = given[0]
-    return [part.numpy() for part in (made if isinstance(made, tuple) else (made,))]
 
 
 @pytest.mark.parametrize("op", kernels.OPS)

@@ -23,12 +23,13 @@ def scratch():
     return folder
 
 
-def changed(hooks, folder, op, name, file, old, new):
+def changed(hooks, folder, op, name, file, old, new, backend=None):
     """Return a function that makes the kernel of an operation from changed source.
 
     hooks       the module that registers the kernels; `folder`, the name of that beside it
     name        of the mistake, one for each operation
     file        in which `old` becomes `new`; it must stand there once
+    backend     of the kernel, where the module registers several
     """
     source = Path(hooks.__file__)
     original = f"{hooks.__name__.rpartition('.')[0]}.{folder}"
@@ -47,7 +48,7 @@ def changed(hooks, folder, op, name, file, old, new):
                 made.joinpath(each.name).write_text(text.replace(original, package), "utf-8")
             importlib.invalidate_caches()
         module = importlib.import_module(f"{package}.{source.stem}")
-        return kernel_of(module, op)
+        return kernel_of(module, op, backend)
 
     return make
 
@@ -72,7 +73,8 @@ def mutants(hooks, folder, op, mistakes):
     ]
 
 
-def kernel_of(hooks, op):
-    """Return the kernel of an operation that a module registers."""
-    [found] = [kernel for kernel in hooks.qframe_kernels() if kernel.op == op]
+def kernel_of(hooks, op, backend=None):
+    """Return the kernel of an operation that a module registers; backend: where there are more."""
+    kernels = [kernel for kernel in hooks.qframe_kernels() if kernel.op == op]
+    [found] = [kernel for kernel in kernels if backend in (None, kernel.backend)]
     return found
