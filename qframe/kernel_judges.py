@@ -84,7 +84,9 @@ def _linear_weight_only(operands: Operands, answer: Answer, arithmetic: Arithmet
     weight = scale * (codes - zero)
     expected = x @ weight.T
     magnitude = np.abs(x) @ (scale * (np.abs(codes) + np.abs(zero))).T
-    allowed = bounds.weight_only(magnitude, columns, arithmetic.unit, arithmetic.inputs)
+    allowed = bounds.weight_only(
+        magnitude, columns, arithmetic.unit, arithmetic.inputs, arithmetic.depth
+    )
     error = difference(answer[0], expected)
 
     # A row whose scales are powers of two, times integers: multiples of the smallest scale.
@@ -233,7 +235,7 @@ def _hessian_update(operands: Operands, answer: Answer, arithmetic: Arithmetic) 
     below = np.tril(np.ones((columns, columns), bool))
     error = only_where(below, difference(answer[0], reference_ops.hessian_update(before, x)))
     allowed = bounds.second_moments(
-        magnitude, before, tokens, arithmetic.unit, arithmetic.inputs
+        magnitude, before, tokens, arithmetic.unit, arithmetic.inputs, arithmetic.depth
     ) + bounds.accumulate(magnitude + np.abs(before), tokens + 1, bounds.UNIT["float64"])
     exact = bounds.exact_sum(magnitude, 1) & (integer_tokens(x).all() and _whole(before))
     return {

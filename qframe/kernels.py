@@ -10,7 +10,7 @@ This module imports neither torch nor numba.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from qframe import bounds, reference_ops
@@ -274,10 +274,12 @@ class Arithmetic:
 
     unit     unit roundoff of its sums
     inputs   relative error of rounding an operand before it is multiplied, 0 for none
+    depth    roundings to `unit` that a product passes at most in a call; None: whatever the order
     """
 
     unit: float
     inputs: float = 0.0
+    depth: int | None = None
 
 
 _TRUNCATED = 2 * bounds.UNIT["float32"]  # sums that are cut, not rounded, as in matrix units
@@ -297,8 +299,10 @@ TF32 has the 11 significant bits of float16, and hardware may cut them off inste
 """
 
 
-def arithmetic_of(kernel: Any) -> Arithmetic:
+def arithmetic_of(kernel: Any, operands: Mapping[str, Any] | None = None) -> Arithmetic:
     """Return what a kernel declares in its attribute `accumulator`, "float32" unless it does.
+
+    operands   name -> array or number of a call, for a kernel that declares its `depth`
 
     Raises UnsupportedError for a word that is not in `ARITHMETICS`.
     """
@@ -308,4 +312,7 @@ def arithmetic_of(kernel: Any) -> Arithmetic:
             f"kernel {kernel.op}/{kernel.backend}: accumulator={declared!r} is not known; "
             f"choose one of {', '.join(ARITHMETICS)}"
         )
-    return ARITHMETICS[declared]
+    arithmetic = ARITHMETICS[declared]
+    if operands is None or not hasattr(kernel, "depth"):
+        return arithmetic
+    return replace(arithmetic, depth=int(kernel.depth(operands)))

@@ -27,7 +27,7 @@ from tests.mutants import (
 )
 from tests.mutants.kernels_hadamard import Hadamard
 from tests.mutants.kernels_int8 import Int8
-from tests.mutants.kernels_small import changed
+from tests.mutants.kernels_small import changed, summed
 from tests.mutants.kernels_weights import WeightOnly
 
 MODULES = (
@@ -109,6 +109,26 @@ def test_a_kernel_that_supports_nothing_is_not_ok():
     """Zero checks are no pass."""
     kernel = changed(Int8, supports=lambda self, call: Unsupported("nothing"))()
     assert not check_plugin(kernel).ok
+
+
+def tree(self, x, w):
+    """Return x w^T, products added in pairs, and pairs in pairs."""
+    terms = x[:, None] * w[None]
+    while terms.shape[2] > 1:
+        odd = terms.shape[2] % 2
+        terms = np.pad(terms, ((0, 0), (0, 0), (0, odd)))
+        terms = terms[:, :, 0::2] + terms[:, :, 1::2]
+    return terms[:, :, 0]
+
+
+def test_a_chain_of_sums_that_claims_the_depth_of_a_tree_is_found():
+    def depth(self, operands):
+        return 1 + len(operands["group_index"]).bit_length()
+
+    chain = changed(WeightOnly, multiply=lambda self, x, w: summed(x, w), depth=depth)
+    found = check_plugin(chain(), only=["weight_only_sums"], shrink=False)
+    assert {record.check for record in found.failures} == {"weight_only_sums"}
+    assert check_plugin(changed(WeightOnly, multiply=tree, depth=depth)()).ok
 
 
 def test_scattered_groups_may_be_refused_in_the_call():

@@ -300,6 +300,30 @@ def test_coarser_arithmetic_is_allowed_more_and_only_that():
     assert ARITHMETICS["float32"] == Arithmetic(bounds.UNIT["float32"])
 
 
+def test_a_tree_is_allowed_less_than_a_chain_and_a_chain_never_more():
+    """B9.b and B9.d with a depth: up to that of any order, in which none is asked for."""
+    unit = bounds.UNIT["float32"]
+    depths = (10, 50, 102, 103, 10**6, None)
+    allowed = [float(bounds.weight_only(1.0, 100, unit, 0.0, depth)) for depth in depths]
+    assert allowed[0] < allowed[1] < allowed[2] == allowed[3] == allowed[4] == allowed[5]
+    allowed = [
+        float(bounds.second_moments(1.0, 0.0, 100, unit, 0.0, h)) for h in (8, 100, 999, None)
+    ]
+    assert allowed[0] < allowed[1] == allowed[2] == allowed[3]
+
+
+def test_a_kernel_says_its_depth_for_the_operands_of_a_call():
+    class Tree:
+        op, backend = "linear_weight_only", "tree"
+
+        def depth(self, operands):
+            return len(operands["group_index"])
+
+    assert arithmetic_of(Tree()).depth is None
+    asked = arithmetic_of(Tree(), {"group_index": np.zeros(7, np.int32)})
+    assert asked == Arithmetic(bounds.UNIT["float32"], depth=7)
+
+
 # The default kernels --------------------------------------------------------------------------
 
 

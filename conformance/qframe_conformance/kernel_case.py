@@ -133,7 +133,7 @@ class KernelCase:
             self.kernel.op,
             self.operands,
             self.answer,
-            arithmetic_of(self.kernel),
+            arithmetic_of(self.kernel, self.operands),
             dense=getattr(self.kernel, "dense", False),
         )
 

@@ -42,7 +42,11 @@ def cross_sum(magnitude: Numbers, tokens: int, tile: int, parts: int = 1) -> Arr
 
 
 def weight_only(
-    magnitude: Numbers, columns: int, unit: float = UNIT["float32"], inputs: float = 0.0
+    magnitude: Numbers,
+    columns: int,
+    unit: float = UNIT["float32"],
+    inputs: float = 0.0,
+    depth: int | None = None,
 ) -> Array:
     """B9.b: the error of sum x s (c - z), summed in any order, the zero point factored out or not.
 
@@ -50,8 +54,11 @@ def weight_only(
     columns     products of a sum
     unit        unit roundoff of the sums
     inputs      relative error of an operand that is rounded before it is multiplied (TF32, ...)
+    depth       roundings of the sums that a product passes at most; None: whatever the order
     """
-    relative = compound(gamma(columns + 2, unit), gamma(3), inputs, inputs)
+    most = columns + 2
+    roundings = most if depth is None else min(depth, most)
+    relative = compound(gamma(roundings, unit), gamma(3), inputs, inputs)
     return relative * as_array(magnitude)
 
 
@@ -70,14 +77,17 @@ def second_moments(
     tokens: int,
     unit: float = UNIT["float32"],
     inputs: float = 0.0,
+    depth: int | None = None,
 ) -> Array:
     """B9.d: the error of H += x^T x, summed over the tokens, then added to a float64 H.
 
     magnitude   |x|^T |x|, [columns, columns]
     before      H before, [columns, columns]
+    depth       roundings to `unit` that a product passes at most; None: one for each token
     """
     size = as_array(magnitude)
-    inner = compound(gamma(tokens, unit), inputs, inputs)
+    roundings = tokens if depth is None else min(depth, tokens)
+    inner = compound(gamma(roundings, unit), inputs, inputs)
     outer = gamma(tokens + 1, UNIT["float64"])
     lost = 2 * tokens * ETA["float32"]  # products that underflow
     return inner * size + outer * (np.abs(as_array(before)) + (1 + inner) * size) + lost

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from qframe import KVScheme, Scheme, kernels
+from qframe.kernel_judges import judge
 from qframe_conformance import (
     check_plugin,
     kernel_draws,
@@ -135,6 +136,24 @@ def test_no_number_of_tokens_changes_a_bit_of_products_of_codes(tokens):
     few = {name: operands[name][:tokens] for name in ("x_codes", "x_scale")}
     [whole], [part] = answer(kernel, operands), answer(kernel, {**operands, **few})
     assert whole[:tokens].tobytes() == part.tobytes()
+
+
+def test_sums_of_few_tokens_keep_the_bound_of_their_tree():
+    """4,096 columns: 41 roundings instead of 4,098, which a chain of sums does not keep."""
+    rng = np.random.default_rng(6)
+    operands = kernel_draws.weight(rng, Scheme(num_bits=4, strategy="tensor"), 1, 4096)
+    operands["codes"][:], operands["scale"][:] = 1, 1
+    x = np.full((1, 4096), np.nextafter(np.float32(2.0**-24), np.float32(0)))
+    x[0, 0] = 1  # after it, a chain loses every other number
+    operands = {"x": x, **operands}
+    kernel = on(PtxHost(check=False), "linear_weight_only")
+    arithmetic = kernels.arithmetic_of(kernel, operands)
+    assert arithmetic.depth == 41
+    held = judge("linear_weight_only", operands, answer(kernel, operands), arithmetic)["B9.b"]
+    assert (np.abs(held.error) <= held.allowed).all()
+    chain = [np.add.accumulate(x, axis=1, dtype=np.float32)[:, -1:]]
+    refused = judge("linear_weight_only", operands, chain, arithmetic)["B9.b"]
+    assert (np.abs(refused.error) > refused.allowed).all()
 
 
 @pytest.mark.parametrize("op", ["linear_weight_only", "linear_int8_groups"])

@@ -6,7 +6,7 @@ PTX. The second one is for looking at kernels, not for speed, so "auto" never ta
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -191,6 +191,10 @@ class HessianUpdate(CudaKernel):
     op = "hessian_update"
     token_independent = False  # it has no answer for a token
 
+    def depth(self, operands: Mapping[str, Any]) -> int:
+        """Return how many roundings to float32 a product passes at most."""
+        return min(len(operands["x"]), int(_gpu("hessian").RUN))
+
     def __call__(self, hessian: torch.Tensor, x: torch.Tensor) -> None:
         """Add x^T x to the lower triangle."""
         _gpu("hessian").accumulate(self.on, hessian, x)
@@ -212,6 +216,11 @@ class LinearWeightOnly(CudaKernel):
         """Return the weight group after group."""
         packed: PackedWeight = _gpu("packed").pack(codes, scale, zero_point, group_index)
         return packed
+
+    def depth(self, operands: Mapping[str, Any]) -> int:
+        """Return how many roundings of the sums a product passes at most."""
+        made: int = _gpu("weight_only").depth(len(operands["x"]), operands["group_index"])
+        return made
 
     def __call__(self, x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
         """Return x W^T, [tokens, rows] float32."""

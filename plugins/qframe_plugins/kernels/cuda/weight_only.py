@@ -8,14 +8,31 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
+import numpy.typing as npt
+
 from qframe_plugins.kernels.cuda import few_tokens, float_tile
 from qframe_plugins.kernels.cuda.device import Fresh, Launcher, dense
 from qframe_plugins.kernels.cuda.packed import PackedWeight
+from qframe_plugins.kernels.cuda.places import STEP
 
 if TYPE_CHECKING:
     import torch
 
 MOST_FEW = 8  # tokens up to which a tile would be mostly empty
+
+
+def depth(tokens: int, group_index: npt.NDArray[np.int32]) -> int:
+    """Return how many roundings of the sums a product passes at most, for so many tokens.
+
+    group_index   [columns] int32
+    """
+    columns = len(group_index)
+    if tokens > MOST_FEW:
+        return columns + 1  # one sum after the other, of weights that were rounded
+    steps = int((-(-np.bincount(group_index) // STEP)).sum()) if columns else 0
+    in_turn = -(-steps // 32)  # steps that a lane adds
+    return STEP + in_turn + 5  # lanes are added in a tree
 
 
 def multiply(on: Launcher, x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
