@@ -466,12 +466,14 @@ class Kernel(Protocol):
     device              where its operands must be; "cpu" unless it says otherwise
     priority            an integer: of several that serve a call, the one with the highest is taken
                         where none is asked for by name; 0
+    absent              a method that returns None, or `Unsupported` with the reason why it cannot
+                        run on this machine at all, as for want of a device
     by_name_only        whether it is taken only where its backend is asked for by name, as one that
                         simulates another machine; False
     accumulator         how it adds up, a word of `qframe.kernels.ARITHMETICS`; "float32"
-    depth               of linear_weight_only and hessian_update: a method that takes the operands of
-                        a call, name -> array, and returns how many roundings of the sums a product
-                        passes at most; without it, the bound is that of any order
+    depth               of linear_weight_only and hessian_update: a method that takes the operands
+                        of a call, name -> array, and returns how many roundings of the sums a
+                        product passes at most; without it, the bound is that of any order
     deterministic       whether it gives the same bits every time; True
     token_independent   whether a token alone gets the bits that it gets among others; False
     dense               of hadamard: whether it multiplies with the matrix as it is, without

@@ -121,7 +121,9 @@ def check(
     files, disable = [str(file) for file in plugin or ()], list(no_plugin or ())
     problems: list[str] = []
     if name is None:
-        targets, problems = all_targets(files, disable)
+        targets, problems, elsewhere = all_targets(files, disable)
+        for line in elsewhere:
+            note(line)
     else:
         settings = parse_settings(options or (), "--set")
         targets = [Target(name=name, kind=kind, files=files, disable=disable, options=settings)]

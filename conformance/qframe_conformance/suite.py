@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
-from qframe.errors import PluginError, RecipeError
+from qframe.errors import PluginError, RecipeError, UnsupportedError
 from qframe.host import KINDS, Host, object_name, objection
 from qframe.strict import suggestion
 from qframe_conformance.checks import FIRST_SUITE, Check, Violation, checks_of
@@ -131,6 +131,10 @@ def prepare(
     """
     kind = kind or kind_of(plugin)
     module = module_of(kind)
+    absent = plugin.absent() if kind == "kernel" and hasattr(plugin, "absent") else None
+    if absent is not None:
+        name = object_name(kind, plugin)
+        raise UnsupportedError(f"kernel {name!r} cannot run on this machine: {absent.reason}")
     known = checks_of(kind)
     expected = dict(expected_failures or {})
     for name in (*(only or ()), *expected):

@@ -86,8 +86,12 @@ def discover(files: Sequence[str], disable: Sequence[str]) -> Host:
 
 def all_targets(
     files: Sequence[str] = (), disable: Sequence[str] = ()
-) -> tuple[list[Target], list[str]]:
-    """Return every plugin that the suite has checks for, and why others cannot be used."""
+) -> tuple[list[Target], list[str], list[str]]:
+    """Return every plugin that the suite has checks for, and in words what it leaves out.
+
+    The second list is of plugins that cannot be used. The third is of kernels that this machine
+    cannot run, and of those that are only taken by name, as they simulate another machine.
+    """
     host = discover(files, disable)
     problems = [
         f"plugin {record.label} failed to load: {record.error}"
@@ -97,9 +101,26 @@ def all_targets(
     for (kind, name), rivals in host.contested().items():
         owners = " and ".join(record.label for record in rivals)
         problems.append(f"{kind} {name!r} is claimed by {owners}, so neither is used")
-    targets = [
-        Target(name=name, kind=kind, files=tuple(files), disable=tuple(disable))
-        for kind in MODULES
-        for name in host.names(kind)
-    ]
-    return targets, problems
+    targets: list[Target] = []
+    elsewhere: dict[str, list[str]] = {}
+    for kind in MODULES:
+        for name in host.names(kind):
+            why = left_out(host.get(kind, name)) if kind == "kernel" else None
+            if why is None:
+                targets.append(
+                    Target(name=name, kind=kind, files=tuple(files), disable=tuple(disable))
+                )
+            else:
+                elsewhere.setdefault(why, []).append(name)
+    notes = [f"not checked: {', '.join(names)}: {why}" for why, names in elsewhere.items()]
+    return targets, problems, notes
+
+
+def left_out(kernel: Any) -> str | None:
+    """Return why a kernel is not among all that are checked, or None."""
+    absent = kernel.absent() if hasattr(kernel, "absent") else None
+    if absent is not None:
+        return str(absent.reason)
+    if getattr(kernel, "by_name_only", False):
+        return "it simulates another machine; ask for it by name"
+    return None

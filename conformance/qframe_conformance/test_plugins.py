@@ -112,7 +112,7 @@ def _plugins(config: pytest.Config) -> list[Explored]:
 
 def _look_up(config: pytest.Config) -> list[Explored]:
     names, files = config.getoption("--qframe-plugin"), config.getoption("--qframe-file")
-    targets, _ = all_targets(files)
+    targets, _, _ = all_targets(files)
     if names:
         known = {target.name for target in targets}
         # An unknown name is looked up all the same: its error says what is wrong.

@@ -247,20 +247,33 @@ def test_all_checks_every_plugin_that_is_there(run, monkeypatch, tmp_path):
     from qframe_conformance import target
 
     def some(files, disable):
-        found, _ = everything(files, disable)
-        return [each for each in found if each.name == "absmax"], ["plugin x failed"]
+        found, _, _ = everything(files, disable)
+        return [each for each in found if each.name == "absmax"], ["plugin x failed"], ["not y"]
 
     everything = target.all_targets
-    found, problems = everything()
+    found, problems, elsewhere = everything()
+    assert {each.name for each in found}.isdisjoint({"hadamard/cuda", "hadamard/ptx_host"})
+    assert all(f"hadamard/{backend}" in " ".join(elsewhere) for backend in ("cuda", "ptx_host"))
     assert {("rounder", "rtn"), ("observer", "hessian")} <= {(t.kind, t.name) for t in found}
     assert problems == []
     monkeypatch.setattr(target, "all_targets", some)
     shown = run("check", "--all", "--in-process", "--profile", "fast", "--save", tmp_path / "all")
     assert shown.code == 4  # a plugin that failed to load is not all right
     assert "plugin x failed" in shown.said
+    assert "not y" in shown.said
     lines = [line for line in shown.out.splitlines() if " ran, " in line]
     assert any(line.startswith("observer 'absmax': ") for line in lines)
     assert (tmp_path / "all" / "observer-absmax" / "report.md").is_file()
+
+
+def test_a_kernel_that_this_machine_cannot_run_is_no_pass_and_says_why(run, monkeypatch):
+    from qframe import Unsupported
+    from qframe_plugins.kernels import cuda_ops
+
+    monkeypatch.setattr(cuda_ops, "_absent", lambda backend: Unsupported("no such device"))
+    shown = run("check", "hadamard/cuda", "--in-process")
+    assert shown.code == 2
+    assert "'hadamard/cuda' cannot run on this machine: no such device" in shown.said
 
 
 # Commands of other packages ---------------------------------------------------------------------

@@ -56,7 +56,7 @@ class CudaKernel:
             return Unsupported(f"this kernel computes {self.op}, not {call.op}")
         if call.device.partition(":")[0] != self.device:
             return Unsupported(f"{self.backend} computes on {self.device}, not on {call.device}")
-        absent = _absent(self.backend)
+        absent = self.absent()
         if absent is not None:
             return absent
         if call.dtype != "float32":
@@ -64,6 +64,10 @@ class CudaKernel:
         if getattr(call.scheme, "type", "int") != "int":
             return Unsupported("codes of floats stand for values; dequantize the weight first")
         return self.objection(call)
+
+    def absent(self) -> Unsupported | None:
+        """Return why kernels cannot run on this machine at all, or None."""
+        return _absent(self.backend)
 
     def objection(self, call: OpCall) -> Unsupported | None:
         """Return what else stands against the call."""
