@@ -1,6 +1,8 @@
 """The device that executes kernels on the CPU, and what is said where something is missing."""
 
 import logging
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -100,6 +102,28 @@ def test_operands_that_begin_anywhere_are_read_right(op):
     moved = moved if isinstance(moved, tuple) else (moved,)
     for one, other in zip(answer(kernel, operands), moved, strict=True):
         assert one.tobytes() == other.numpy().tobytes()
+
+
+def test_a_gpu_is_given_addresses_and_numbers_of_the_types_of_the_parameters(monkeypatch):
+    """There is none here, so what stands behind is: all that is ours is looked at."""
+    from cuda import core
+    from cuda.core._kernel_arg_handler import ParamHolder
+
+    told = []
+    stream = SimpleNamespace(cuda_stream=7)
+    monkeypatch.setattr(core, "launch", lambda *given: told.append(given))
+    monkeypatch.setattr(core, "Stream", SimpleNamespace(from_handle=lambda handle: handle))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "device", lambda index: nullcontext())
+    monkeypatch.setattr(devices, "_loaded", lambda kernel, index: (kernel.name, index))
+    x, y = torch.ones(32), torch.empty(32)
+    devices.Gpu().launch(shift, (3, 2), 32, x, Fresh(y), 31, shared=64)
+    [(handle, config, kernel, *arguments)] = told
+    assert (handle, kernel) == (7, ("shift", None))
+    assert (config.grid, config.block, config.shmem_size) == ((3, 2, 1), (32, 1, 1), 64)
+    assert arguments == [x.data_ptr(), y.data_ptr(), 31]
+    assert [type(each) for each in arguments] == [np.uint64, np.uint64, np.uint32]
+    assert ParamHolder(tuple(arguments)).ptr
 
 
 # What is missing ------------------------------------------------------------------------------
