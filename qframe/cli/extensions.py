@@ -4,9 +4,9 @@
     check = "my_package.command:check"
 
 The name on the left is the command; the object on the right is a function as typer wants it, whose
-docstring is the command's help. It is imported when the command is used, and when the list of
-commands is shown, so its module must import nothing heavy. A command of qframe itself cannot be
-taken over.
+docstring is the command's help, or a `typer.Typer` with commands below that name. It is imported
+when the command is used, and when the list of commands is shown, so its module must import nothing
+heavy. A command of qframe itself cannot be taken over.
 """
 
 from __future__ import annotations
@@ -84,7 +84,11 @@ def _command(name: str, points: list[importlib.metadata.EntryPoint]) -> Any:
 
 
 def _typed(name: str, function: Any) -> Any:
-    """Return a function as a command."""
+    """Return a function, or a group of them, as a command."""
+    if isinstance(function, typer.Typer):
+        group = typer.main.get_group(function)
+        group.name = name
+        return group
     app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
     app.command(name, cls=Command)(function)
     return typer.main.get_command(app)
