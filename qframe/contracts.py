@@ -476,6 +476,8 @@ class Kernel(Protocol):
                         product passes at most; without it, the bound is that of any order
     deterministic       whether it gives the same bits every time; True
     token_independent   whether a token alone gets the bits that it gets among others; False
+    variants            name -> the same kernel run otherwise, such as with another order of
+                        threads, that gives the same bits; none
     dense               of hadamard: whether it multiplies with the matrix as it is, without
                         butterflies; False
     """

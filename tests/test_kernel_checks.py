@@ -15,6 +15,7 @@ from qframe_conformance.kernel_scenarios import scenarios, variants
 from qframe_plugins.kernels.torch_ops import qframe_kernels
 from tests.mutants import (
     kernels_activations,
+    kernels_agreement,
     kernels_attention,
     kernels_dequantize,
     kernels_hadamard,
@@ -41,6 +42,7 @@ MODULES = (
     kernels_attention,
     kernels_newest,
     kernels_moments,
+    kernels_agreement,
 )
 MUTANTS = [mutant for module in MODULES for mutant in module.MUTANTS]
 KERNELS = {kernel.op: kernel for kernel in qframe_kernels()}

@@ -15,11 +15,15 @@ from qframe.errors import QframeError
 from qframe.kernel_comparisons import Judged
 from qframe.kernel_judges import judge
 from qframe.kernels import Op, arithmetic_of, op_of, run
+from qframe_conformance.checks import Violation, within
 from qframe_conformance.engine import Refused
 from qframe_conformance.kernel_frames import LAYOUTS, Frame, frame
 from qframe_conformance.report import Counterexample
 
 Array = np.ndarray[Any, Any]
+
+NOT_OF_NUMBERS = ("B8.a", "B8.b")
+"""Theorems about lengths and angles, whose errors are not those of single numbers."""
 
 
 @dataclass(eq=False)
@@ -153,6 +157,10 @@ class KernelCase:
             call = replace(call, shape=tuple(count if w == along else n for w, n in words))
         return replace(self, operands=operands, call=call)
 
+    def by(self, kernel: Any) -> KernelCase:
+        """Return the same call of another kernel, with tensors that lie as they do here."""
+        return replace(self, kernel=kernel)
+
     def with_operands(self, **changes: Any) -> KernelCase:
         """Return the same call with other operands."""
         return replace(self, operands={**self.operands, **changes})
@@ -180,6 +188,66 @@ case = KernelCase(plugin, operands, seed={self.seed}, optional={self.optional})
 print(replay({check!r}, case))
 """
         return Counterexample(snippet=text, arrays=arrays)
+
+
+def compared(case: KernelCase, theorem: str) -> float:
+    """Return the largest error over what a theorem allows; a Violation says what others answer."""
+    comparison = case.judged[theorem]
+    try:
+        return within(comparison.error, comparison.allowed, comparison.what, theorem)
+    except Violation as violation:
+        wrong = ~(np.abs(comparison.error) <= comparison.allowed)
+        told = "" if theorem in NOT_OF_NUMBERS else _told(case, wrong)
+        if not told:
+            raise
+        raise Violation(f"{violation}\n{told}", ratio=violation.ratio, theorem=theorem) from None
+
+
+def _told(case: KernelCase, wrong: Array) -> str:
+    """Return the sides of the first number that is wrong, where errors are those of numbers."""
+    with np.errstate(all="ignore"):
+        oracle = case.op.oracle(*(case.operands[o.name] for o in case.op.operands))
+    expected = oracle if isinstance(oracle, tuple) else (oracle,)
+    for number, (part, exact) in enumerate(zip(case.answer, expected, strict=True)):
+        if part.shape == wrong.shape:
+            return sides(case, number, np.asarray(exact), wrong)
+    return ""
+
+
+def sides(case: KernelCase, number: int, exact: Array, wrong: Array) -> str:
+    """Return what the kernel, float64 and the other kernels say of the first wrong number.
+
+    number   of the part of the answer in which something is wrong
+    exact    what the oracle has in the place of that part
+    wrong    which numbers are wrong, like that part
+    """
+    place = tuple(int(i) for i in np.argwhere(wrong)[0])
+    truth, answer = float(exact[place]), case.answer[number][place]
+    said = [f"{case.kernel.backend} {answer!s}"]
+    distances = {case.kernel.backend: _distance(answer, truth)}
+    for peer in getattr(case.kernel, "peers", ()):
+        if case.call is not None and peer.supports(case.call) is not None:
+            continue
+        try:
+            answer = case.by(peer).answer[number][place]
+        except Refused as refusal:
+            said.append(f"{peer.backend} {refusal}")
+            continue
+        said.append(f"{peer.backend} {answer!s}")
+        distances[peer.backend] = _distance(answer, truth)
+    count = int(wrong.sum())
+    far = max(distances, key=distances.__getitem__)
+    more = f"; furthest from float64: {far}" if len(distances) > 1 else ""
+    return (
+        f"first of {count} wrong numbers at {list(place)}: float64 {truth:.9g}, "
+        f"{', '.join(said)}{more}"
+    )
+
+
+def _distance(answer: Any, truth: float) -> float:
+    """Return how far an answer is from the truth; what is not finite is the furthest."""
+    distance = abs(float(answer) - truth)
+    return float("inf") if np.isnan(distance) else distance
 
 
 def _array(tensor: torch.Tensor) -> Array:

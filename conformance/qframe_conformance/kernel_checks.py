@@ -18,6 +18,7 @@ from qframe import bounds
 from qframe.contracts import Unsupported
 from qframe.kernel_judges import THEOREMS
 from qframe.kernels import OPS
+from qframe_conformance import kernel_agreement
 from qframe_conformance.checks import (
     SKIPPED,
     Outcome,
@@ -28,10 +29,10 @@ from qframe_conformance.checks import (
     within,
 )
 from qframe_conformance.engine import Refused
-from qframe_conformance.kernel_case import KernelCase
+from qframe_conformance.kernel_case import KernelCase, compared
 from qframe_conformance.kernel_scenarios import scenarios
 
-__all__ = ["KernelCase", "scenarios"]
+__all__ = ["KernelCase", "kernel_agreement", "scenarios"]
 
 POISONED = ("x", "x_scale", "q")
 """Operands in which a NaN may stand, whichever an op has."""
@@ -51,11 +52,6 @@ def _for(*ops: str) -> Callable[[Any, Any], str | None]:
 
 def _judged_by(theorem: str) -> Callable[[Any, Any], str | None]:
     return _for(*(op for op, theorems in THEOREMS.items() if theorem in theorems))
-
-
-def _compare(case: KernelCase, theorem: str) -> float:
-    comparison = case.judged[theorem]
-    return within(comparison.error, comparison.allowed, comparison.what, theorem)
 
 
 # Structure ------------------------------------------------------------------------------------
@@ -116,7 +112,7 @@ def few_tokens(case: KernelCase) -> Outcome:
         except Refused as refusal:
             raise Violation(f"{count} of the {along}: {refusal}") from None
         for theorem in part.judged:
-            largest = max(largest, _compare(part, theorem))
+            largest = max(largest, compared(part, theorem))
     return largest
 
 
@@ -157,7 +153,7 @@ def nan_comes_out(case: KernelCase) -> Outcome:
             f"with {operand.flat[flat]} in {name!r}, the answer at {wrong[:1]} is "
             f"{part[tuple(wrong[0])] if wrong else None}",
         )
-    return max(_compare(spoilt, theorem) for theorem in spoilt.judged)
+    return max(compared(spoilt, theorem) for theorem in spoilt.judged)
 
 
 @check("kernel", "determinism", unless=lambda kernel, _: _not_deterministic(kernel))
@@ -183,49 +179,49 @@ def tokens_alone(case: KernelCase) -> Outcome:
 @check("kernel", "algebra", "B9.c", unless=_judged_by("B9.c"))
 def exact_where_float32_is(case: KernelCase) -> Outcome:
     """Integers that a float32 can add up are added exactly; a token of one 1 returns a column."""
-    return _compare(case, "B9.c")
+    return compared(case, "B9.c")
 
 
 @check("kernel", "algebra", "B1.d", unless=_judged_by("B1.d"))
 def values_of_codes(case: KernelCase) -> Outcome:
     """Each value is scale * (code - zero_point), rounded at most once."""
-    return _compare(case, "B1.d")
+    return compared(case, "B1.d")
 
 
 @check("kernel", "algebra", "B5.b", unless=_judged_by("B5.b"))
 def eight_bit_decode(case: KernelCase) -> Outcome:
     """The output is what codes and scales say: integer sums without error."""
-    return _compare(case, "B5.b")
+    return compared(case, "B5.b")
 
 
 @check("kernel", "algebra", "B5.f", unless=_judged_by("B5.f"))
 def eight_bit_groups(case: KernelCase) -> Outcome:
     """The output is what codes and scales say: the sum of a group has no error."""
-    return _compare(case, "B5.f")
+    return compared(case, "B5.f")
 
 
 @check("kernel", "algebra", "B5.d", unless=_judged_by("B5.d"))
 def outliers_are_not_rounded(case: KernelCase) -> Outcome:
     """A token of outliers alone carries no error of eight bits."""
-    return _compare(case, "B5.d")
+    return compared(case, "B5.d")
 
 
 @check("kernel", "bound", "B5.a", unless=_judged_by("B5.a"))
 def eight_bit_output(case: KernelCase) -> Outcome:
     """The output differs from that of the float32 layer by what eight bits may do."""
-    return _compare(case, "B5.a")
+    return compared(case, "B5.a")
 
 
 @check("kernel", "bound", "B6.a", unless=_judged_by("B6.a"))
 def scales_of_tokens(case: KernelCase) -> Outcome:
     """Each token's scale is absmax / 127, and 1 for a token of zeros."""
-    return _compare(case, "B6.a")
+    return compared(case, "B6.a")
 
 
 @check("kernel", "bound", "B6.b", unless=_judged_by("B6.b"))
 def codes_of_tokens(case: KernelCase) -> Outcome:
     """Each code is the nearest to its number, in -127..127."""
-    return _compare(case, "B6.b")
+    return compared(case, "B6.b")
 
 
 @check("kernel", "bound", "B13.a", unless=_judged_by("B13.a"))
@@ -243,25 +239,25 @@ def positions(case: KernelCase) -> Outcome:
 @check("kernel", "bound", "B7.e", unless=_judged_by("B7.e"))
 def attention_output(case: KernelCase) -> Outcome:
     """The output is attention over what the codes stand for, up to float32 arithmetic."""
-    return _compare(case, "B7.e")
+    return compared(case, "B7.e")
 
 
 @check("kernel", "bound", "B7.i", unless=_judged_by("B7.i"))
 def attention_denominator(case: KernelCase) -> Outcome:
     """Its logarithm is log sum exp of the logits, up to float32 arithmetic: parts can be merged."""
-    return _compare(case, "B7.i")
+    return compared(case, "B7.i")
 
 
 @check("kernel", "bound", "B8.a", unless=_judged_by("B8.a"))
 def transform(case: KernelCase) -> Outcome:
     """The output is x diag(signs) H / sqrt(block), up to float32 arithmetic."""
-    return _compare(case, "B8.a")
+    return compared(case, "B8.a")
 
 
 @check("kernel", "bound", "B8.b", unless=_judged_by("B8.b"))
 def products_are_kept(case: KernelCase) -> Outcome:
     """Products of rotated tokens are those of the tokens: lengths and angles stay."""
-    return _compare(case, "B8.b")
+    return compared(case, "B8.b")
 
 
 @check("kernel", "bound", "B8.c", unless=_for("hadamard"))
@@ -277,13 +273,13 @@ def spikes_are_spread(case: KernelCase) -> Outcome:
 @check("kernel", "bound", "B9.b", unless=_judged_by("B9.b"))
 def weight_only_sums(case: KernelCase) -> Outcome:
     """Each output is its sum of products, in any order, in the declared arithmetic."""
-    return _compare(case, "B9.b")
+    return compared(case, "B9.b")
 
 
 @check("kernel", "bound", "B9.d", unless=_judged_by("B9.d"))
 def second_moments(case: KernelCase) -> Outcome:
     """x^T x is added below and on the diagonal, up to the declared arithmetic."""
-    return _compare(case, "B9.d")
+    return compared(case, "B9.d")
 
 
 # What checks ask ------------------------------------------------------------------------------
