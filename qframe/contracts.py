@@ -478,6 +478,7 @@ class Kernel(Protocol):
     token_independent   whether a token alone gets the bits that it gets among others; False
     variants            name -> the same kernel run otherwise, such as with another order of
                         threads, that gives the same bits; none
+    targets             name -> the same kernel compiled for another machine, such as "sm_90"; none
     dense               of hadamard: whether it multiplies with the matrix as it is, without
                         butterflies; False
     """

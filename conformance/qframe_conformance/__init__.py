@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qframe_conformance.checks import Violation, check, require, same_bits, within
     from qframe_conformance.contain import check_contained
+    from qframe_conformance.kernel_subjects import check_kernel
     from qframe_conformance.report import Counterexample, Record, Report
     from qframe_conformance.suite import PROFILES, SUITE_VERSION, check_plugin, replay
     from qframe_conformance.target import Target
@@ -33,6 +34,7 @@ _HOME = {
     "Violation": "checks",
     "check": "checks",
     "check_contained": "contain",
+    "check_kernel": "kernel_subjects",
     "check_plugin": "suite",
     "replay": "suite",
     "require": "checks",
@@ -50,6 +52,7 @@ __all__ = [
     "Violation",
     "check",
     "check_contained",
+    "check_kernel",
     "check_plugin",
     "replay",
     "require",

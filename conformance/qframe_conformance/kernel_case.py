@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -190,6 +193,19 @@ print(replay({check!r}, case))
         return Counterexample(snippet=text, arrays=arrays)
 
 
+_PEERS: ContextVar[tuple[Any, ...]] = ContextVar("peers", default=())
+
+
+@contextmanager
+def beside(peers: Sequence[Any]) -> Iterator[None]:
+    """Tell of these kernels' answers, too, where another one's is wrong."""
+    token = _PEERS.set(tuple(peers))
+    try:
+        yield
+    finally:
+        _PEERS.reset(token)
+
+
 def compared(case: KernelCase, theorem: str) -> float:
     """Return the largest error over what a theorem allows; a Violation says what others answer."""
     comparison = case.judged[theorem]
@@ -225,7 +241,9 @@ def sides(case: KernelCase, number: int, exact: Array, wrong: Array) -> str:
     truth, answer = float(exact[place]), case.answer[number][place]
     said = [f"{case.kernel.backend} {answer!s}"]
     distances = {case.kernel.backend: _distance(answer, truth)}
-    for peer in getattr(case.kernel, "peers", ()):
+    for peer in _PEERS.get():
+        if peer.op != case.op.name or peer.backend == case.kernel.backend:
+            continue
         if case.call is not None and peer.supports(case.call) is not None:
             continue
         try:

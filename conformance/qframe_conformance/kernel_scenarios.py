@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import zlib
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -26,6 +27,8 @@ SHORT = (7, 1, 2, 3, 17, 65, 200)
 TILES = ((70, 130, 131), (53, 4101, 67), (35, 257, 259), (129, 96, 65))
 """(tokens, columns, rows) that take several tiles each way, none of them whole."""
 
+SMALL_TILES = ((70, 33, 67), (35, 97, 70))
+
 
 def call_of(kernel: Any, shape: tuple[int, ...], scheme: Scheme | KVPair | None = None) -> OpCall:
     """Return the call that `supports` is asked about."""
@@ -33,16 +36,30 @@ def call_of(kernel: Any, shape: tuple[int, ...], scheme: Scheme | KVPair | None 
     return OpCall(op=kernel.op, device=device, dtype="float32", scheme=scheme, shape=shape)
 
 
+LARGEST_SIMULATED = 1 << 18
+"""Products of a call that a kernel is tried on which simulates another machine."""
+
+
 def scenarios(kernel: Any) -> list[Scenario]:
     """Return a scenario for every family of variants of which the kernel supports some."""
     families: dict[str, list[Variant]] = {}
     for variant in variants(kernel):
-        if kernel.supports(variant[1]) is None:
+        if _within_reach(kernel, variant[1]) and kernel.supports(variant[1]) is None:
             families.setdefault(variant[0], []).append(variant)
     return [
         Scenario(name, cases(kernel, tuple(supported)), supported[0][1])
         for name, supported in families.items()
     ]
+
+
+def _within_reach(kernel: Any, call: OpCall) -> bool:
+    simulates = getattr(kernel, "by_name_only", False)
+    return not simulates or math.prod(call.shape) <= LARGEST_SIMULATED
+
+
+def _tiles(kernel: Any) -> tuple[tuple[int, int, int], ...]:
+    """Return shapes of several tiles; of a kernel that simulates, smaller ones beside them."""
+    return (*SMALL_TILES, *TILES) if getattr(kernel, "by_name_only", False) else TILES
 
 
 def variants(kernel: Any) -> Iterator[Variant]:
@@ -121,9 +138,9 @@ def _weights(scheme: Scheme, columns: int, rows: int, linear: bool) -> Draw:
 
 
 def _of_groups(kernel: Any) -> Iterator[Variant]:
-    for (name, schemes), (tokens, columns, rows) in itertools.product(
-        _schemes(), ((9, 17, 3), (5, 65, 8), (9, 131, 17), (2, 1, 1), (8, 257, 33), *TILES[:3])
-    ):
+    small = ((9, 17, 3), (5, 65, 8), (9, 131, 17), (2, 1, 1), (8, 257, 33))
+    shapes = (*small, *_tiles(kernel)[:3])
+    for (name, schemes), (tokens, columns, rows) in itertools.product(_schemes(), shapes):
         for scheme in schemes:
             if scheme.group_size is not None and scheme.group_size > columns + 32:
                 continue
@@ -141,7 +158,9 @@ def _of_int8(kernel: Any) -> Iterator[Variant]:
     shapes = [("short", 9, columns, rows) for columns in SHORT for rows in (3, 1, 8, 17)]
     shapes += [("long", 9, columns, 3) for columns in (1101, 1600)]
     shapes += [("long", 5, kernel_draws_int8.LIMIT, 3)]
-    shapes += [("tiles", *shape) for shape in TILES]
+    if getattr(kernel, "by_name_only", False):
+        shapes += [("long", 1, kernel_draws_int8.LIMIT, 1)]
+    shapes += [("tiles", *shape) for shape in _tiles(kernel)]
     for name, *shape in shapes:
         call = call_of(kernel, tuple(shape), W8A8)
         yield name, call, _draw(kernel_draws_int8.codes, *shape)
@@ -155,7 +174,7 @@ def _of_outliers(kernel: Any) -> Iterator[Variant]:
     for columns, threshold in itertools.product((4001, 1601), (6.0, 0.0)):
         call = call_of(kernel, (13, columns, 3), W8A8)
         yield "long", call, _draw(kernel_draws_int8.outliers, columns, 3, threshold)
-    for (_, columns, rows), threshold in itertools.product(TILES, (6.0, 1.0)):
+    for (_, columns, rows), threshold in itertools.product(_tiles(kernel), (6.0, 1.0)):
         call = call_of(kernel, (13, columns, rows), W8A8)
         yield "tiles", call, _draw(kernel_draws_int8.outliers, columns, rows, threshold)
 

@@ -27,8 +27,11 @@ def plugin_code(plugin: Any, kind: str, name: str) -> str:
     """Return Python that makes `plugin`; a line to fill in where that cannot be known.
 
     A plugin from a file is loaded by qframe, any other one is imported and called with its
-    options, which are the fields of its dataclass.
+    options, which are the fields of its dataclass. A plugin that is made otherwise says how in an
+    attribute `made_by`.
     """
+    if isinstance(made_by := getattr(plugin, "made_by", None), str):
+        return made_by
     cls = type(plugin)
     module, options = cls.__module__, _options(plugin)
     given = ", ".join(f"{key}={value!r}" for key, value in options.items())

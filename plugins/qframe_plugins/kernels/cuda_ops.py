@@ -7,6 +7,7 @@ PTX. The second one is for looking at kernels, not for speed, so "auto" never ta
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -43,12 +44,41 @@ class CudaKernel:
         self._on = on
 
     @property
-    def on(self) -> Launcher:
-        """What launches it."""
+    def on(self) -> Any:
+        """What launches it, a `Launcher`."""
         if self._on is None:
             devices = _gpu("device")
             self._on = devices.PtxHost() if self.backend == "ptx_host" else devices.Gpu()
         return self._on
+
+    @property
+    def targets(self) -> dict[str, CudaKernel]:
+        """On the CPU, the kernel for each architecture that is tested."""
+        if self.backend != "ptx_host":
+            return {}
+        archs = _gpu("compile").ARCHS
+        return {arch: type(self)(self.backend, replace(self.on, arch=arch)) for arch in archs}
+
+    @property
+    def variants(self) -> dict[str, CudaKernel]:
+        """On the CPU, the kernel in other orders of threads."""
+        if self.backend != "ptx_host":
+            return {}
+        orders = {"reverse": 0, "random": 1}
+        return {
+            order: type(self)(self.backend, replace(self.on, order=order, seed=seed))
+            for order, seed in orders.items()
+        }
+
+    @property
+    def made_by(self) -> str:
+        """Python that makes it."""
+        name, on = type(self).__name__, ", None"
+        lines = [f"from qframe_plugins.kernels.cuda_ops import {name}"]
+        if self.backend == "ptx_host":
+            lines.append("from qframe_plugins.kernels.cuda.device import PtxHost")
+            on = f", {replace(self.on, runs=None)!r}"
+        return "\n".join([*lines, "", f"plugin = {name}({self.backend!r}{on})", ""])
 
     def supports(self, call: OpCall) -> Unsupported | None:
         """Serve float32 activations and codes that are integers, where kernels can be compiled."""
