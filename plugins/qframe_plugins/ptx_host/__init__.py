@@ -13,9 +13,11 @@ from qframe_plugins.ptx_host.errors import (
 )
 from qframe_plugins.ptx_host.findings import KINDS, Finding
 from qframe_plugins.ptx_host.launch import Kernel, Module, Run
+from qframe_plugins.ptx_host.plugin_kernel import Device, PtxKernel
 
 __all__ = [
     "KINDS",
+    "Device",
     "Finding",
     "Fresh",
     "Kernel",
@@ -23,6 +25,7 @@ __all__ = [
     "LaunchError",
     "Module",
     "PtxError",
+    "PtxKernel",
     "PtxUnsupportedError",
     "Run",
     "numba_arguments",
