@@ -28,12 +28,10 @@ Whole = Callable[[dict[str, Any], np.random.Generator], dict[str, Any] | None]
 @check("kernel", "algebra", "B9.c", unless=lambda kernel, _: _never_whole(kernel))
 def integers_exactly(case: KernelCase) -> Outcome:
     """On integers, with scales that are powers of two, the answer is the oracle's, to the bit."""
-    rng = np.random.default_rng([case.seed, EXACT])
-    made = _WHOLE[case.op.name](case.operands, rng)
-    if made is None:
+    whole = whole_case(case)
+    if whole is None:
         return SKIPPED
     case.answer  # noqa: B018 - a call that is refused is for another check
-    whole = case.with_operands(**made)
     try:
         answer = whole.answer
     except Refused as refusal:
@@ -46,6 +44,13 @@ def integers_exactly(case: KernelCase) -> Outcome:
         if wrong.any():
             raise Violation(f"on integers: {sides(whole, number, exact, wrong)}")
     return None
+
+
+def whole_case(case: KernelCase) -> KernelCase | None:
+    """Return the call with integers in the place of its numbers; None where there is no such."""
+    rng = np.random.default_rng([case.seed, EXACT])
+    made = _WHOLE[case.op.name](case.operands, rng)
+    return None if made is None else case.with_operands(**made)
 
 
 def _never_whole(kernel: Any) -> str | None:
