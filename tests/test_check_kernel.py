@@ -318,7 +318,9 @@ def test_kernels_that_simulate_are_tried_on_small_calls():
         found = scenarios(made)
         assert {each.id for each in found} <= {each.id for each in scenarios(base)}
         for scenario in found:
-            assert np.prod(scenario.subject.shape) <= LARGEST_SIMULATED
+            shape = scenario.subject.shape
+            shape = shape[:2] if scenario.subject.op == "hadamard" else shape
+            assert np.prod(shape) <= LARGEST_SIMULATED
 
 
 def test_the_command_prints_a_table_and_its_exit_code_tells(capsys, tmp_path):

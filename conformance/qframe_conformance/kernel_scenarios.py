@@ -53,8 +53,9 @@ def scenarios(kernel: Any) -> list[Scenario]:
 
 
 def _within_reach(kernel: Any, call: OpCall) -> bool:
+    sizes = call.shape[:2] if call.op == "hadamard" else call.shape  # not its block: butterflies
     simulates = getattr(kernel, "by_name_only", False)
-    return not simulates or math.prod(call.shape) <= LARGEST_SIMULATED
+    return not simulates or math.prod(sizes) <= LARGEST_SIMULATED
 
 
 def _tiles(kernel: Any) -> tuple[tuple[int, int, int], ...]:
@@ -180,7 +181,9 @@ def _of_outliers(kernel: Any) -> Iterator[Variant]:
 
 
 def _of_hadamard(kernel: Any) -> Iterator[Variant]:
-    for block, blocks in itertools.product((4, 1, 2, 8, 16, 64, 128, 256), (2, 1, 3)):
+    # Beyond what a block of threads does at once, for kernels that have such.
+    far = ((2048, 1), (512, 3)) if getattr(kernel, "by_name_only", False) else ()
+    for block, blocks in (*itertools.product((4, 1, 2, 8, 16, 64, 128, 256), (2, 1, 3)), *far):
         name = "short" if block < 128 else "long"
         call = call_of(kernel, (9, block * blocks, block))
         yield name, call, _draw(kernel_draws_other.hadamard, block * blocks, block)

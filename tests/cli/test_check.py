@@ -319,6 +319,39 @@ def test_a_command_of_another_package_is_listed_and_run(run, commands, monkeypat
     assert "Did you mean 'greet-me'" in run("greet-mi", "you").err
 
 
+def test_a_group_of_commands_of_another_package(run, commands, monkeypatch):
+    import types
+
+    import typer
+
+    from qframe.cli.command import Command
+    from qframe.errors import RecipeError
+
+    group = typer.Typer(help="Greetings.", no_args_is_help=True)
+
+    @group.callback()
+    def _greetings() -> None:
+        """Greetings."""
+
+    @group.command("hello", cls=Command)
+    def hello(name: str) -> None:
+        """Say hello."""
+        if name == "nobody":
+            raise RecipeError("there is nobody to greet")
+        typer.echo(f"hello {name}")
+
+    module = types.ModuleType("qframe_test_greetings")
+    module.group = group
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    commands(greetings=["qframe_test_greetings:group"])
+    assert "Greetings." in run("--help").out
+    assert "Say hello." in run("greetings", "--help").out
+    assert run("greetings", "hello", "you").out == "hello you\n"
+    refused = run("greetings", "hello", "nobody")
+    assert refused.code == 2
+    assert "there is nobody to greet" in refused.said
+
+
 @pytest.mark.parametrize(
     ("points", "words"),
     [
