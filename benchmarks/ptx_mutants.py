@@ -2,7 +2,6 @@
 
     python benchmarks/ptx_mutants.py                  # every mutant, for sm_90: hours
     python benchmarks/ptx_mutants.py --sample 40      # so many of each kernel, drawn by --seed
-    python benchmarks/ptx_mutants.py --write          # the table of docs/kernels.md
 
 A mutant is killed when a check of the conformance suite fails on one of a few small calls, by
 bounds, by integers, by a finding of the checker, or by another order of threads. What survives is
@@ -16,7 +15,6 @@ import argparse
 import hashlib
 import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -37,13 +35,11 @@ from qframe_plugins.ptx_host.mutants import Mutant, mutants
 
 HERE = Path(__file__).parent
 RECORDS = HERE / "ptx_mutants.json"
-DOCUMENT = HERE.parent / "docs" / "kernels.md"
 ARCH = "sm_90"
 CALLS = 4  # on which a mutant is tried
 SLOWEST = 0.5  # seconds of a call
 FUEL = 10**5  # jumps back, after which a loop is taken to have no end
 COSTLY = {"few_tokens", "same_answer_again", "says_why_not", "variants_agree"}
-START, END = "<!-- ptx-mutants:start -->", "<!-- ptx-mutants:end -->"
 
 
 class Limited:
@@ -160,47 +156,13 @@ def known() -> dict[str, Any]:
     return json.loads(RECORDS.read_text(encoding="utf-8")) if RECORDS.exists() else {}
 
 
-def table(records: dict[str, Any]) -> Iterator[str]:
-    """Yield the lines of the table."""
-    yield "| kernel | mutants | tried | killed | survive, same bits | survive, other bits |"
-    yield "|---|--:|--:|--:|--:|--:|"
-    total = [0, 0, 0, 0, 0]
-    for name, record in sorted(records.items()):
-        same = sum(each["same_bits"] for each in record["survivors"])
-        row = [record["of"], record["tried"], sum(record["killed"].values())]
-        row += [same, len(record["survivors"]) - same]
-        total = [a + b for a, b in zip(total, row, strict=True)]
-        yield f"| `{name}` | {' | '.join(map(str, row))} |"
-    yield f"| all | {' | '.join(map(str, total))} |"
-    if total[1] > total[3]:
-        share = 100 * total[2] / (total[1] - total[3])
-        yield ""
-        yield (
-            f"Of the {total[1]} that were tried, {total[2]} are killed: "
-            f"{100 * total[2] / total[1]:.1f} %, and {share:.1f} % of those that changed any bit "
-            f"of any answer, or were killed."
-        )
-
-
-def write(records: dict[str, Any]) -> None:
-    text = DOCUMENT.read_text(encoding="utf-8")
-    before, rest = text.split(START)
-    after = rest.split(END)[1]
-    made = "\n".join(table(records))
-    DOCUMENT.write_text(f"{before}{START}\n{made}\n{END}{after}", encoding="utf-8")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("kernels", nargs="*", help="default: all")
     parser.add_argument("--sample", type=int, help="mutants of each kernel; default: all")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--write", action="store_true", help="only write the table")
     options = parser.parse_args()
     records = known()
-    if options.write:
-        write(records)
-        return
     for source in SOURCES:
         old = records.get(source.name, {})
         wanted = options.sample or 10**9
