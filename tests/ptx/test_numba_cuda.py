@@ -8,13 +8,12 @@ import math
 import os
 import random
 import re
-from types import SimpleNamespace
-from unittest import mock
 
 import numba
 import numpy as np
 import pytest
 
+from qframe_plugins.kernels.cuda.compile import text_of
 from qframe_plugins.ptx_host import Fresh, Module, numba_arguments
 
 pytestmark = pytest.mark.skipif(
@@ -24,23 +23,6 @@ pytestmark = pytest.mark.skipif(
 ARCHES = [(8, 0), (9, 0), (10, 0)]
 SEEDS = 400 if os.environ.get("QFRAME_TEST_PROFILE") == "nightly" else 24
 ORDERS = ("forward", "reverse", "random")
-
-
-def ptx_of(function, signature, arch):
-    """Return the PTX, without contraction, as the CPU has none.
-
-    Of the pinned version, two inner things are touched: the option for contraction, and the device
-    that is asked for its architecture when a kernel calls a function, where there is none.
-    """
-    from numba.cuda import compiler, dispatcher
-
-    device = SimpleNamespace(compute_capability=arch)
-    with mock.patch.object(dispatcher, "get_current_device", return_value=device):
-        library, _ = compiler._compile_pyfunc_with_fixup(
-            function, signature, device=False, abi="numba", cc=arch
-        )
-        library._nvvm_options["fma"] = False
-        return library.get_asm_strs(cc=arch)[0]
 
 
 @pytest.mark.parametrize("arch", ARCHES)
@@ -67,7 +49,7 @@ def test_a_tiled_product_of_bytes(arch):
 
     matrix, whole = types.int8[:, ::1], types.int32
     signature = types.void(matrix, matrix, types.int32[:, ::1], whole, whole, whole)
-    kernel = Module.from_ptx(ptx_of(product, signature, arch)).kernel()
+    kernel = Module.from_ptx(text_of(product, signature, arch)).kernel()
     rng = np.random.default_rng(0)
     for rows, columns, depth in ((8, 8, 8), (11, 17, 21), (1, 3, 40)):
         a, b = (rng.integers(-128, 128, (n, depth)).astype(np.int8) for n in (rows, columns))
@@ -140,7 +122,7 @@ def test_expressions_have_the_same_bits_on_the_cpu(seed):
     signature = types.void(
         *(getattr(types, name)[::1] for name in NAMES.values()), getattr(types, out_type)[::1]
     )
-    kernel = Module.from_ptx(ptx_of(space["on_gpu"], signature, (8, 0))).kernel()
+    kernel = Module.from_ptx(text_of(space["on_gpu"], signature, (8, 0))).kernel()
     assert kernel.launch(2, 128, *numba_arguments(*given, Fresh(made))).findings == ()
     same = (made == expected) | (np.isnan(made) & np.isnan(expected))
     assert same.all(), (body, made[~same][:3], expected[~same][:3])

@@ -62,6 +62,7 @@ def source(types: str, *, fp64: bool = False) -> Callable[[Function], Source]:
     """Make a `Source` of a function: @source("float32*, uint32")."""
 
     def make(function: Function) -> Source:
+        _sources(Path(inspect.getfile(function)).parent)  # as they are while they are imported
         return Source(function, tuple(each.strip() for each in types.split(",")), fp64)
 
     return make
@@ -136,26 +137,44 @@ def cache_folder() -> Path:
     return (Path(home) if home else Path.home() / ".cache") / "qframe" / "ptx"
 
 
+@cache
+def _sources(folder: Path) -> bytes:
+    """Return what tells the Python files of a folder from any others."""
+    parts = [path.read_bytes() for path in sorted(folder.glob("*.py"))]
+    return hashlib.sha256(b"".join(parts)).digest()
+
+
 def _fingerprint(kernel: Source) -> str:
     """Return what tells a kernel, and all that it may call, from any other."""
-    folder = Path(inspect.getfile(kernel.function)).parent
-    parts = [path.read_bytes() for path in sorted(folder.glob("*.py"))]
+    folders = {Path(inspect.getfile(kernel.function)).parent, Path(__file__).parent}
+    parts = [_sources(folder) for folder in sorted(folders)]
     versions = [f"{name} {importlib.metadata.version(name)}" for name in _PACKAGES]
-    text = "\n".join([*versions, kernel.function.__module__, *kernel.types])
+    text = "\n".join([*versions, kernel.function.__module__, kernel.name, *kernel.types])
     return hashlib.sha256(b"".join([*parts, text.encode()])).hexdigest()[:16]
 
 
 def _compile(kernel: Source, capability: tuple[int, int]) -> str:
-    from numba.cuda import compiler, types
+    from numba.cuda import types
 
     signature = types.void(*(_type(each, types) for each in kernel.types))
+    return _named(text_of(kernel.function, signature, capability), kernel)
+
+
+def text_of(function: Function, signature: Any, capability: tuple[int, int]) -> str:
+    """Return the PTX of a kernel as numba-cuda writes it, without contraction.
+
+    signature    numba's, of a function that returns nothing
+    capability   (9, 0) for sm_90
+    """
+    from numba.cuda import compiler
+
     with _LOCK, _as_if_on(capability):
         library, _ = compiler._compile_pyfunc_with_fixup(
-            kernel.function, signature, device=False, abi="numba", cc=capability
+            function, signature, device=False, abi="numba", cc=capability
         )
         library._nvvm_options["fma"] = False
         [text] = library.get_asm_strs(cc=capability)
-    return _named(text, kernel)
+    return str(text)
 
 
 def _type(name: str, types: Any) -> Any:
