@@ -124,6 +124,8 @@ def test_a_gpu_is_given_addresses_and_numbers_of_the_types_of_the_parameters(mon
     assert arguments == [x.data_ptr(), y.data_ptr(), 31]
     assert [type(each) for each in arguments] == [np.uint64, np.uint64, np.uint32]
     assert ParamHolder(tuple(arguments)).ptr
+    with pytest.raises(UnsupportedError, match="shift: operands on cpu, meta, expected on one"):
+        devices.Gpu().launch(shift, 1, 32, x, Fresh(y.to("meta")), 31)
 
 
 # What is missing ------------------------------------------------------------------------------

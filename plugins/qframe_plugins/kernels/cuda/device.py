@@ -145,7 +145,13 @@ class Gpu:
         from cuda.core import LaunchConfig, Stream, launch
 
         tensors = [value.tensor if isinstance(value, Fresh) else value for value in given]
-        [index] = {each.device.index for each in tensors if isinstance(each, torch.Tensor)}
+        places = {each.device for each in tensors if isinstance(each, torch.Tensor)}
+        if len(places) != 1:
+            raise UnsupportedError(
+                f"{kernel.name}: operands on {', '.join(sorted(map(str, places)))}, "
+                "expected on one device"
+            )
+        index = places.pop().index
         with torch.cuda.device(index):
             arguments = [
                 value if isinstance(value, np.generic) else np.uint64(value.data_ptr())
