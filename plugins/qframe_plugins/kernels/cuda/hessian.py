@@ -17,6 +17,7 @@ from numba import cuda, float32, float64, uint32
 
 from qframe_plugins.kernels.cuda.compile import inlined, source
 from qframe_plugins.kernels.cuda.device import Launcher, dense
+from qframe_plugins.kernels.cuda.float_tile import added
 from qframe_plugins.kernels.cuda.intrinsics import read4
 
 if TYPE_CHECKING:
@@ -53,17 +54,6 @@ def bring(held, x, first, token, last, columns, thread):  # type: ignore[no-unty
             number = x[uint32(uint32(own * columns) + column)]
         held[place] = number
         place = uint32(place + uint32(THREADS))
-
-
-@inlined
-def added(sums, number, a, b, c, d):  # type: ignore[no-untyped-def]
-    """Return four sums with the products of a number."""
-    return (
-        cuda.fma(number, a, sums[0]),
-        cuda.fma(number, b, sums[1]),
-        cuda.fma(number, c, sums[2]),
-        cuda.fma(number, d, sums[3]),
-    )
 
 
 @inlined
@@ -111,8 +101,9 @@ def add_moments(x, hessian, tokens, columns):  # type: ignore[no-untyped-def]
                 a, b = right[uint32(k + across)], right[uint32(uint32(k + across) + uint32(16))]
                 c = right[uint32(uint32(k + across) + uint32(32))]
                 d = right[uint32(uint32(k + across) + uint32(48))]
-                one, two = added(one, rows[0], a, b, c, d), added(two, rows[1], a, b, c, d)
-                three, four = added(three, rows[2], a, b, c, d), added(four, rows[3], a, b, c, d)
+                others = (a, b, c, d)
+                one, two = added(one, rows[0], others), added(two, rows[1], others)
+                three, four = added(three, rows[2], others), added(four, rows[3], others)
                 k = uint32(k + uint32(SIDE))
             cuda.syncthreads()
             token = uint32(token + uint32(DEPTH))

@@ -15,12 +15,10 @@ from qframe.errors import UnsupportedError
 from qframe_plugins.kernels.cuda.compile import inlined, source
 from qframe_plugins.kernels.cuda.device import Fresh, Launcher, dense
 from qframe_plugins.kernels.cuda.places import Places, lay_out_columns
-from qframe_plugins.kernels.cuda.tokens import FULL, THREADS, WARPS
+from qframe_plugins.kernels.cuda.tokens import FULL, LARGEST, THREADS, WARPS
 
 if TYPE_CHECKING:
     import torch
-
-LARGEST = 127  # the largest code of a token
 
 
 @dataclass(frozen=True)

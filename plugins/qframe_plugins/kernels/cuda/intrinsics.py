@@ -212,12 +212,6 @@ def end_of_copies(typing: Any) -> Any:
 
 
 @intrinsic
-def wait_for_all(typing: Any) -> Any:
-    """Wait until every group of copies of this thread has come."""
-    return _plain("cp.async.wait_group 0;")
-
-
-@intrinsic
 def wait_for_all_but_one(typing: Any) -> Any:
     """Wait until every group of copies of this thread has come but the last."""
     return _plain("cp.async.wait_group 1;")
