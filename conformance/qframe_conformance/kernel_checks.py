@@ -227,13 +227,13 @@ def codes_of_tokens(case: KernelCase) -> Outcome:
 @check("kernel", "bound", "B13.a", unless=_judged_by("B13.a"))
 def norms(case: KernelCase) -> Outcome:
     """The output is weight x / sqrt(mean(x^2) + eps), up to float32 arithmetic."""
-    return _compare(case, "B13.a")
+    return compared(case, "B13.a")
 
 
 @check("kernel", "bound", "B13.b", unless=_judged_by("B13.b"))
 def positions(case: KernelCase) -> Outcome:
     """The key of the newest token is turned by the angles of its position."""
-    return _compare(case, "B13.b")
+    return compared(case, "B13.b")
 
 
 @check("kernel", "bound", "B7.e", unless=_judged_by("B7.e"))

@@ -288,6 +288,45 @@ class AttentionKV(CudaKernel):
         return made
 
 
+class RMSNorm(CudaKernel):
+    """Norms of tokens."""
+
+    op = "rms_norm"
+
+    def __call__(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """Return weight x / sqrt(mean(x^2) + eps), [tokens, columns] float32."""
+        made: torch.Tensor = _gpu("rms_norm").rms_norm(self.on, x, weight, eps)
+        return made
+
+
+class AttentionRotary(CudaKernel):
+    """Attention of the newest token, its position turned in."""
+
+    op = "attention_rotary"
+
+    def objection(self, call: OpCall) -> Unsupported | None:
+        """Refuse heads that are no pairs of numbers."""
+        width = call.shape[-1]
+        return Unsupported(f"head_dim={width} is no number of pairs") if width % 2 else None
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        scaling: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (the output [batch, heads, head_dim], the key, turned, like k), float32."""
+        made: tuple[torch.Tensor, torch.Tensor]
+        parts = (q, k, v), (cos, sin), (keys, values)
+        made = _gpu("attention_rotary").attend(self.on, *parts, scaling)
+        return made
+
+
 LARGEST_BLOCK = 8192  # columns that are transformed in shared memory
 KERNELS: tuple[type[CudaKernel], ...] = (
     QuantizeActivations,
@@ -297,7 +336,9 @@ KERNELS: tuple[type[CudaKernel], ...] = (
     LinearInt8Groups,
     LinearInt8Outliers,
     LinearWeightOnly,
+    RMSNorm,
     AttentionKV,
+    AttentionRotary,
     HessianUpdate,
 )
 

@@ -6,6 +6,7 @@ from typing import Final
 
 from qframe_plugins.kernels.cuda import (
     attention,
+    attention_rotary,
     dequantize,
     few_tokens,
     float_tile,
@@ -14,6 +15,7 @@ from qframe_plugins.kernels.cuda import (
     int8_layout,
     int8_outliers,
     int8_products,
+    rms_norm,
     tokens,
 )
 from qframe_plugins.kernels.cuda.compile import Source
@@ -29,6 +31,9 @@ SOURCES: Final[tuple[Source, ...]] = (
     *float_tile.TILES.values(),
     attention.attend_piece,
     attention.merge_pieces,
+    attention_rotary.turn_heads,
+    attention_rotary.attend_newest,
+    rms_norm.normalize_tokens,
     int8_outliers.mark_outliers,
     int8_outliers.list_outliers,
     int8_outliers.quantize_rest,

@@ -1,0 +1,59 @@
+"""RMS norms: `rms_norm`.
+
+Source: Zhang and Sennrich, Root Mean Square Layer Normalization, NeurIPS 2019, arXiv:1910.07467.
+Method: a block of threads for each token; neighbouring lanes have neighbouring columns.
+Error:  docs/bounds.md, B13.a; the squares of a thread are added one after another, those of threads
+        as a tree.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from numba import cuda, float32, uint32
+
+from qframe_plugins.kernels.cuda.attention import of_block
+from qframe_plugins.kernels.cuda.compile import source
+from qframe_plugins.kernels.cuda.device import Fresh, Launcher, dense
+
+if TYPE_CHECKING:
+    import torch
+
+THREADS = 128  # what `of_block` adds up
+WARPS = THREADS // 32
+
+
+def rms_norm(on: Launcher, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Return weight x / sqrt(mean(x^2) + eps), token by token, [tokens, columns] float32.
+
+    x        [tokens, columns] float32
+    weight   [columns] float32
+    """
+    import torch
+
+    tokens, columns = x.shape
+    y = torch.empty(tokens, columns, dtype=torch.float32, device=x.device)
+    if y.numel():
+        given = dense(x), dense(weight), Fresh(y), columns, 1 / columns, eps
+        on.launch(normalize_tokens, tokens, THREADS, *given)
+    return y
+
+
+@source("float32*, float32*, float32*, uint32, float32, float32")
+def normalize_tokens(x, weight, y, columns, share, eps):  # type: ignore[no-untyped-def]
+    """Normalize a token; `share` is what one column has in the mean."""
+    found = cuda.shared.array(WARPS, float32)
+    thread = uint32(cuda.threadIdx.x)
+    row = uint32(cuda.blockIdx.x * columns)
+    total = float32(0)
+    column = thread
+    while column < columns:
+        number = x[uint32(row + column)]
+        total = cuda.fma(number, number, total)
+        column = uint32(column + uint32(THREADS))
+    factor = float32(1) / math.sqrt(cuda.fma(of_block(total, found, False), share, eps))
+    column = thread
+    while column < columns:
+        y[uint32(row + column)] = x[uint32(row + column)] * factor * weight[column]
+        column = uint32(column + uint32(THREADS))
