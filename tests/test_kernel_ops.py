@@ -28,7 +28,7 @@ FLOAT32 = ARITHMETICS["float32"]
 def table():
     """Return operation -> (operands, answer, call, theorems) of docs/kernels.md."""
     found = {}
-    for line in DOCUMENT.splitlines():
+    for line in DOCUMENT.partition("\n## ")[0].splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         if len(cells) == 5 and cells[0].startswith("`"):
             name, operands, answer, call, theorems = cells
