@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+import qframe_conformance.kernel_checks  # noqa: F401 - it registers the checks
 from qframe.contracts import Unsupported
 from qframe.errors import UnsupportedError
 from qframe.kernels import OPS, run
@@ -23,6 +24,7 @@ from tests.mutants import (
     kernels_moments,
     kernels_newest,
     kernels_norms,
+    kernels_numba,
     kernels_outliers,
     kernels_weights,
 )
@@ -60,8 +62,10 @@ def test_outputs_are_those_of_ordinary_calls(module):
 
 
 def test_every_check_has_a_mutant_that_it_alone_is_meant_for():
-    meant = {mutant.killed_by for mutant in MUTANTS}
-    assert {check.name for check in checks_of("kernel")} - meant == set()
+    meant = {mutant.killed_by for mutant in (*MUTANTS, *kernels_numba.MUTANTS)}
+    checks = {check.name for check in checks_of("kernel")}
+    assert {"answers", "norms"} < checks  # they are there once `kernel_checks` is imported
+    assert checks - meant == set()
 
 
 @pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS.keys())

@@ -1,12 +1,14 @@
 """Run every numba kernel as it is compiled for some processor, and print what came out.
 
-The processor is that of NUMBA_CPU_NAME and NUMBA_CPU_FEATURES. Prints one line of JSON: digests of
-the answers that are the same bits everywhere, the worst error over what is allowed of the others,
-and the instructions that the product of codes was compiled to.
+The processor is that of NUMBA_CPU_NAME and NUMBA_CPU_FEATURES. Weights and caches have the bits
+that the first argument names, such as 48; each is compiled anew. Prints one line of JSON: digests
+of the answers that are the same bits everywhere, the worst error over what is allowed of the
+others, and the instructions that the product of codes was compiled to.
 """
 
 import hashlib
 import json
+import sys
 
 import numpy as np
 import torch
@@ -23,10 +25,13 @@ INSTRUCTIONS = ("vpdpbusd", "vpmaddwd", "pmaddwd")
 REGISTERS = ("zmm", "ymm", "xmm")
 
 
+ANY = 0  # bits of what has no codes of its own
+
+
 def drawn(rng):
-    """Yield (operation, operands), shapes that no tile divides among them."""
+    """Yield (operation, bits, operands), shapes that no tile divides among them."""
     for columns in (1, 63, 64, 130, 577, 2100):
-        yield "quantize_activations", kernel_draws_int8.activations(rng, columns)
+        yield "quantize_activations", ANY, kernel_draws_int8.activations(rng, columns)
     for tokens, columns, rows in (
         (1, 4, 64),
         (2, 130, 70),
@@ -34,20 +39,20 @@ def drawn(rng):
         (55, 64, 129),
         (9, 1, 3),
     ):
-        yield "linear_int8", kernel_draws_int8.codes(rng, tokens, columns, rows)
+        yield "linear_int8", ANY, kernel_draws_int8.codes(rng, tokens, columns, rows)
     for bits, size, symmetric in ((2, 32, True), (3, 7, False), (4, 128, False), (8, None, True)):
         strategy = "channel" if size is None else "group"
         scheme = Scheme(num_bits=bits, group_size=size, symmetric=symmetric, strategy=strategy)
         for shape in ((1, 64, 3), (13, 700, 70), (2, 131, 66), (4, 300, 65)):
-            yield "linear_int8_groups", kernel_draws_int8.groups(rng, *shape, scheme)
+            yield "linear_int8_groups", bits, kernel_draws_int8.groups(rng, *shape, scheme)
         weight = kernel_draws.weight(rng, scheme, 70, 130)
-        yield "dequantize", weight
+        yield "dequantize", bits, weight
         x = kernel_draws.activations(rng, 130, scheme.group_width(130))
-        yield "linear_weight_only", {"x": x, **weight}
+        yield "linear_weight_only", bits, {"x": x, **weight}
         for few in (1, 2, 4):
-            yield "linear_weight_only", {"x": x[:few], **weight}
+            yield "linear_weight_only", bits, {"x": x[:few], **weight}
     for columns, rows, threshold in ((130, 70, 6.0), (64, 3, 0.0), (300, 129, 1.0)):
-        yield "linear_int8_outliers", kernel_draws_int8.outliers(rng, columns, rows, threshold)
+        yield "linear_int8_outliers", ANY, kernel_draws_int8.outliers(rng, columns, rows, threshold)
     for bits, size, axes in (
         (2, 32, ("channel", "token")),
         (4, 8, ("token", "channel")),
@@ -56,9 +61,14 @@ def drawn(rng):
     ):
         keys, values = (KVScheme(num_bits=bits, axis=axis, group_size=size) for axis in axes)
         values = values.replace(symmetric=True)
-        yield "attention_kv", kernel_draws_other.attention(rng, (4, 2), 150, 80, keys, values)
-    yield "hadamard", kernel_draws_other.hadamard(rng, 192, 64)
-    yield "hessian_update", kernel_draws_other.moments(rng, 70, 131, whole=False)
+        operands = kernel_draws_other.attention(rng, (4, 2), 150, 80, keys, values)
+        yield "attention_kv", bits, operands
+    yield "hadamard", ANY, kernel_draws_other.hadamard(rng, 192, 64)
+    yield "rms_norm", ANY, kernel_draws_other.norm(rng, 579)
+    for tokens, width in ((40, 64), (33, 20)):
+        newest = kernel_draws_other.newest(rng, (6, 2), tokens, width, width**-0.5)
+        yield "attention_rotary", ANY, newest
+    yield "hessian_update", ANY, kernel_draws_other.moments(rng, 70, 131, whole=False)
 
 
 def parts_of(made):
@@ -68,8 +78,11 @@ def parts_of(made):
 def main():
     host = Host.discover()
     rng = np.random.default_rng(0)
+    wanted = {ANY, *map(int, sys.argv[1])}
     digests, worst = {}, {}
-    for name, operands in drawn(rng):
+    for name, bits, operands in drawn(rng):
+        if bits not in wanted:
+            continue
         kernel = host.get("kernel", f"{name}/numba")
         op = OPS[name]
         tensors = [
@@ -79,7 +92,7 @@ def main():
         made = run(kernel, tensors)
         answer = [np.asarray(part) for part in parts_of(made)] if made is not None else ()
         if name in SAME:
-            state = digests.setdefault(name, hashlib.sha256())
+            state = digests.setdefault(f"{name} {bits}", hashlib.sha256())
             for part in answer:
                 finite = np.where(np.isfinite(part), part, 0) if part.dtype.kind == "f" else part
                 state.update(np.ascontiguousarray(finite).tobytes())

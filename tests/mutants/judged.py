@@ -6,6 +6,7 @@ share the modules among them, for a file is what processes that test at once hav
 """
 
 import importlib
+import os
 from pathlib import Path
 
 from qframe_conformance import check_plugin
@@ -32,10 +33,14 @@ def modules(group):
     return [module for module in found if hasattr(module, "MUTANTS")]
 
 
-def of(group):
-    """Return the hook that gives the tests of a file its modules, mutants, twins and right ones."""
+def of(group, one_in=1):
+    """Return the hook that gives the tests of a file its modules, mutants, twins and right ones.
+
+    one_in   of so many mutants one is taken, unless QFRAME_TEST_PROFILE=nightly
+    """
     taken = modules(group)
-    mutants = [mutant for module in taken for mutant in module.MUTANTS]
+    one_in = 1 if os.environ.get("QFRAME_TEST_PROFILE") == "nightly" else one_in
+    mutants = [mutant for module in taken for mutant in module.MUTANTS][::one_in]
     right = {(mutant.correct, mutant.killed_by): mutant for mutant in mutants}
     given = {
         "module": taken,

@@ -1,4 +1,7 @@
-"""Compiled kernels with a mistake in their source, and the suite."""
+"""Compiled kernels with a mistake in their source, and the suite: one in three, every night all.
+
+Each is compiled anew, which takes seconds.
+"""
 
 from tests.mutants import judged
 from tests.mutants.judged import (  # noqa: F401 - these are the tests
@@ -8,4 +11,11 @@ from tests.mutants.judged import (  # noqa: F401 - these are the tests
     test_what_is_right_passes_everything,
 )
 
-pytest_generate_tests = judged.of("compiled")
+pytest_generate_tests = judged.of("compiled", one_in=3)
+
+
+def test_every_mistake_can_be_made():
+    """The text that it changes is there, once."""
+    for module in judged.modules("compiled"):
+        for mutant in module.MUTANTS:
+            assert mutant.make() is not None

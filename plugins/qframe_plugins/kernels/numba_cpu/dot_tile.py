@@ -191,6 +191,17 @@ def _total_of(x, codes, token, first, quads):  # type: ignore[no-untyped-def]
 
 
 @kernel
+def _sum_up(x, token, height, totals):  # type: ignore[no-untyped-def]
+    """Set the sums of some tokens' codes, group by group."""
+    groups = totals.shape[1]
+    width = x.shape[1] // groups
+    codes = x.view(np.int8)
+    for m in range(height):
+        for group in range(groups):
+            totals[token + m, group] = _total_of(x, codes, token + m, group * width, width)
+
+
+@kernel
 def _interleaved(x, token, height, first, quads, flat, start):  # type: ignore[no-untyped-def]
     """Set flat[start + q height + m] = x[token + m, first + q] for q < quads."""
     passes = quads // _LANES
@@ -231,14 +242,11 @@ def arrange(x, token, last, start, count, limit, flat, totals):  # type: ignore[
     flat           [tokens * quads] int32
     totals         [tokens, groups] int32, the sums over as many columns each
     """
-    quads, groups = x.shape[1], totals.shape[1]
-    width = quads // groups
-    codes = x.view(np.int8)
+    quads = x.shape[1]
+    width = quads // totals.shape[1]
     while token < last:
         height = height_of(last - token)
-        for m in range(height):
-            for group in range(groups):
-                totals[token + m, group] = _total_of(x, codes, token + m, group * width, width)
+        _sum_up(x, token, height, totals)
         first = 0
         while first < quads:
             deep = part_of(first, quads, width, limit)
@@ -252,15 +260,11 @@ def arrange(x, token, last, start, count, limit, flat, totals):  # type: ignore[
 def arrange_few(x, flat, totals):  # type: ignore[no-untyped-def]
     """Do the same for a few tokens that are one block and one part, with little code to compile."""
     tokens, quads = x.shape
-    groups = totals.shape[1]
-    width = quads // groups
-    codes = x.view(np.int8)
     token = 0
     while token < tokens:
         height = height_of(tokens - token)
+        _sum_up(x, token, height, totals)
         for m in range(height):
-            for group in range(groups):
-                totals[token + m, group] = _total_of(x, codes, token + m, group * width, width)
             for quad in range(quads):
                 flat[token * quads + quad * height + m] = x[token + m, quad]
         token += height
