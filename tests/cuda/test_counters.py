@@ -53,6 +53,10 @@ def operands_of(op):
         return [kernel_draws_int8.activations(rng, 256)]
     if op == "hadamard":
         return [kernel_draws_other.hadamard(rng, 1024, 256)]
+    if op == "rms_norm":
+        return [kernel_draws_other.norm(rng, 256)]
+    if op == "attention_rotary":
+        return [kernel_draws_other.newest(rng, (4, 2), 128, 64, 0.125)]
     if op == "hessian_update":
         return [kernel_draws_other.moments(rng, 64, 128, whole=False)]
     pairs = ((KV4, KVScheme(num_bits=4)), (KVScheme(num_bits=4), KV4))

@@ -77,6 +77,11 @@ def drawn(op, rng):
         return [kernel_draws_int8.activations(rng, columns) for columns in (65, 260)]
     if op == "hadamard":
         return [kernel_draws_other.hadamard(rng, columns, 64) for columns in (192, 1088)]
+    if op == "rms_norm":
+        return [kernel_draws_other.norm(rng, columns) for columns in (65, 300)]
+    if op == "attention_rotary":
+        sizes = ((4, 2), 33, 20), ((2, 1), 700, 16), ((3, 3), 0, 6)
+        return [kernel_draws_other.newest(rng, *size, 0.25) for size in sizes]
     if op == "hessian_update":
         return [kernel_draws_other.moments(rng, 300, 70, whole=whole) for whole in (False, True)]
     made = [kernel_draws_other.attention(rng, (4, 2), 33, 20, *pair) for pair in (KV, KV[::-1])]
