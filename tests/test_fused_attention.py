@@ -8,6 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
     DynamicCache,
     Ernie4_5Config,
     Ernie4_5ForCausalLM,
@@ -22,6 +24,9 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from transformers.cache_utils import DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 import qframe
@@ -222,6 +227,38 @@ def test_any_cache_of_numbers_will_do_and_copies_stand_alone():
         parameter.mul_(0.5)
     assert torch.equal(written(network, tokens, 6)[0], found[1])
     assert not torch.equal(written(other, tokens, 6)[0], found[1])
+
+
+def test_an_attention_or_a_cache_that_somebody_made_is_asked():
+    """The same tokens again: what was found out before is no reason to pass them by."""
+    network, tokens = fused(network_of(*LIKE_LLAMA["llama"])), some_tokens(2, 9)
+    written(network, tokens, 6)
+    asked = []
+
+    class Layer(DynamicLayer):
+        def update(self, keys, values, *args, **kwargs):
+            asked.append(keys.shape[2])
+            return super().update(keys, values, *args, **kwargs)
+
+    kernel, seen = stand_ins(network)[0]._kernel, []
+    for each in stand_ins(network):
+        each._kernel = lambda *operands: seen.append(len(operands)) or kernel(*operands)
+    cache = DynamicCache(config=network.config)
+    cache.layers = [Layer() for _ in cache.layers]
+    written(network, tokens, 6, cache)
+    assert (asked, seen) == ([6, 6, 1, 1, 1, 1, 1, 1], [])
+    AttentionInterface.register("somebody's", sdpa_attention_forward)
+    AttentionMaskInterface.register("somebody's", sdpa_mask)
+    network.set_attn_implementation("somebody's")
+    written(network, tokens, 6)
+    assert seen == []
+
+
+def test_a_cache_of_other_texts_is_the_error_that_it_was():
+    network, tokens = fused(network_of(*LIKE_LLAMA["llama"])), some_tokens(2, 9)
+    _, cache = written(network, tokens, 6, DynamicCache(config=network.config))
+    with pytest.raises(RuntimeError, match="must match"):
+        network(tokens[:1, -1:], past_key_values=cache)
 
 
 def test_gradients_go_the_usual_way():

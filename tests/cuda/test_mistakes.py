@@ -132,7 +132,7 @@ MISTAKES = (
         "the denominator is not scaled down when a larger logit comes",
         "attention_kv",
         "pieces",
-        "attention.py",
+        "attention_steps.py",
         "cuda.fma(total, shrunk, of_block(power, found, False))",
         "total + of_block(power, found, False)",
         "attention_denominator",

@@ -18,11 +18,19 @@ from typing import TYPE_CHECKING
 
 from numba import cuda, float32, uint32
 
+from qframe_plugins.kernels.cuda.attention_steps import (
+    PIECE,
+    THREADS,
+    WARPS,
+    hold_query,
+    keep_piece,
+    merge_pieces,
+    weigh,
+)
 from qframe_plugins.kernels.cuda.cache import TYPES, arguments, number_at
-from qframe_plugins.kernels.cuda.compile import inlined, source
+from qframe_plugins.kernels.cuda.compile import source
 from qframe_plugins.kernels.cuda.device import Fresh, Launcher, dense
 from qframe_plugins.kernels.cuda.int8_layout import sum_of_lanes
-from qframe_plugins.kernels.cuda.tokens import FULL
 
 if TYPE_CHECKING:
     import torch
@@ -30,10 +38,6 @@ if TYPE_CHECKING:
     from qframe import KVScheme
 
     Part = tuple[torch.Tensor, torch.Tensor, torch.Tensor, KVScheme]
-
-THREADS = 128  # tokens at a time, too
-WARPS = THREADS // 32
-PIECE = 4 * THREADS  # tokens of a block
 
 
 def attend(
@@ -72,26 +76,6 @@ def attend(
     return out, lse
 
 
-@inlined
-def of_block(number, found, largest):  # type: ignore[no-untyped-def]
-    """Return the largest of the threads' numbers, or their sum; `found` has a place for a warp."""
-    for distance in (16, 8, 4, 2, 1):
-        other = cuda.shfl_xor_sync(FULL, number, distance)
-        number = max(number, other) if largest else number + other
-    cuda.syncthreads()  # what was found before has been read
-    thread = uint32(cuda.threadIdx.x)
-    if thread & uint32(31) == uint32(0):
-        found[uint32(thread >> uint32(5))] = number
-    cuda.syncthreads()
-    one = (
-        max(found[uint32(0)], found[uint32(1)]) if largest else found[uint32(0)] + found[uint32(1)]
-    )
-    two = (
-        max(found[uint32(2)], found[uint32(3)]) if largest else found[uint32(2)] + found[uint32(3)]
-    )
-    return max(one, two) if largest else one + two
-
-
 @source(f"float32*, {TYPES}, {TYPES}, float32*, float32*, uint32, uint32, uint32, uint32, float32")
 def attend_piece(  # type: ignore[no-untyped-def]
     q, k_words, k_scale, k_offset, k_bits, k_lowest, k_rows, k_row, k_step, k_span, k_groups,
@@ -112,15 +96,7 @@ def attend_piece(  # type: ignore[no-untyped-def]
     head = uint32(query // sharing)
     first = uint32(cuda.blockIdx.y * uint32(PIECE))
     last = min(uint32(first + uint32(PIECE)), tokens)
-    place = thread
-    while place < width:
-        held[place] = q[uint32(uint32(query * width) + place)] * factor
-        place = uint32(place + uint32(THREADS))
-    place = thread
-    while place < uint32(splits * width):
-        held[uint32(width + place)] = float32(0)
-        place = uint32(place + uint32(THREADS))
-    cuda.syncthreads()
+    hold_query(held, q, query, width, splits, factor)
 
     largest, total = float32(-math.inf), float32(0)
     while first < last:
@@ -155,13 +131,7 @@ def attend_piece(  # type: ignore[no-untyped-def]
                 token = uint32(token + uint32(WARPS))
         cuda.syncthreads()
 
-        logit = weight[thread] if thread < count else float32(-math.inf)
-        above = max(largest, of_block(logit, found, True))
-        power = math.exp(float32(logit - above)) if thread < count else float32(0)
-        shrunk = math.exp(float32(largest - above))
-        weight[thread] = power
-        total = cuda.fma(total, shrunk, of_block(power, found, False))
-        largest = above
+        largest, shrunk, total = weigh(weight, found, count, largest, total)
 
         if v_step != uint32(0):
             c = warp
@@ -200,40 +170,4 @@ def attend_piece(  # type: ignore[no-untyped-def]
         cuda.syncthreads()
         first = uint32(first + uint32(THREADS))
 
-    part_of = uint32(uint32(query * cuda.gridDim.y) + cuda.blockIdx.y)
-    place = thread
-    while place < width:
-        whole = float32(0)
-        for split in range(splits):
-            whole += held[uint32(uint32(width + place) + uint32(uint32(split) * width))]
-        sums[uint32(uint32(part_of * width) + place)] = whole
-        place = uint32(place + uint32(THREADS))
-    if thread == uint32(0):
-        state[uint32(part_of * uint32(2))] = largest
-        state[uint32(uint32(part_of * uint32(2)) + uint32(1))] = total
-
-
-@source("float32*, float32*, float32*, float32*, uint32, uint32")
-def merge_pieces(sums, state, out, lse, width, pieces):  # type: ignore[no-untyped-def]
-    """Merge the pieces of a query: each is scaled to the largest logit of all."""
-    query, thread = uint32(cuda.blockIdx.x), uint32(cuda.threadIdx.x)
-    start = uint32(query * pieces)
-    largest = float32(-math.inf)
-    for piece in range(pieces):
-        largest = max(largest, state[uint32(uint32(start + uint32(piece)) * uint32(2))])
-    total = float32(0)
-    for piece in range(pieces):
-        at = uint32(uint32(start + uint32(piece)) * uint32(2))
-        shrunk = math.exp(float32(state[at] - largest))
-        total = cuda.fma(state[uint32(at + uint32(1))], shrunk, total)
-    place = thread
-    while place < width:
-        whole = float32(0)
-        for piece in range(pieces):
-            of_piece = uint32(start + uint32(piece))
-            shrunk = math.exp(float32(state[uint32(of_piece * uint32(2))] - largest))
-            whole = cuda.fma(sums[uint32(uint32(of_piece * width) + place)], shrunk, whole)
-        out[uint32(uint32(query * width) + place)] = whole / total
-        place = uint32(place + uint32(THREADS))
-    if thread == uint32(0):
-        lse[query] = largest + math.log(total)
+    keep_piece(held, sums, state, query, width, splits, largest, total)

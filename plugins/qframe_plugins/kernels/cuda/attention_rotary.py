@@ -1,7 +1,7 @@
 """Attention of the newest token, its position turned in, over numbers: `attention_rotary`.
 
 Source: Su et al., RoFormer, 2021, arXiv:2104.09864, with the pairs of transformers: the columns i
-        and i + head_dim / 2; softmax and pieces as in attention.py.
+        and i + head_dim / 2; softmax and pieces as in attention_steps.py.
 Method: queries and keys are turned first. Then a block takes a head and a piece of the text, 128
         tokens at a time: a warp has the logit of a token, neighbouring lanes neighbouring columns.
 Error:  docs/bounds.md, B13.b and B7.e; a weight is rescaled once for each 128 tokens of its piece,
@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING
 
 from numba import cuda, float32, uint32
 
-from qframe_plugins.kernels.cuda.attention import PIECE, THREADS, WARPS, merge_pieces, of_block
+from qframe_plugins.kernels.cuda.attention_steps import (
+    PIECE,
+    THREADS,
+    WARPS,
+    hold_query,
+    keep_piece,
+    merge_pieces,
+    weigh,
+)
 from qframe_plugins.kernels.cuda.compile import source
 from qframe_plugins.kernels.cuda.device import Fresh, Launcher, dense
 from qframe_plugins.kernels.cuda.int8_layout import sum_of_lanes
@@ -102,15 +110,7 @@ def attend_newest(  # type: ignore[no-untyped-def]
     newest, start = uint32(head * width), uint32(uint32(head * tokens) * width)
     first = uint32(cuda.blockIdx.y * uint32(PIECE))
     last = min(uint32(first + uint32(PIECE)), uint32(tokens + uint32(1)))
-    place = thread
-    while place < width:
-        held[place] = q[uint32(uint32(query * width) + place)] * scaling
-        place = uint32(place + uint32(THREADS))
-    place = thread
-    while place < uint32(splits * width):
-        held[uint32(width + place)] = float32(0)
-        place = uint32(place + uint32(THREADS))
-    cuda.syncthreads()
+    hold_query(held, q, query, width, splits, scaling)
 
     largest, total = float32(-math.inf), float32(0)
     while first < last:
@@ -131,13 +131,7 @@ def attend_newest(  # type: ignore[no-untyped-def]
             token = uint32(token + uint32(WARPS))
         cuda.syncthreads()
 
-        logit = weight[thread] if thread < count else float32(-math.inf)
-        above = max(largest, of_block(logit, found, True))
-        power = math.exp(float32(logit - above)) if thread < count else float32(0)
-        shrunk = math.exp(float32(largest - above))
-        weight[thread] = power
-        total = cuda.fma(total, shrunk, of_block(power, found, False))
-        largest = above
+        largest, shrunk, total = weigh(weight, found, count, largest, total)
 
         slot = thread
         while slot < uint32(splits * width):
@@ -157,14 +151,4 @@ def attend_newest(  # type: ignore[no-untyped-def]
         cuda.syncthreads()
         first = uint32(first + uint32(THREADS))
 
-    part_of = uint32(uint32(query * cuda.gridDim.y) + cuda.blockIdx.y)
-    place = thread
-    while place < width:
-        whole = float32(0)
-        for split in range(splits):
-            whole += held[uint32(uint32(width + place) + uint32(uint32(split) * width))]
-        sums[uint32(uint32(part_of * width) + place)] = whole
-        place = uint32(place + uint32(THREADS))
-    if thread == uint32(0):
-        state[uint32(part_of * uint32(2))] = largest
-        state[uint32(uint32(part_of * uint32(2)) + uint32(1))] = total
+    keep_piece(held, sums, state, query, width, splits, largest, total)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from numba import cuda, float32, uint32
 
-from qframe_plugins.kernels.cuda.attention import of_block
+from qframe_plugins.kernels.cuda.attention_steps import of_block
 from qframe_plugins.kernels.cuda.compile import source
 from qframe_plugins.kernels.cuda.device import Fresh, Launcher, dense
 

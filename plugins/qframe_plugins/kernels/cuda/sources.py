@@ -7,6 +7,7 @@ from typing import Final
 from qframe_plugins.kernels.cuda import (
     attention,
     attention_rotary,
+    attention_steps,
     dequantize,
     few_tokens,
     float_tile,
@@ -30,7 +31,7 @@ SOURCES: Final[tuple[Source, ...]] = (
     *few_tokens.FEW.values(),
     *float_tile.TILES.values(),
     attention.attend_piece,
-    attention.merge_pieces,
+    attention_steps.merge_pieces,
     attention_rotary.turn_heads,
     attention_rotary.attend_newest,
     rms_norm.normalize_tokens,
