@@ -30,7 +30,8 @@ from qframe.comparison.identity import model_identity
 from qframe.comparison.store import digest
 from qframe.embedded import model_folder
 from qframe.evaluation import evaluate
-from qframe.manifest import read_manifest, sha256, stored_layers
+from qframe.manifest import sha256
+from qframe.stored_model import StoredModel
 from qframe.weights import ModelFolder
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "roundings.md"
@@ -75,8 +76,7 @@ def by_qframe(setting: Setting, method: str, bits: int) -> Mapping[str, torch.Te
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "out"
         qframe.quantize(setting.folder, recipe, out=out, calibration=data)
-        source = ModelFolder(out)
-        return {name: each.weight() for name, each in stored_layers(source, read_manifest(source))}
+        return {name: each.weight() for name, each in StoredModel.open(out).layers()}
 
 
 def by_package(setting: Setting, words: str, bits: int) -> Mapping[str, torch.Tensor]:

@@ -1,10 +1,9 @@
 """Writing and loading quantized folders.
 
-Layout: that of the Hugging Face Hub. A quantized layer NAME is stored as NAME.weight_packed,
-NAME.weight_scale and, where the scheme or a rewrite needs them, NAME.weight_zero_point,
-NAME.weight_g_idx, NAME.weight_kept and what is done to the input (`qframe.stored.PARTS`); every
-other tensor and file is carried over as it was. `qframe.json` says what was done
-(`qframe.manifest`). Statistics that were asked to be kept have files of their own.
+A folder of the Hugging Face Hub. A quantized layer NAME is stored as NAME.weight_packed,
+NAME.weight_scale and so on, as a layout says (`qframe.layouts`); every other tensor and file is
+carried over as it was. `qframe.json` says what was done (`qframe.manifest`). Statistics that were
+asked to be kept have files of their own.
 
 Everything is written to a temporary folder beside the output, which takes its name at the very
 end: a run that fails leaves nothing behind. Nothing in the folder depends on time, machine or
@@ -13,13 +12,14 @@ thread count.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -28,26 +28,18 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-import qframe
-from qframe.contracts import Kernel
+from qframe.contracts import Kernel, LayerInfo, LayerOutline, Layout
 from qframe.dispatch import Dispatch
-from qframe.errors import OutputError, VerifyError
+from qframe.errors import OutputError, UnsupportedError, VerifyError
 from qframe.fused_norms import fuse_norms
 from qframe.host import Host
 from qframe.kernel_layer import on_kernels, without_kernels
 from qframe.kv_scheme import KVCacheScheme
-from qframe.manifest import (
-    MANIFEST,
-    STATISTICS,
-    fingerprint,
-    own_hash,
-    read_manifest,
-    sha256,
-    stored_layers,
-)
-from qframe.model import build, replace_module, set_weight, stored_names
-from qframe.scheme import Scheme
-from qframe.stored import QuantizedLinear
+from qframe.layouts import OWN, OwnLayout, refusal
+from qframe.manifest import MANIFEST, STATISTICS, fingerprint, own_hash, sha256
+from qframe.model import replace_module, set_weight, stored_names
+from qframe.stored import QuantizedLinear, StoredLayer
+from qframe.stored_model import StoredModel
 from qframe.weights import DTYPE_NAMES, MODEL, ModelFolder, index_name
 
 MAX_SHARD_BYTES = 1 << 30  # what waits in memory to be written
@@ -124,12 +116,23 @@ class CheckpointWriter:
 
     out         the folder to make. Raises OutputError when it exists and is not empty, unless
                 `overwrite`
+    layout      how layers are stored
+    strict      refuse a layer that readers of the layout would not read as it is meant
     """
 
     def __init__(
-        self, out: Path, *, overwrite: bool = False, max_shard_bytes: int = MAX_SHARD_BYTES
+        self,
+        out: Path,
+        layout: Layout | None = None,
+        *,
+        strict: bool = False,
+        overwrite: bool = False,
+        max_shard_bytes: int = MAX_SHARD_BYTES,
     ) -> None:
         self.out = out
+        self.layout: Layout = layout or OwnLayout()
+        self._strict = strict
+        self.extras: dict[str, frozenset[str]] = {}  # layer -> what it has besides codes
         self._overwrite = overwrite
         self._limit = max_shard_bytes
         check_output(out, overwrite=overwrite)
@@ -163,6 +166,24 @@ class CheckpointWriter:
         """Take in tensors of the model by name."""
         for name, tensor in tensors.items():
             self._model.add(name, tensor)
+
+    def add_layer(self, outline: LayerOutline, layer: StoredLayer) -> None:
+        """Take in a quantized layer.
+
+        Raises UnsupportedError for one that the layout has no words for, when `strict`.
+        """
+        name = outline.info.name
+        self.extras[name] = layer.extras
+        if self._strict:
+            said = self.layout.objections([dataclasses.replace(outline, extras=layer.extras)])
+            if said:
+                raise UnsupportedError(refusal(self.layout.name, said))
+        prefix = f"{name}." if name else ""
+        self.add({f"{prefix}{part}": t for part, t in self.layout.pack(layer).items()})
+
+    def with_extras(self, outlines: Mapping[str, LayerOutline]) -> dict[str, LayerOutline]:
+        """Return outlines that say what their layers have besides codes, now that they came."""
+        return {n: dataclasses.replace(o, extras=self.extras[n]) for n, o in outlines.items()}
 
     def add_statistics(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Take in tensors that only `qframe verify` needs."""
@@ -229,17 +250,20 @@ def check_output(out: Path, *, overwrite: bool) -> None:
 
 
 def quantized_config(
-    config: Mapping[str, Any], schemes: Mapping[str, Scheme], kv_cache: KVCacheScheme | None = None
+    config: Mapping[str, Any],
+    layout: Layout,
+    layers: Sequence[LayerOutline],
+    left: Sequence[LayerInfo],
+    kv_cache: KVCacheScheme | None = None,
 ) -> dict[str, Any]:
-    """Return config.json with a quantization_config that names qframe as the reader."""
-    distinct = sorted({scheme.describe() for scheme in schemes.values()})
-    section: dict[str, Any] = {
-        "quant_method": "qframe",
-        "version": qframe.__version__,
-        "schemes": distinct,
-        "note": "load with qframe.load(folder)",
-    }
-    if kv_cache is not None:
+    """Return config.json with the quantization_config that readers of the layout look at.
+
+    left       linear layers that are not quantized
+    kv_cache   how keys and values are to be stored; only qframe's own section says it, and always
+               the manifest
+    """
+    section = layout.config(layers, left)
+    if kv_cache is not None and section["quant_method"] == OWN:
         section["kv_cache_scheme"] = kv_cache.model_dump(mode="json")
     return {**config, "quantization_config": section}
 
@@ -251,7 +275,7 @@ def load(
     dequantize: bool = False,
     kernels: str | None = None,
 ) -> nn.Module:
-    """Load a quantized folder.
+    """Load a quantized folder: one of qframe, or one of others in a layout that a plugin knows.
 
     module       the unquantized network, for a folder that was made from a module in memory
                  instead of a Hugging Face folder; it is changed in place
@@ -262,32 +286,28 @@ def load(
                  logged as a warning. A quantized KV cache is attended to as codes, where its
                  quantizer can. None: weights are dequantized in each call
 
-    Raises VerifyError when the folder is not what its manifest says; UnsupportedError for a backend
+    Raises WeightsError for a folder that no layout knows; VerifyError when it is not what its
+    manifest says; UnsupportedError for a backend
     that is not there; ValueError for both `dequantize` and `kernels`.
     """
     if dequantize and kernels is not None:
         raise ValueError("kernels multiply with codes: give either dequantize=True or kernels")
     dispatch = None if kernels is None else Dispatch(_kernels(), kernels)
-    source = ModelFolder(folder)
-    manifest = read_manifest(source)
+    model = StoredModel.open(folder)
     if module is None:
-        source.config.pop("quantization_config", None)
-        module = build(source)
-    stored = source.tensors
-    for name, layer in stored_layers(source, manifest):
+        module = model.network()
+    for name, layer in model.layers():
         old = module.get_submodule(name)
+        bias = model.bias(name)
+        bias = None if bias is None else bias.float()
         if dequantize and layer.inputs is None:
             set_weight(old, layer.plain(layer.weight()))
-            bias = stored.get(f"{name}.bias")
             if bias is not None:
-                old._parameters["bias"] = nn.Parameter(
-                    source.read(f"{name}.bias").float(), requires_grad=False
-                )
+                old._parameters["bias"] = nn.Parameter(bias, requires_grad=False)
         else:
-            bias_values = source.read(f"{name}.bias").float() if f"{name}.bias" in stored else None
-            made = QuantizedLinear(layer, bias_values, dense=dequantize)
+            made = QuantizedLinear(layer, bias, dense=dequantize)
             module = replace_module(module, name, made)
-    _load_rest(module, source)
+    _load_rest(module, model.source)
     if dispatch is not None:
         module = fuse_norms(on_kernels(module, dispatch), dispatch)
         left = without_kernels(module)

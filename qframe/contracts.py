@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 if TYPE_CHECKING:
@@ -17,7 +18,10 @@ if TYPE_CHECKING:
 
     from qframe.kv_scheme import KVScheme
     from qframe.scheme import Scheme
+    from qframe.stored import StoredLayer
+    from qframe.stored_model import StoredModel
     from qframe.transforms import Rotation
+    from qframe.weights import ModelFolder
 
 
 # What the host knows about a layer ------------------------------------------------------------
@@ -412,6 +416,9 @@ class Rounder(Protocol):
     name           what users type after -m
     needs          names of the observers whose statistics `round` reads; empty for data-free
     capabilities   which schemes it can do
+
+    One whose groups are not columns that follow one another has an attribute `orders_groups`, which
+    is True.
     """
 
     name: str
@@ -610,11 +617,105 @@ class KVAttention(Protocol):
         ...
 
 
-class Exporter(Protocol):
-    """Writes a quantized model in a format that other software reads."""
+# Formats that others read ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerOutline:
+    """A quantized layer without its numbers: what a format has to express.
+
+    info         name, shape and kind of the layer
+    scheme       how its weight, and perhaps its input, is quantized
+    grid         the codes of the weight
+    input_grid   the codes of its input; None where that is not quantized
+    extras       what it has besides codes, scales and zero points (`EXTRAS`). Before a run begins:
+                 what the method is bound to give it
+    """
+
+    info: LayerInfo
+    scheme: Scheme
+    grid: Grid
+    input_grid: Grid | None = None
+    extras: frozenset[str] = frozenset()
+
+
+EXTRAS: Mapping[str, str] = {
+    "scale": "its input is divided by a scale of each column",
+    "rotation": "its input is rotated",
+    "kept columns": "some columns are kept in 16 bits",
+    "threshold": "columns of the input that reach a threshold are not rounded",
+    "group index": "its groups are not columns that follow one another",
+}
+"""What a quantized layer may have besides codes, scales and zero points."""
+
+
+class Layout(Protocol):
+    """How a quantized folder stores its layers, so that other software reads them: both ways.
+
+    name      what `--format` and `qframe convert --to` select
+    readers   the software that reads it, for messages: "transformers, vLLM"
+    parts     everything that a layer may be stored as, after its name: ("weight_packed", ...)
+    """
 
     name: str
+    readers: str
+    parts: tuple[str, ...]
 
-    def objections(self, layers: Sequence[LayerInfo], scheme: Scheme) -> list[str]:
-        """Return everything the format cannot express, before any work is done."""
+    def objections(self, layers: Sequence[LayerOutline]) -> list[str]:
+        """Return everything that the layout cannot express, and what to do instead.
+
+        An empty list is a promise: `pack`, `unpack` and `config` work for these layers, and
+        `unpack` gives back what was packed. A message names the layer.
+        """
+        ...
+
+    def shapes(self, layer: LayerOutline) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Return dtype, as safetensors names it, and shape of all that `pack` returns."""
+        ...
+
+    def pack(self, layer: StoredLayer) -> dict[str, torch.Tensor]:
+        """Return the tensors of a layer by their names after the layer's."""
+        ...
+
+    def unpack(self, tensors: Mapping[str, torch.Tensor], layer: LayerOutline) -> StoredLayer:
+        """Return the layer that `pack` packed. Raises WeightsError when tensors are not that."""
+        ...
+
+    def config(self, layers: Sequence[LayerOutline], left: Sequence[LayerInfo]) -> dict[str, Any]:
+        """Return `quantization_config`, the section of config.json that readers look at.
+
+        left   linear layers of the network that are not quantized
+        """
+        ...
+
+    def layers(self, source: ModelFolder) -> list[tuple[LayerInfo, Scheme]] | None:
+        """Return the quantized layers of a folder that anybody wrote, from config and headers.
+
+        None when it is not of this layout. Raises WeightsError, naming layer and key, when it is,
+        and says what this layout does not know.
+        """
+        ...
+
+
+class Exporter(Protocol):
+    """Writes a quantized network as another kind of file than a folder.
+
+    name      what `--format` and `qframe convert --to` select
+    readers   the software that reads it, for messages: "llama.cpp"
+    suffix    of the file's name: ".gguf"
+    """
+
+    name: str
+    readers: str
+    suffix: str
+
+    def objections(self, layers: Sequence[LayerOutline], config: Mapping[str, Any]) -> list[str]:
+        """Return everything that the format cannot express, and what to do instead.
+
+        config   that of the network: its architecture has to be one that the format knows
+        """
+        ...
+
+    def write(self, model: StoredModel, file: Path) -> None:
+        """Write a network for which there are no objections. `file` does not exist yet."""
         ...

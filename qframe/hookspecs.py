@@ -23,6 +23,7 @@ from qframe.contracts import (
     Exporter,
     Kernel,
     KVCacheQuantizer,
+    Layout,
     NumberFormat,
     Observer,
     OutlierHandler,
@@ -68,5 +69,10 @@ def qframe_kv_caches() -> Iterable[KVCacheQuantizer]:
 
 
 @hookspec
+def qframe_layouts() -> Iterable[Layout]:
+    """Return layouts: how a quantized folder stores its layers, so that other software reads it."""
+
+
+@hookspec
 def qframe_exporters() -> Iterable[Exporter]:
-    """Return exporters: how other software reads the result."""
+    """Return exporters: other kinds of files that a quantized network can be written as."""

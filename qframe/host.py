@@ -34,6 +34,7 @@ KINDS: Mapping[str, tuple[str, type]] = {
     "kernel": ("qframe_kernels", contracts.Kernel),
     "number format": ("qframe_number_formats", contracts.NumberFormat),
     "kv cache": ("qframe_kv_caches", contracts.KVCacheQuantizer),
+    "layout": ("qframe_layouts", contracts.Layout),
     "exporter": ("qframe_exporters", contracts.Exporter),
 }
 """Kind of object -> (the hook that registers it, the contract it keeps)."""

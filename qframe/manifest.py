@@ -11,7 +11,7 @@ import base64
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,18 +21,17 @@ import torch
 from pydantic import Base64Bytes, Field, field_validator
 
 from qframe.certificates import Certificate
-from qframe.contracts import Grid
+from qframe.contracts import Grid, LayerInfo, LayerOutline
 from qframe.errors import RecipeError, VerifyError, WeightsError
 from qframe.folds import Division
 from qframe.recipe import Recipe
 from qframe.report.layers import LayerReport, words_for_infinities
 from qframe.scheme import Scheme
-from qframe.stored import PARTS, StoredLayer
 from qframe.strict import Strict
 from qframe.weights import ModelFolder, read_json
 
 MANIFEST = "qframe.json"
-MANIFEST_VERSION = 5
+MANIFEST_VERSION = 6
 STATISTICS = "qframe_statistics"  # the stem of the files that --keep-statistics writes
 ORDER = "processing_order"  # after a layer's name: the order of its columns, in those files
 
@@ -111,6 +110,7 @@ class LayerRecord(Strict):
     info          what the rounder told, e.g. {"damp": 0.01}
     clipped       share of weights more than half a step outside the range of the codes
     inputs        what became of the layer's inputs; see `LayerReport`
+    kind          the class of the module that it stands for
     """
 
     rows: Annotated[int, Field(ge=0)]
@@ -128,19 +128,29 @@ class LayerRecord(Strict):
     clipped: float = 0.0
     inputs: Mapping[str, float | int | str] = Field(default_factory=dict)
     certificates: tuple[CertificateRecord, ...] = ()
+    kind: str = "Linear"
+
+    def outline(self, name: str) -> LayerOutline:
+        """Return what the layer `name` is, without its numbers."""
+        return LayerOutline(
+            info=LayerInfo(name=name, rows=self.rows, columns=self.columns, kind=self.kind),
+            scheme=self.scheme,
+            grid=self.grid.grid(),
+            input_grid=None if self.input_grid is None else self.input_grid.grid(),
+        )
 
 
-def layer_record(
-    report: LayerReport, scheme: Scheme, grid: Grid, input_grid: Grid | None
-) -> dict[str, Any]:
+def layer_record(report: LayerReport, layer: LayerOutline) -> dict[str, Any]:
     """Return the record of a layer as plain values."""
+    inputs = layer.input_grid
     record: dict[str, Any] = {
         "rows": report.rows,
         "columns": report.columns,
+        "kind": layer.info.kind,
         "method": report.method,
-        "scheme": scheme.model_dump(),
-        "grid": dataclasses.asdict(grid),
-        "input_grid": None if input_grid is None else dataclasses.asdict(input_grid),
+        "scheme": layer.scheme.model_dump(),
+        "grid": dataclasses.asdict(layer.grid),
+        "input_grid": None if inputs is None else dataclasses.asdict(inputs),
         "source": report.source,
         "rewritten": report.rewritten,
         "input_group": report.input_group,
@@ -219,6 +229,7 @@ class EventRecord(Strict):
 class Manifest(Strict):
     """The whole of qframe.json.
 
+    layout       how the folder stores its layers (`qframe.layouts`)
     divisions    of layers whose rows divide by the scale of another layer's input
     tensors      of the model, by name
     statistics   that were kept, by name: GROUP.OBSERVER, and LAYER.processing_order
@@ -228,6 +239,7 @@ class Manifest(Strict):
 
     manifest_version: int
     qframe: str
+    layout: str
     recipe: Recipe
     plugins: tuple[PluginRecord, ...]
     calibration: Mapping[str, Any] | None
@@ -271,41 +283,9 @@ def parse_manifest(source: ModelFolder) -> Manifest:
         raise VerifyError(str(error)) from None
 
 
-def stored_layers(
-    source: ModelFolder, manifest: Mapping[str, Any]
-) -> Iterator[tuple[str, StoredLayer]]:
-    """Yield (layer name, layer) for every quantized layer.
-
-    manifest   as `read_manifest` returns it
-    """
-    where = source.path / MANIFEST
-    layers = manifest.get("layers")
-    if not isinstance(layers, dict):
-        raise VerifyError(f"{where}: 'layers' must map layer names to records")
-    for name, raw in layers.items():
-        try:
-            record = LayerRecord.parse(raw, f"{where}: layer {name!r}")
-        except RecipeError as error:
-            raise VerifyError(str(error)) from None
-        yield name, stored_layer(source, name, record)
-
-
-def stored_layer(source: ModelFolder, name: str, record: LayerRecord) -> StoredLayer:
-    """Return one layer.
-
-    Raises WeightsError when a tensor is missing, or is not what it can be.
-    """
-    prefix = f"{name}." if name else ""
-    return StoredLayer.from_tensors(
-        {
-            part: source.read(f"{prefix}{part}")
-            for part in PARTS
-            if f"{prefix}{part}" in source.tensors
-        },
-        record.scheme,
-        record.grid.grid(),
-        None if record.input_grid is None else record.input_grid.grid(),
-        name=name,
-        rows=record.rows,
-        columns=record.columns,
-    )
+def record_of(raw: Mapping[str, Any], where: str) -> LayerRecord:
+    """Return the record of a layer that a manifest holds as plain values. Raises VerifyError."""
+    try:
+        return LayerRecord.parse(raw, where)
+    except RecipeError as error:
+        raise VerifyError(str(error)) from None

@@ -5,6 +5,7 @@ All of it is arithmetic on shapes; nothing is loaded. One GB is 10^9 bytes.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qframe.contracts import Grid, LayerInfo
+from qframe.contracts import LayerInfo, LayerOutline, Layout
+from qframe.layouts import OwnLayout
 from qframe.positions import CALIBRATION_WINDOW, window_length
 from qframe.report.layers import LayerReport, RunReport
 from qframe.scheme import Scheme
-from qframe.transforms import SCALE, SIGNS, STEP, TRANSFORM_PARTS
+from qframe.transforms import STEP, TRANSFORM_PARTS
 
 if TYPE_CHECKING:
     from qframe.certificates import Certificate
@@ -161,18 +163,22 @@ class _Tensor:
 def folder_size(job: Job) -> FolderSize:
     """Return the size of the folder that a run would write, from headers alone.
 
-    Codes, scales and zero points are counted by `Scheme.storage_bits`, as they will be stored;
-    the files that describe the run are written in advance, with numbers of the usual length. With
-    target_bits layers are counted as taking all that they may, and input scales that may go into
-    norms as stored.
+    Of layers that is what the layout of the folder makes of them; the files that describe the run
+    are written in advance, with numbers of the usual length. With target_bits layers are counted as
+    taking all that they may, and input scales that may go into norms as stored.
     """
     folder = job.network.folder
     if folder is None:
         raise ValueError("the size of a folder is known for a model in a folder only")
-    quantized = [t for layer in job.plan.schemes for t in _quantized_tensors(job, layer)]
+    quantized = [t for layer in job.outlines().values() for t in _in_folder(job, layer)]
+    stored = sum(t.bytes for t in quantized)
+    if job.candidates is not None:  # as many as they may take
+        stored += round(all_stored_bits(job) / 8) - sum(
+            _own_bytes(job, layer) for layer in job.outlines().values()
+        )
     carried = list(_carried_tensors(job, folder))
     return FolderSize(
-        quantized=round(all_stored_bits(job) / 8),
+        quantized=stored,
         carried=sum(t.bytes for t in carried),
         headers=_header_bytes([*quantized, *carried]),
         others=sum(f.stat().st_size for f in folder.side_files())
@@ -198,33 +204,34 @@ def layer_bits_per_weight(job: Job, layer: str) -> float:
 
 
 def stored_bits(job: Job, layer: str, scheme: Scheme) -> int:
-    """Return the bits that a layer takes with a scheme, everything that is stored included."""
-    return 8 * sum(t.bytes for t in _quantized_tensors(job, layer, scheme))
+    """Return the bits that a layer takes with a scheme, everything that is stored included.
 
-
-def _quantized_tensors(job: Job, layer: str, scheme: Scheme | None = None) -> Iterator[_Tensor]:
-    """Yield what a quantized layer is stored as.
-
-    scheme   None for that of the plan
+    As qframe's own layout has them, whatever that of the folder is: so figures can be compared.
     """
-    info, scheme = job.network.layers[layer], scheme or job.plan.schemes[layer]
-    bits = scheme.storage_bits(info.rows, info.columns)
-    scales = scheme.scale_shape(info.rows, info.columns)
-    words = -(-info.columns * scheme.num_bits // 32)
-    yield _Tensor(f"{layer}.weight_packed", "I32", (info.rows, words), bits["codes"] // 8)
-    yield _Tensor(f"{layer}.weight_scale", "F16", scales, bits["scale"] // 8)
-    if bits["zero_point"]:
-        stored = (scales[0], bits["zero_point"] // 32 // scales[0])
-        yield _Tensor(f"{layer}.weight_zero_point", "I32", stored, bits["zero_point"] // 8)
-    # Groups that follow the order of activations need an index, the group of each column.
-    if getattr(job.method.rounder, "actorder", None) == "group" and scales[1] > 1:
-        yield _Tensor(f"{layer}.weight_g_idx", "I32", (info.columns,), 4 * info.columns)
-    if scheme.input_activations is not None and not scheme.input_activations.dynamic:
-        yield _Tensor(f"{layer}.{STEP}", "F32", (1,), 4)
-    if job.method.scales:  # which of them go into norms is known only in the run
-        yield _Tensor(f"{layer}.{SCALE}", "F32", (info.columns,), 4 * info.columns)
-    if any(getattr(handler, "rotates", False) for handler in job.method.handlers):
-        yield _Tensor(f"{layer}.{SIGNS}", "I8", (1, info.columns), info.columns)
+    return 8 * _own_bytes(job, job.outline(layer, scheme))
+
+
+def _own_bytes(job: Job, layer: LayerOutline) -> int:
+    return sum(t.bytes for t in _tensors(OwnLayout(), _at_most(job, layer)))
+
+
+def _in_folder(job: Job, layer: LayerOutline) -> list[_Tensor]:
+    """Return what a quantized layer is stored as."""
+    return list(_tensors(job.layout, _at_most(job, layer)))
+
+
+def _at_most(job: Job, layer: LayerOutline) -> LayerOutline:
+    """Return the outline with input scales; which of them go into norms a run finds out."""
+    scales = {"scale"} if job.method.scales else set()
+    return dataclasses.replace(layer, extras=layer.extras | scales)
+
+
+def _tensors(layout: Layout, layer: LayerOutline) -> Iterator[_Tensor]:
+    from qframe.weights import SIZES
+
+    prefix = f"{layer.info.name}." if layer.info.name else ""
+    for part, (dtype, shape) in layout.shapes(layer).items():
+        yield _Tensor(f"{prefix}{part}", dtype, shape, SIZES[dtype] * math.prod(shape))
 
 
 def _carried_tensors(job: Job, folder: ModelFolder) -> Iterator[_Tensor]:
@@ -303,6 +310,7 @@ def _record_bytes(job: Job, tensors: Sequence[_Tensor]) -> int:
         )
         for name, scheme in job.plan.schemes.items()
     ]
+    outlines = job.outlines()
     source = {"dataset": settings.dataset, "sha256": "0" * 64, "tokens": "0" * 200}
     report = RunReport(
         layers=layers,
@@ -315,15 +323,7 @@ def _record_bytes(job: Job, tensors: Sequence[_Tensor]) -> int:
         "recipe": job.recipe.model_dump(mode="json"),
         "plugins": [dict.fromkeys(("kind", "name", "plugin", "source", "version"), "0" * 7)] * 3,
         "calibration": report.calibration,
-        "layers": {
-            layer.name: layer_record(
-                layer,
-                scheme := job.plan.schemes[layer.name],
-                Grid(-8, 7),
-                Grid(-127, 127) if scheme.input_activations else None,
-            )
-            for layer in layers
-        },
+        "layers": {layer.name: layer_record(layer, outlines[layer.name]) for layer in layers},
         "tensors": {
             tensor.name: {"dtype": tensor.dtype, "shape": tensor.shape, "sha256": "0" * 64}
             for tensor in tensors

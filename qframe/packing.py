@@ -20,14 +20,6 @@ from qframe.contracts import Grid, QuantizedWeight
 from qframe.errors import PluginError, QframeError, WeightsError
 from qframe.scheme import Scheme
 
-WEIGHT_PARTS = (
-    "weight_packed",
-    "weight_scale",
-    "weight_zero_point",
-    "weight_g_idx",
-    "weight_global_scale",
-)
-"""What a packed weight may be stored as, after its layer's name."""
 _CHUNK = 1 << 18  # codes at a time, so that intermediate results stay in the cache
 
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +24,19 @@ from qframe.allocation import Allocation
 from qframe.calibration import CalibrationData, prepare
 from qframe.candidates import Candidates, candidates_of
 from qframe.checkpoint import CheckpointWriter, check_output, quantized_config
-from qframe.contracts import Event
+from qframe.contracts import EXTRAS, Event, LayerOutline, Layout
 from qframe.errors import CalibrationError, FallbackError, RecipeError
-from qframe.grids import grid_of, input_grid_of
 from qframe.host import Host
+from qframe.layouts import OWN, USUAL, OwnLayout, choose
 from qframe.manifest import MANIFEST_VERSION, DivisionRecord, layer_record
 from qframe.memory import calibrates
 from qframe.mixed import decide
 from qframe.model import Network, left_weights
 from qframe.recipe import Method, Plan, Recipe, check_supported, kv_quantizer, parse_method, resolve
 from qframe.report.layers import Coverage, RunReport
+from qframe.scheme import Scheme
 from qframe.solve import Solver
+from qframe.stored_model import outline_of
 from qframe.walk import Progress, Walk
 from qframe.weights import ModelFolder
 
@@ -59,6 +61,8 @@ class Result:
 class Job:
     """A request that passed every check that needs no work.
 
+    layout       how the folder will store its layers
+    not_usual    why that is not the usual layout; nothing where it is, or where one was asked for
     candidates   the schemes that layers may get, where the recipe has a target of bits: what the
                  plan says of them holds until they are chosen
     """
@@ -69,15 +73,39 @@ class Job:
     plan: Plan
     coverage: Coverage
     host: Host
+    layout: Layout = field(default_factory=OwnLayout)
+    not_usual: Sequence[str] = ()
     candidates: Candidates | None = None
+
+    def outlines(self) -> dict[str, LayerOutline]:
+        """Return what each layer will be, as far as that is known before."""
+        return {name: self.outline(name, scheme) for name, scheme in self.plan.schemes.items()}
+
+    def possible(self) -> list[LayerOutline]:
+        """Return the same with all schemes that a layer may still get."""
+        if self.candidates is None:
+            return list(self.outlines().values())
+        schemes = self.candidates.schemes.items()
+        return [self.outline(name, scheme) for name, some in schemes for scheme in some]
+
+    def outline(self, name: str, scheme: Scheme) -> LayerOutline:
+        """Return what a layer would be with a scheme."""
+        extras = self.method.extras
+        if scheme.strategy != "group":
+            extras -= {"group index"}
+        return outline_of(self.host, self.network.layers[name], scheme, extras)
 
 
 def plan_job(
     model: str | Path | nn.Module,
     recipe: Recipe | Mapping[str, Any] | str | Path,
     host: Host | None = None,
+    *,
+    format: str | None = None,
 ) -> Job:
     """Resolve a recipe for a network, reading only the config and the headers of its files.
+
+    format   the layout of the folder to write; None for the usual one where it can express all
 
     Raises RecipeError, UnsupportedError, PluginError, WeightsError or ModelError.
     """
@@ -103,7 +131,11 @@ def plan_job(
             f"be quantized, below min_coverage={recipe.min_coverage:g}; {coverage.line()}"
         )
     job = Job(network, recipe, method, plan, coverage, host)
-    return dataclasses.replace(job, candidates=candidates_of(job))
+    job = dataclasses.replace(job, candidates=candidates_of(job))
+    if network.folder is None and format is None:
+        return job
+    layout, not_usual = choose(format, job.possible(), host)
+    return dataclasses.replace(job, layout=layout, not_usual=not_usual)
 
 
 def quantize(
@@ -113,6 +145,7 @@ def quantize(
     out: str | Path | None = None,
     calibration: CalibrationData | None = None,
     host: Host | None = None,
+    format: str | None = None,
     overwrite: bool = False,
     threads: int | None = None,
     progress: Callable[[Progress], None] | None = None,
@@ -125,6 +158,10 @@ def quantize(
     calibration   inputs for a module, or in place of recipe.calibration for a folder. A method
                   that needs none is still measured on them when they, or recipe.calibration,
                   are given. With target_bits some of them measure how sensitive layers are
+    format        how the folder stores its layers: the name of a layout, which must be able to
+                  express everything. None: as compressed-tensors does, where that can, or as qframe
+                  does. A module in memory has no config.json that others could read, and is stored
+                  as qframe does
     threads       how many; the result does not depend on it. Default: all cores
     progress      called after each block
 
@@ -134,7 +171,7 @@ def quantize(
     behind then.
     """
     started = time.perf_counter()
-    job = plan_job(model, recipe, host)
+    job = plan_job(model, recipe, host, format=format)
     in_memory = job.network.folder is None
     if not in_memory and out is None:
         raise RecipeError("quantizing a folder needs a folder for the result: out=...")
@@ -153,11 +190,12 @@ def quantize(
     if not shown:
         calibration = None
 
+    outlines = job.outlines()
     solver = Solver(job.recipe, job.method, job.host, threads)
     solver.events.extend(events)
 
     def walk(writer: CheckpointWriter | None) -> RunReport:
-        way = Walk(job.network, job.plan, solver, writer, progress)
+        way = Walk(job.network, job.plan, outlines, solver, writer, progress)
         with parallel.one_torch_thread(), solver:
             if calibration is None:
                 way.without_data()
@@ -180,9 +218,12 @@ def quantize(
     if out is None:
         report, sizes = walk(None), {}
     else:
-        with CheckpointWriter(Path(out), overwrite=overwrite) as writer:
+        strict = format is not None
+        with CheckpointWriter(Path(out), job.layout, strict=strict, overwrite=overwrite) as writer:
             report = walk(writer)
-            sizes = _write_records(writer, job, report)
+            outlines = writer.with_extras(outlines)
+            report.storage = storage_of(job, outlines)
+            sizes = _write_records(writer, job, outlines, report)
     return Result(
         report=report,
         folder=Path(out) if out else None,
@@ -238,34 +279,45 @@ def check_fallbacks(report: RunReport, recipe: Recipe) -> None:
         )
 
 
-def _write_records(writer: CheckpointWriter, job: Job, report: RunReport) -> dict[str, int]:
+def storage_of(job: Job, outlines: Mapping[str, LayerOutline]) -> str:
+    """Return in a line how the folder stores its layers, and who reads it."""
+    extras = {name: layer.extras for name, layer in outlines.items() if layer.extras}
+    if job.layout.name != OWN and extras:
+        name, found = next(iter(extras.items()))
+        return (
+            f"{job.layout.name}, and more, for qframe alone: of {len(extras)} layers, {name} ..., "
+            f"{EXTRAS[min(found)]}"
+        )
+    if not job.not_usual:
+        return f"{job.layout.name}, for {job.layout.readers}"
+    return f"{job.layout.name}, for qframe alone; {USUAL} cannot: {job.not_usual[0]}"
+
+
+def _write_records(
+    writer: CheckpointWriter, job: Job, outlines: Mapping[str, LayerOutline], report: RunReport
+) -> dict[str, int]:
     """Write everything that is not a tensor, and give the folder its name."""
     folder = job.network.folder
     if folder is not None:
-        config = quantized_config(folder.config, job.plan.schemes, job.recipe.kv_cache_scheme)
+        left = [info for name, info in job.network.layers.items() if name not in outlines]
+        layers, kv_cache = list(outlines.values()), job.recipe.kv_cache_scheme
+        config = quantized_config(folder.config, job.layout, layers, left, kv_cache)
         if any(event.kind == "untied" for event in report.events):
             config["tie_word_embeddings"] = False
         writer.copy_side_files(folder, config)
     writer.write_text("qframe_report.json", report.to_json(timings=False))
     writer.write_text("quant_log.csv", report.to_csv(timings=False))
-    grids = {name: grid_of(job.host, scheme) for name, scheme in job.plan.schemes.items()}
-    input_grids = {n: input_grid_of(job.host, scheme) for n, scheme in job.plan.schemes.items()}
     return writer.finish(
         {
             "manifest_version": MANIFEST_VERSION,
             "qframe": qframe.__version__,
+            "layout": job.layout.name,
             "recipe": job.recipe.model_dump(mode="json"),
             "plugins": plugins_used(job),
             "calibration": report.calibration,
             "events": [dataclasses.asdict(event) for event in report.events],
             "layers": {
-                layer.name: layer_record(
-                    layer,
-                    job.plan.schemes[layer.name],
-                    grids[layer.name],
-                    input_grids[layer.name],
-                )
-                for layer in report.layers
+                layer.name: layer_record(layer, outlines[layer.name]) for layer in report.layers
             },
             "divisions": {n: DivisionRecord.of(each) for n, each in report.divisions.items()},
         }
@@ -278,6 +330,7 @@ def plugins_used(job: Job) -> list[dict[str, str]]:
     inputs = {scheme.input_activations for scheme in schemes}
     formats = {s.format_name for s in schemes} | {s.format_name for s in inputs if s}
     used = [
+        *((("layout", job.layout.name),) if job.layout.name != OWN else ()),
         ("rounder", job.method.rounder.name),
         *(("outlier handler", handler.name) for handler in job.method.handlers),
         *(("observer", name) for name in sorted(job.method.needs | job.plan.observers)),

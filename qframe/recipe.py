@@ -218,6 +218,18 @@ class Method:
             for handler in self.handlers
         )
 
+    @property
+    def extras(self) -> frozenset[str]:
+        """What it gives layers besides codes for certain (`qframe.contracts.EXTRAS`)."""
+        found = set()
+        if any(getattr(handler, "rotates", False) for handler in self.handlers):
+            found.add("rotation")
+        if any(getattr(handler, "keeps", False) for handler in self.handlers):
+            found.add("kept columns")
+        if getattr(self.rounder, "orders_groups", False):
+            found.add("group index")
+        return frozenset(found)
+
 
 def parse_method(host: Host, recipe: Recipe) -> Method:
     """Look the parts of recipe.method up and give each its options.

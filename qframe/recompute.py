@@ -22,10 +22,10 @@ from qframe.errors import QframeError, UncalibratedLayerError
 from qframe.fallbacks import FALLBACK, HOST_EVENTS, OVERFIT, claims_about
 from qframe.hessian import MISMATCH, SECOND_MOMENTS
 from qframe.host import Host
+from qframe.layouts import layout_named
 from qframe.manifest import ORDER, Manifest, fingerprint
 from qframe.model import Network
 from qframe.recipe import Method, parse_method
-from qframe.stored import PARTS
 from qframe.transforms import InputTransform
 from qframe.weights import ModelFolder
 
@@ -72,7 +72,7 @@ def recompute(
             return
         bench.certify(name, layer, network.weight(name))
         network.release(network.module.get_submodule(name))
-    _check_carried(report, manifest, network, dividers)
+    _check_carried(report, manifest, network, dividers, host)
 
 
 def _other_source(network: Network, name: str, layer: FoundLayer) -> str:
@@ -87,10 +87,11 @@ def _other_source(network: Network, name: str, layer: FoundLayer) -> str:
 
 
 def _check_carried(
-    report: VerifyReport, manifest: Manifest, network: Network, dividers: Dividers
+    report: VerifyReport, manifest: Manifest, network: Network, dividers: Dividers, host: Host
 ) -> None:
     """Compare every tensor that is no part of a quantized layer with the reference's."""
-    own = {f"{layer}.{part}".lstrip(".") for layer in manifest.layers for part in PARTS}
+    parts = layout_named(manifest.layout, host).parts
+    own = {f"{layer}.{part}".lstrip(".") for layer in manifest.layers for part in parts}
     own |= dividers.tensors  # which have been looked at, and are not the reference's
     there: Collection[str]
     read: Callable[[str], torch.Tensor]

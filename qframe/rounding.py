@@ -109,8 +109,8 @@ def _ideal(
 def tensor_scale(weight: torch.Tensor, scheme: Scheme, grid: Grid) -> torch.Tensor | None:
     """Return what the scales of a two-level scheme are multiples of, [1] float32; else None.
 
-    The largest scale of the minmax rule over the largest number of scale_dtype, rounded up to 16
-    significant bits; 1 for a tensor of zeros.
+    The largest scale of the minmax rule over the largest number of scale_dtype, rounded up to a
+    power of two; 1 for a tensor of zeros.
     """
     if not scheme.two_level:
         return None

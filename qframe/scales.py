@@ -2,8 +2,8 @@
 
 e8m0 are the powers of two 2^-127 .. 2^127, stored as exponent + 127 (OCP, Microscaling Formats
 1.0, section 5.4.1). e4m3 are the positive numbers of fp8_e4m3, and count multiples of a float32
-scale of the whole tensor, which has 16 significant bits: so the product of both is exact, and
-exact again times a value of few bits (docs/bounds.md, B2.e).
+scale of the whole tensor, which is a power of two: so the product of both is exact, also for those
+who divide by its inverse, and exact again times a value of few bits (docs/bounds.md, B2.e).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _STORED = {
     "e8m0": torch.uint8,
     "e4m3": torch.float8_e4m3fn,
 }
-_OF_TENSOR = 8  # mantissa bits of float32 that the scale of a tensor does without
+_OF_TENSOR = 23  # mantissa bits of float32 that the scale of a tensor does without: all
 SMALLEST_OF_TENSOR = 2.0**-117  # times 2^-9, the least of e4m3, it is still a normal number
 
 

@@ -17,15 +17,12 @@ from torch import nn
 
 from qframe import scales
 from qframe.activations import InputQuantizer
-from qframe.contracts import Grid
+from qframe.contracts import Grid, LayerOutline
 from qframe.errors import NonFiniteError, WeightsError
-from qframe.packing import WEIGHT_PARTS, PackedWeight
+from qframe.packing import PackedWeight
+from qframe.parts import KEPT_WEIGHT, PARTS
 from qframe.scheme import Scheme
-from qframe.transforms import STEP, TRANSFORM_PARTS, InputTransform
-
-KEPT_WEIGHT = "weight_kept"
-PARTS = (*WEIGHT_PARTS, KEPT_WEIGHT, *TRANSFORM_PARTS, STEP)
-"""What a quantized layer may be stored as, after its name."""
+from qframe.transforms import STEP, InputTransform
 
 FAINTEST = 2.0**-100  # of a divided scale: float32 holds its products with all values of all grids
 
@@ -94,6 +91,34 @@ class StoredLayer:
         if scheme.input_activations is not None and input_grid is not None:
             inputs = InputQuantizer(scheme.input_activations, input_grid, tensors.get(STEP))
         return cls(packed, transform, tensors.get(KEPT_WEIGHT), inputs)
+
+    @classmethod
+    def of_outline(cls, tensors: Mapping[str, torch.Tensor], layer: LayerOutline) -> StoredLayer:
+        """Return the layer that `tensors` held, given what it is. Raises WeightsError."""
+        return cls.from_tensors(
+            tensors,
+            layer.scheme,
+            layer.grid,
+            layer.input_grid,
+            name=layer.info.name,
+            rows=layer.info.rows,
+            columns=layer.info.columns,
+        )
+
+    @property
+    def extras(self) -> frozenset[str]:
+        """What it has besides codes, scales and zero points (`qframe.contracts.EXTRAS`)."""
+        found = {"group index"} if self.packed.group_index is not None else set()
+        transform = self.transform
+        if transform is not None:
+            parts = {
+                "scale": transform.scale,
+                "rotation": transform.rotation,
+                "kept columns": transform.kept,
+                "threshold": transform.threshold,
+            }
+            found |= {name for name, part in parts.items() if part is not None}
+        return frozenset(found)
 
     def weight(self) -> torch.Tensor:
         """Return W_s, [rows, columns] float32."""

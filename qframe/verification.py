@@ -8,6 +8,7 @@ were recorded. With the reference model, the certificates are computed once more
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,10 +30,10 @@ from qframe.manifest import (
     fingerprint,
     parse_manifest,
     sha256,
-    stored_layer,
 )
 from qframe.report.layers import words_for_infinities
 from qframe.stored import StoredLayer
+from qframe.stored_model import StoredModel
 from qframe.weights import ModelFolder, read_json
 
 Kind = Literal["file", "tensor", "layer", "config", "reference", "certificate"]
@@ -165,7 +166,8 @@ def verify(
 
     reference   the full-precision folder or module that it was made of: certificates are
                 recomputed from it, as far as the folder holds what they need
-    host        where the method's plugin is looked up; default: the installed ones
+    host        where plugins are looked up: the layout's and the method's; default: the installed
+                ones
     threads     how many; default: all cores
     say         told what begins
 
@@ -187,8 +189,9 @@ def verify(
     if manifest.statistics:
         report.statistics = _check_tensors(report, kept, manifest.statistics, threads)
     say("unpacking layers")
-    layers = dict(_sound_layers(report, source, manifest))
-    _check_config(report, source.path, manifest)
+    model = StoredModel.open(source, host)
+    layers = dict(_sound_layers(report, model, manifest))
+    _check_config(report, model, manifest, layers)
     _read_certificates(report, manifest)
     if reference is None:
         report.unchecked = [
@@ -276,29 +279,31 @@ class FoundLayer:
 
 
 def _sound_layers(
-    report: VerifyReport, source: ModelFolder, manifest: Manifest
+    report: VerifyReport, model: StoredModel, manifest: Manifest
 ) -> Iterator[tuple[str, FoundLayer]]:
     """Yield the layers that can be unpacked and are what the manifest says they are."""
     try:
-        stored = source.tensors
+        stored = model.source.tensors
     except QframeError:  # has been reported
         return
+    codes = set(model.layout.parts) - {"weight"}  # "weight" may be that of any layer
     for name in stored:
-        if name.endswith("weight_packed"):
-            owner = name.removesuffix("weight_packed").removesuffix(".")
-            if owner not in manifest.layers:
-                report.add("tensor", name, "belongs to no layer of the manifest")
+        owner, _, part = name.rpartition(".")
+        if part in codes and owner not in manifest.layers:
+            report.add("tensor", name, "belongs to no layer of the manifest")
     untied = {event.layer for event in manifest.events if event.kind == "untied"}
     folds = _fold_objections(manifest)
     for name, record in manifest.layers.items():
         report.layers += 1
         try:
-            layer = FoundLayer(record, stored_layer(source, name, record))
+            parts = model.parts(name)
+            layer = FoundLayer(record, model.layout.unpack(parts, model.outlines[name]))
         except QframeError as error:
             report.add("layer", name, str(error))
             continue
         wrong = _layer_objection(layer) or folds.get(name, "")
-        if f"{name}.weight" in stored and name not in untied:
+        coded = "weight_packed" in parts or "weight" not in model.layout.parts
+        if coded and f"{name}.weight" in stored and name not in untied:
             wrong = "is stored both as codes and as a plain weight"
         if wrong:
             report.add("layer", name, wrong)
@@ -365,20 +370,37 @@ def _divider_objection(manifest: Manifest, name: str, columns: int) -> str:
     return ""
 
 
-def _check_config(report: VerifyReport, folder: Path, manifest: Manifest) -> None:
+def _check_config(
+    report: VerifyReport, model: StoredModel, manifest: Manifest, layers: Mapping[str, FoundLayer]
+) -> None:
     """Compare config.json, where there is one, with the layers."""
     if "config.json" not in manifest.files:  # the network was given in memory
         return
     try:
-        section = read_json(folder / "config.json").get("quantization_config")
+        section = read_json(model.source.path / "config.json").get("quantization_config")
     except QframeError as error:
         report.add("config", "config.json", str(error))
         return
-    schemes = sorted({record.scheme.describe() for record in manifest.layers.values()})
-    if not isinstance(section, Mapping) or section.get("quant_method") != "qframe":
-        report.add("config", "config.json", "its quantization_config does not name qframe")
-    elif section.get("schemes") != schemes:
-        report.add("config", "config.json", "its schemes are not those of the layers")
+    if layers.keys() != model.outlines.keys():
+        report.notes.append("config.json was not compared with layers that could not be unpacked")
+        return
+    found = [
+        dataclasses.replace(outline, extras=layers[name].stored.extras)
+        for name, outline in model.outlines.items()
+    ]
+    expected = model.layout.config(found, [])
+    own = {"kv_cache_scheme", "version"}  # what the manifest says already
+    ignored = own | {"ignore"}  # needs the network
+    if not isinstance(section, Mapping) or section.get("quant_method") != expected["quant_method"]:
+        report.add(
+            "config",
+            "config.json",
+            f"its quantization_config does not name {expected['quant_method']}",
+        )
+        return
+    for key in sorted((expected.keys() | section.keys()) - ignored):
+        if section.get(key) != expected.get(key):
+            report.add("config", "config.json", f"its {key} are not those of the layers")
 
 
 def _read_certificates(report: VerifyReport, manifest: Manifest) -> None:

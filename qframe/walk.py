@@ -20,7 +20,7 @@ from torch import nn
 from qframe import feeder_search, fold_search
 from qframe.calibration import Arrival, CalibrationData, Lockstep, Stop, layer_input
 from qframe.checkpoint import CheckpointWriter
-from qframe.contracts import Event, InputGroup
+from qframe.contracts import Event, InputGroup, LayerOutline
 from qframe.errors import ModelError
 from qframe.feeders import Feeder
 from qframe.fold_search import Source
@@ -28,10 +28,11 @@ from qframe.folds import Divider, Division, Fold, Folded
 from qframe.inputs import GroupInputs
 from qframe.model import Network, replace_module, set_weight
 from qframe.original import OriginalPass, check_pairs
+from qframe.parts import PARTS
 from qframe.recipe import Plan
 from qframe.report.layers import Folding, LayerReport
 from qframe.solve import Solved, Solver
-from qframe.stored import PARTS, QuantizedLinear, StoredLayer
+from qframe.stored import QuantizedLinear, StoredLayer
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +63,13 @@ class Walk:
         self,
         network: Network,
         plan: Plan,
+        outlines: Mapping[str, LayerOutline],
         solver: Solver,
         writer: CheckpointWriter | None,
         progress: Callable[[Progress], None] | None,
     ) -> None:
         self._network, self._plan, self._solver = network, plan, solver
+        self._outlines = outlines
         self._writer, self._progress = writer, progress
         self.reports: dict[str, LayerReport] = {}
         self._pending: dict[str, Solved] = {}
@@ -413,8 +416,7 @@ class Walk:
         self._before.pop(name, None)  # or the layer would be held until the end
         prefix = f"{name}." if name else ""
         if self._writer is not None:
-            tensors = solved.stored.tensors()
-            self._writer.add({f"{prefix}{key}": value for key, value in tensors.items()})
+            self._writer.add_layer(self._outlines[name], solved.stored)
         if not self._network.is_tied(name):  # else the other user still needs it
             self._written.add(self._network.stored_name(f"{prefix}weight"))
         if self._network.folder is None:

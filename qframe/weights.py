@@ -32,7 +32,7 @@ _WEIGHT_SUFFIXES = {
     ".h5",
     ".msgpack",
 }
-_SIZES = {
+SIZES = {
     "F64": 8,
     "I64": 8,
     "F32": 4,
@@ -46,6 +46,7 @@ _SIZES = {
     "F8_E4M3": 1,
     "F8_E5M2": 1,
 }
+"""How safetensors names a dtype -> bytes of a number."""
 DTYPE_NAMES = {
     torch.float64: "F64",
     torch.int64: "I64",
@@ -74,7 +75,7 @@ class StoredTensor:
     @property
     def bytes(self) -> int:
         """Size of the data."""
-        size = _SIZES.get(self.dtype, 4)
+        size = SIZES.get(self.dtype, 4)
         for extent in self.shape:
             size *= extent
         return size

@@ -21,11 +21,10 @@ from qframe.calibration import Arrival
 from qframe.contracts import RoundingProblem
 from qframe.errors import ModelError, NonFiniteError, OverfitError, PluginError, UnsupportedError
 from qframe.fallbacks import OVERFIT
-from qframe.manifest import read_manifest, stored_layers
 from qframe.model import get_weight
 from qframe.peak import peak_memory
 from qframe.pipeline import plan_job
-from qframe.weights import ModelFolder
+from qframe.stored_model import StoredModel
 from tests.test_original import token_data
 
 W3 = {"num_bits": 3, "group_size": 16, "symmetric": False}
@@ -440,8 +439,7 @@ def test_a_block_that_is_learned_loses_less_of_its_outputs(tiny_llama, tmp_path)
         recipe["calibration"] = {"compute_dtype": "float32"}
         report = qframe.quantize(folder, recipe, out=out, calibration=data).report
         said[method] = report.layers[0].info
-        source = ModelFolder(out)
-        weights = {n: e.weight() for n, e in stored_layers(source, read_manifest(source))}
+        weights = {n: e.weight() for n, e in StoredModel.open(out).layers()}
         lost[method] = squared_error(original, block, weights, data.inputs)
     assert lost["autoround_block"] < lost["autoround"] < lost["rtn"]
     assert said["autoround_block"]["block_error"] < said["autoround_block"]["block_error_nearest"]

@@ -110,6 +110,7 @@ def test_no_hook_is_missing_and_none_is_made_up():
 
 def contract_names():
     used = {
+        "LayerOutline",
         "Statistic",
         "Rewrite",
         "RewriteProblem",

@@ -335,7 +335,7 @@ def test_a_quantizer_is_asked_for_what_it_declares():
 def test_a_folder_keeps_the_scheme_of_its_recipe(tiny_llama, tmp_path):
     recipe = {"scheme": {"group_size": 32}, "kv_cache_scheme": COARSE}
     out = tmp_path / "out"
-    qframe.quantize(tiny_llama, recipe, out=out)
+    qframe.quantize(tiny_llama, recipe, out=out, format="qframe")
     cache = QuantizedKVCache.of_folder(out)
     assert cache.scheme == QuantizedKVCache(COARSE).scheme
     section = json.loads((out / "config.json").read_text())["quantization_config"]

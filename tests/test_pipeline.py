@@ -561,7 +561,9 @@ def test_a_layer_alone_is_no_network(tmp_path, out):
 
 def test_a_quantized_folder_is_not_quantized_again(llama, tmp_path):
     qframe.quantize(llama, {"scheme": W4}, out=tmp_path / "once")
-    with pytest.raises(ModelError, match=r"already quantized \(quant_method 'qframe'\)"):
+    with pytest.raises(
+        ModelError, match=r"already quantized \(quant_method 'compressed-tensors'\)"
+    ):
         qframe.quantize(tmp_path / "once", {"scheme": W4}, out=tmp_path / "twice")
 
 

@@ -392,7 +392,7 @@ def test_other_versions_of_the_manifest_are_refused_with_a_way_out(folder):
     out = folder("rtn")
     rewrite_manifest(out, lambda m: m.update(manifest_version=1))
     for look in (qframe.verify, lambda out: qframe.load(out, network())):
-        with pytest.raises(VerifyError, match=r"manifest_version 1.* reads 5; quantize .* again"):
+        with pytest.raises(VerifyError, match=r"manifest_version 1.* reads 6; quantize .* again"):
             look(out)
 
 

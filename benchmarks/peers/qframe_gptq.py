@@ -19,9 +19,8 @@ from safetensors.torch import save_file
 
 import qframe
 from qframe import CalibrationData
-from qframe.manifest import read_manifest, stored_layers
 from qframe.pipeline import plan_job
-from qframe.weights import ModelFolder
+from qframe.stored_model import StoredModel
 
 
 def main() -> None:
@@ -59,8 +58,7 @@ def main() -> None:
             "quantize_wall_s": time.perf_counter() - wall,
             "quantize_cpu_s": time.process_time() - cpu,
         }
-        source = ModelFolder(out)
-        layers = stored_layers(source, read_manifest(source))
+        layers = StoredModel.open(out).layers()
         weights = {name: layer.weight() for name, layer in layers}
     save_file(weights, str(arguments.output))
     record = {**seconds, "qframe": qframe.__version__, "recipe": recipe}

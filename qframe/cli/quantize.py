@@ -23,6 +23,16 @@ Model = Annotated[
     str,
     typer.Argument(metavar="MODEL", help="A Hugging Face folder: config.json, *.safetensors."),
 ]
+Format = Annotated[
+    str | None,
+    typer.Option(
+        "--format",
+        metavar="NAME",
+        help="How the folder stores layers; qframe plugins lists the layouts. Default: "
+        "compressed-tensors where it can express everything, else qframe.",
+        show_default=False,
+    ),
+]
 AllLayers = Annotated[
     bool, typer.Option("--all-layers", help="Show every layer, however many there are.")
 ]
@@ -45,6 +55,7 @@ def quantize(
         Path | None,
         typer.Option("--report", metavar="DIR", help="Also write report.json and report.csv."),
     ] = None,
+    format: Format = None,
     flags: RecipeFlags,
     threads: Threads = None,
     all_layers: AllLayers = False,
@@ -60,7 +71,16 @@ def quantize(
     """
     recipe, host = flags.to_recipe(), flags.to_host()
     if dry_run:
-        _dry_run(model, recipe, host, out, overwrite, all_layers=all_layers, as_json=as_json)
+        _dry_run(
+            model,
+            recipe,
+            host,
+            out,
+            overwrite,
+            format=format,
+            all_layers=all_layers,
+            as_json=as_json,
+        )
         return
     if out is None:
         raise RecipeError("give the folder to write with -o OUT, or --dry-run for the plan alone")
@@ -78,6 +98,7 @@ def quantize(
             recipe,
             out=out,
             host=host,
+            format=format,
             overwrite=overwrite,
             threads=threads,
             progress=progress.block,
@@ -98,6 +119,7 @@ def _dry_run(
     out: Path | None,
     overwrite: bool,
     *,
+    format: str | None,
     all_layers: bool,
     as_json: bool,
 ) -> None:
@@ -106,7 +128,7 @@ def _dry_run(
     from qframe.memory import calibrates
     from qframe.pipeline import plan_job
 
-    job = plan_job(model, recipe, host)
+    job = plan_job(model, recipe, host, format=format)
     if out is not None:
         check_output(out, overwrite=overwrite)
     if calibrates(job) or job.candidates is not None:
@@ -166,6 +188,7 @@ def _show(
         "certificates": certificate_text(result.report.layers),
         "output": f"{out}: {readable_bytes(total)}, of which weights {readable_bytes(weights)}; "
         f"{_bits_per_weight(result):.3f} bits per quantized weight",
+        "format": result.report.storage,
         "time": f"{seconds:.1f} s",
     }
     if result.report.folding is not None:

@@ -160,6 +160,7 @@ class RunReport:
     allocation   how bits were given to layers, where the recipe had a target of them
     folding      what became of input scales, where there are some that were to be folded
     divisions    of layers whose rows divide by such a scale; in the manifest, not in the report
+    storage      how the folder stores its layers, and who reads it; "" for none
     """
 
     layers: Sequence[LayerReport]
@@ -169,6 +170,7 @@ class RunReport:
     allocation: Allocation | None = None
     folding: Folding | None = None
     divisions: Mapping[str, Division] = field(default_factory=dict)
+    storage: str = ""
     seconds: Mapping[str, float] = field(default_factory=dict)
 
     def fallbacks(self) -> list[Event]:
@@ -184,6 +186,8 @@ class RunReport:
             "events": [dataclasses.asdict(event) for event in self.events],
             "layers": [layer.record(timings=timings) for layer in self.layers],
         }
+        if self.storage:
+            content["storage"] = self.storage
         if self.folding is not None:
             content["folding"] = dataclasses.asdict(self.folding)
         if self.allocation is not None:

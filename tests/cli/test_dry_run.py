@@ -25,7 +25,7 @@ CALIBRATION = ["--num-calibration-samples", "4", "--max-seq-length", "32"]
 def quantized_layers(folder):
     with safe_open(folder / "model.safetensors", framework="numpy") as file:
         names = file.keys()
-    return {n.removesuffix(".weight_packed") for n in names if n.endswith(".weight_packed")}
+    return {n.removesuffix(".weight_scale") for n in names if n.endswith(".weight_scale")}
 
 
 @pytest.mark.parametrize("arguments", CASES.values(), ids=CASES)

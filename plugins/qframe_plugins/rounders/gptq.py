@@ -106,6 +106,11 @@ class GPTQ:
             claims.SignSymmetric(),
         )
 
+    @property
+    def orders_groups(self) -> bool:
+        """Whether groups are columns that follow one another in the order, not in the layer."""
+        return self.actorder == "group"
+
     def round(self, problem: RoundingProblem, rng: np.random.Generator) -> QuantizedWeight:
         """Return the compensated codes. Needs statistics["hessian"], [columns, columns].
 
