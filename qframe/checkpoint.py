@@ -201,22 +201,23 @@ class CheckpointWriter:
         """Write a text file into the folder."""
         (self._folder / name).write_text(content, encoding="utf-8")
 
-    def finish(self, manifest: Mapping[str, Any]) -> dict[str, int]:
+    def finish(self, manifest: Mapping[str, Any] | None) -> dict[str, int]:
         """Write what is pending and the manifest, and give the folder its name.
 
-        manifest   without the hashes of tensors and files, which are added
+        manifest   without the hashes of tensors and files, which are added; None for none
 
         Returns file name -> size in bytes.
         """
         self._model.finish()
         self._statistics.finish()
-        content = {
-            **manifest,
-            "tensors": self._model.records,
-            "statistics": self._statistics.records,
-            "files": {file.name: sha256(file) for file in sorted(self._folder.iterdir())},
-        }
-        write_json(self._folder / MANIFEST, {**content, "sha256": own_hash(content)})
+        if manifest is not None:
+            content = {
+                **manifest,
+                "tensors": self._model.records,
+                "statistics": self._statistics.records,
+                "files": {file.name: sha256(file) for file in sorted(self._folder.iterdir())},
+            }
+            write_json(self._folder / MANIFEST, {**content, "sha256": own_hash(content)})
         sizes = {file.name: file.stat().st_size for file in sorted(self._folder.iterdir())}
         for file in self._folder.iterdir():
             file.chmod(0o644)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -93,6 +94,10 @@ class StoredModel:
     def layer(self, name: str) -> StoredLayer:
         """Return a quantized layer. Raises WeightsError when tensors are not what they can be."""
         return self.layout.unpack(self.parts(name), self.outlines[name])
+
+    def outline(self, name: str) -> LayerOutline:
+        """Return what a layer is, with what it has besides codes: its tensors are read for that."""
+        return dataclasses.replace(self.outlines[name], extras=self.layer(name).extras)
 
     def layers(self) -> Iterator[tuple[str, StoredLayer]]:
         """Yield (layer name, layer) for every quantized layer."""

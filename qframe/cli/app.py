@@ -11,6 +11,7 @@ from qframe.cli.bench import bench
 from qframe.cli.bench_kernels import bench_kernels
 from qframe.cli.command import Command
 from qframe.cli.compare import compare
+from qframe.cli.convert import convert
 from qframe.cli.demo import demo
 from qframe.cli.doctor import doctor
 from qframe.cli.eval import evaluate
@@ -58,6 +59,7 @@ for _function, _name in (
     (quantize, "quantize"),
     (compare, "compare"),
     (evaluate, "eval"),
+    (convert, "convert"),
     (verify, "verify"),
     (generate, "generate"),
     (bench, "bench"),
