@@ -1,4 +1,4 @@
-"""`qframe inspect`: what a recipe means for a network, and what weights take in memory."""
+"""`qframe inspect`: what a recipe means for a network, or what a quantized folder holds."""
 
 from __future__ import annotations
 
@@ -23,7 +23,11 @@ if TYPE_CHECKING:
 def inspect(
     model: Annotated[
         str | None,
-        typer.Argument(metavar="[MODEL]", help="A Hugging Face folder, or a config.json alone."),
+        typer.Argument(
+            metavar="[MODEL]",
+            help="A Hugging Face folder, quantized or not, a config.json alone, or one "
+            "*.safetensors file.",
+        ),
     ] = None,
     *,
     params: Annotated[
@@ -39,8 +43,11 @@ def inspect(
 
     Example: qframe inspect MODEL -m gptq --scheme W4A16 --override 're:.*down_proj:num_bits=8'
 
-    Of a folder only config.json and the headers of its files are read.
+    Of a folder only config.json and the headers of its files are read. Of a folder that is
+    quantized already, by qframe or by others, it shows how, and what is stored.
     """
+    if model is not None and _show_stored(Path(model), flags, as_json=as_json):
+        return
     from qframe.memory import memory_of_layers, memory_of_parameters
     from qframe.report.table import memory_table, stacked, titled
 
@@ -70,6 +77,26 @@ def inspect(
             _UNITS,
         )
     )
+
+
+def _show_stored(path: Path, flags: RecipeFlags, *, as_json: bool) -> bool:
+    """Show a quantized folder, or a file of weights; return whether it is one."""
+    from qframe.cli import stored
+
+    if path.suffix == ".safetensors" and path.is_file():
+        if as_json:
+            print_json(stored.file_record(path))
+        else:
+            print_result(stored.file_screen(path))
+        return True
+    if not path.is_dir() or not stored.is_quantized(path):
+        return False
+    host = flags.to_host()
+    if as_json:
+        print_json(stored.stored_record(path, host))
+    else:
+        print_result(stored.stored_screen(path, host))
+    return True
 
 
 _UNITS = "1 GB is 10^9 bytes; scales take 16 bits, zero points as many as a weight."

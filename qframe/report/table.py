@@ -25,7 +25,7 @@ WORST = 10
 NAMES_SHOWN = 5  # of layers, in a sentence
 NAME_WIDTH = 12  # of a first column, at least
 
-GOOD, BAD, FAINT = "green", "bold red", "dim"
+GOOD, BAD, WARN, FAINT = "green", "bold red", "yellow", "dim"
 HARM = "!"  # marks a layer that is worse than round-to-nearest on held-out tokens
 
 
