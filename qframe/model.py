@@ -20,6 +20,9 @@ from qframe.contracts import LayerInfo
 from qframe.errors import ModelError, NonFiniteError
 from qframe.weights import ModelFolder, check_finite
 
+LARGEST_SIZE = 1 << 24  # of a number in config.json: of tokens, of a layer's columns, of positions
+MOST_LAYERS = 1 << 10  # unless there are more tensors than that
+
 
 @dataclass
 class Network:
@@ -238,10 +241,10 @@ def build(folder: ModelFolder) -> nn.Module:
     import transformers
 
     names = folder.config.get("architectures") or []
-    config_class = folder.config.get("model_type")
-    network = getattr(transformers, names[0], None) if names else None
-    if network is None:
-        wanted = names[0] if names else config_class
+    first = names[0] if isinstance(names, list) and names else None
+    network = getattr(transformers, first, None) if isinstance(first, str) else None
+    if not (isinstance(network, type) and issubclass(network, nn.Module)):
+        wanted = first or folder.config.get("model_type")
         hint = (
             "; it brings its own code, which qframe does not run"
             if "auto_map" in folder.config
@@ -252,14 +255,36 @@ def build(folder: ModelFolder) -> nn.Module:
             f"architecture {wanted!r}{hint}; build the module yourself and give it to "
             f"qframe.quantize"
         )
-    config = transformers.AutoConfig.from_pretrained(folder.path, local_files_only=True)
-    config.dtype = torch.float32
-    with parameters_on_meta():
-        module: nn.Module = network(config)
-    tie = getattr(module, "tie_weights", None)
-    if tie is not None:
-        tie()
+    _check_sizes(folder)
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder.path, local_files_only=True)
+        config.dtype = torch.float32
+        with parameters_on_meta():
+            module: nn.Module = network(config)
+        tie = getattr(module, "tie_weights", None)
+        if tie is not None:
+            tie()
+    except Exception as error:  # whatever its configuration makes of such values
+        said = " ".join(str(error).split())
+        raise ModelError(
+            f"{folder.path / 'config.json'}: transformers {transformers.__version__} builds no "
+            f"{first} of it: {type(error).__name__}: {said}"
+        ) from error
     return module.eval().requires_grad_(False)
+
+
+def _check_sizes(folder: ModelFolder) -> None:
+    """Raise ModelError for numbers in config.json that no network with these files can have.
+
+    They say how many modules are made, and how large their constants are, before any file is read.
+    """
+    where = folder.path / "config.json"
+    most = max(len(folder.tensors) if folder.has_weights else 0, MOST_LAYERS)
+    for key, value in folder.config.items():
+        if isinstance(value, int) and not isinstance(value, bool):
+            limit = most if "layer" in key else LARGEST_SIZE
+            if abs(value) > limit:
+                raise ModelError(f"{where}: {key} is {value}, more than {limit}")
 
 
 @contextmanager

@@ -162,6 +162,8 @@ class Recipe(Strict):
             text = path.read_text(encoding="utf-8")
         except OSError as error:
             raise RecipeError(f"recipe {path}: {error.strerror}") from None
+        except UnicodeDecodeError as error:
+            raise RecipeError(f"recipe {path}: {error}") from None
         try:
             if path.suffix == ".toml":
                 data: Any = tomllib.loads(text)
@@ -169,7 +171,11 @@ class Recipe(Strict):
                 data = json.loads(text)
             else:
                 data = yaml.safe_load(text)
-        except (tomllib.TOMLDecodeError, json.JSONDecodeError, yaml.YAMLError) as error:
+        except (
+            ValueError,
+            RecursionError,
+            yaml.YAMLError,
+        ) as error:  # of TOML and JSON: ValueError
             raise RecipeError(f"recipe {path}: {error}") from None
         if not isinstance(data, dict):
             raise RecipeError(f"recipe {path}: expected a mapping, got {type(data).__name__}")

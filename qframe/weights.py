@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from qframe.errors import NonFiniteError, WeightsError
 
+LONGEST_NAME = 255  # of a file
 MODEL = "model"  # the stem of the files with weights
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _WEIGHT_SUFFIXES = {
@@ -107,6 +108,12 @@ class ModelFolder:
         """The content of config.json."""
         return read_json(self.path / "config.json")
 
+    @property
+    def has_weights(self) -> bool:
+        """Whether there is a file with weights; a config.json may lie alone."""
+        names = (f"{self._stem}.safetensors", index_name(self._stem))
+        return any((self.path / name).is_file() for name in names)
+
     @cached_property
     def tensors(self) -> Mapping[str, StoredTensor]:
         """All tensors by name, from the headers alone."""
@@ -168,15 +175,15 @@ class ModelFolder:
                 raise WeightsError(f"{index}: 'weight_map' must map tensor names to file names")
             files = []
             for name in sorted(set(weight_map.values())):
-                if Path(name).name != name or name in {"", ".", ".."}:
+                if Path(name).name != name or name in {"", ".", ".."} or "\0" in name:
                     raise WeightsError(
                         f"{index}: file name {name!r} leads out of the folder; a shard must be a "
                         f"plain file name. Do not use this folder if you do not trust its source"
                     )
-                if not (self.path / name).is_file():
+                if len(name) > LONGEST_NAME or not (self.path / name).is_file():
                     raise WeightsError(
-                        f"{self.path / name}: shard is missing, though {index.name} lists it; "
-                        f"download the folder again"
+                        f"{self.path / name[:LONGEST_NAME]}: shard is missing, though "
+                        f"{index.name} lists it; download the folder again"
                     )
                 files.append(self.path / name)
             return files
@@ -198,7 +205,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise WeightsError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, a number of 5000 digits
         raise WeightsError(f"{path}: not JSON: {error}") from None
     if not isinstance(content, dict):
         raise WeightsError(f"{path}: expected a JSON object, got {type(content).__name__}")

@@ -249,13 +249,9 @@ def _tensors(model: StoredModel, architecture: Any, interleaved: bool) -> Iterat
     import gguf
     import numpy as np
 
-    names = gguf.get_tensor_name_map(architecture, int(model.config["num_hidden_layers"]))
-    heads = {
-        "q_proj": int(model.config["num_attention_heads"]),
-        "k_proj": int(
-            model.config.get("num_key_value_heads") or model.config["num_attention_heads"]
-        ),
-    }
+    names = gguf.get_tensor_name_map(architecture, _number(model.config, "num_hidden_layers"))
+    queries = _number(model.config, "num_attention_heads")
+    heads = {"q_proj": queries, "k_proj": _number(model.config, "num_key_value_heads", queries)}
 
     def named(name: str) -> str:
         stem, _, suffix = name.rpartition(".")
@@ -322,37 +318,53 @@ def _interleaved(rows: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]
     return np.ascontiguousarray(by_head).reshape(rows.shape)
 
 
+def _number(config: Mapping[str, Any], key: str, otherwise: Any = None) -> Any:
+    """Return a positive number of config.json. Raises WeightsError for what is none."""
+    found = config.get(key)
+    found = otherwise if found is None else found
+    if isinstance(found, bool) or not isinstance(found, (int, float)) or not found > 0:
+        raise WeightsError(f"config.json: {key} should be a positive number, got {found!r}")
+    return found
+
+
 def _write_metadata(writer: Any, model: StoredModel, file_type: int) -> None:
     """Write what llama.cpp needs to know of the network, and its tokenizer."""
     config = model.config
     rope = config.get("rope_parameters") or {}
-    heads = int(config["num_attention_heads"])
-    head_dim = int(config.get("head_dim") or int(config["hidden_size"]) // heads)
+    heads = _number(config, "num_attention_heads")
+    head_dim = _number(config, "head_dim", _number(config, "hidden_size") // heads)
     writer.add_name(model.source.path.resolve().name)
     writer.add_file_type(file_type)
     writer.add_quantization_version(2)
-    writer.add_block_count(int(config["num_hidden_layers"]))
-    writer.add_context_length(int(config["max_position_embeddings"]))
-    writer.add_embedding_length(int(config["hidden_size"]))
-    writer.add_feed_forward_length(int(config["intermediate_size"]))
+    writer.add_block_count(_number(config, "num_hidden_layers"))
+    writer.add_context_length(_number(config, "max_position_embeddings"))
+    writer.add_embedding_length(_number(config, "hidden_size"))
+    writer.add_feed_forward_length(_number(config, "intermediate_size"))
     writer.add_head_count(heads)
-    writer.add_head_count_kv(int(config.get("num_key_value_heads") or heads))
+    writer.add_head_count_kv(_number(config, "num_key_value_heads", heads))
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
     writer.add_rope_dimension_count(head_dim)
-    writer.add_rope_freq_base(float(rope.get("rope_theta", config.get("rope_theta", 10000.0))))
-    writer.add_layer_norm_rms_eps(float(config["rms_norm_eps"]))
-    writer.add_vocab_size(int(config["vocab_size"]))
+    theta = {"rope_theta": config.get("rope_theta", 10000.0), **rope}
+    writer.add_rope_freq_base(float(_number(theta, "rope_theta")))
+    writer.add_layer_norm_rms_eps(float(_number(config, "rms_norm_eps", 1e-6)))
+    writer.add_vocab_size(_number(config, "vocab_size"))
     if model.manifest is not None:
         writer.add_string("qframe.version", str(model.manifest["qframe"]))
         writer.add_string("qframe.recipe", json.dumps(model.manifest["recipe"], sort_keys=True))
-    _write_tokenizer(writer, model.source.path, config)
+    try:
+        _write_tokenizer(writer, model.source.path, _number(config, "vocab_size"))
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise WeightsError(
+            f"{model.source.path}: tokenizer.json and tokenizer_config.json are not what a "
+            f"tokenizer is stored as: {type(error).__name__}: {error}"
+        ) from None
 
 
 # The tokenizer ------------------------------------------------------------------------------------
 
 
-def _write_tokenizer(writer: Any, folder: Path, config: Mapping[str, Any]) -> None:
+def _write_tokenizer(writer: Any, folder: Path, size: int) -> None:
     """Write a tokenizer of byte-level pieces (BPE), as tokenizer.json has it."""
     from qframe.weights import read_json
 
@@ -363,7 +375,7 @@ def _write_tokenizer(writer: Any, folder: Path, config: Mapping[str, Any]) -> No
         kind = model.get("type") if isinstance(model, Mapping) else model
         raise UnsupportedError(f"{where}: a tokenizer of type {kind!r} is not known; BPE is")
     settings = read_json(folder / "tokenizer_config.json")
-    tokens, kinds = _vocabulary(content, int(config["vocab_size"]), where)
+    tokens, kinds = _vocabulary(content, size, where)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(_pre(content, where))
     writer.add_token_list(tokens)
