@@ -56,15 +56,27 @@ def plain(folder: Path) -> None:
     tiny.write_llama(folder, shards=2)
 
 
-def quantized(folder: Path) -> None:
+def quantized(folder: Path, **scheme: object) -> None:
     model = tiny.write_llama(folder.with_name(f"{folder.name}-model"))
-    recipe = {"method": "rtn", "scheme": {"group_size": 32, "symmetric": False}}
+    recipe = {"method": "rtn", "scheme": {"group_size": 32, "symmetric": False, **scheme}}
     qframe.quantize(model, recipe, out=folder)
 
 
 def of_others(folder: Path) -> None:
     quantized(folder)
     (folder / "qframe.json").unlink()
+
+
+def with_merges(folder: Path) -> None:
+    """Write one that llama.cpp can have: without zero points, and with a merge of tokens."""
+    quantized(folder, symmetric=True)
+    (folder / "qframe.json").unlink()
+    file = folder / "tokenizer.json"
+    content = json.loads(file.read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["he"] = vocabulary.pop(max(vocabulary, key=vocabulary.get))
+    content["model"]["merges"] = [["h", "e"]]
+    file.write_text(json.dumps(content))
 
 
 def recipes(folder: Path) -> None:
@@ -140,7 +152,7 @@ LOADERS: Mapping[str, Loader] = {
         lambda f: audit(f, f.with_name(f"{f.name}-model"), host=HOST, threads=1),
     ),
     "what convert reads": Loader(
-        of_others,
+        with_merges,
         ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),
         lambda f: convert(f, "gguf", f / "out.gguf", host=HOST, overwrite=True),
     ),

@@ -140,15 +140,17 @@ def _objections(layer: LayerOutline) -> list[str]:
 
 def _objections_to_network(config: Mapping[str, Any]) -> list[str]:
     """Return what is not known of a network."""
-    kind = config.get("model_type")
-    if kind not in ARCHITECTURES:
+    kind, activation = config.get("model_type"), config.get("hidden_act", "silu")
+    if not isinstance(kind, str) or kind not in ARCHITECTURES:
         return [f"model_type {kind!r} is not known; known: {', '.join(ARCHITECTURES)}"]
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    scaling = rope.get("rope_type", rope.get("type", "default"))
+    scaling = (
+        rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, Mapping) else rope
+    )
     if scaling != "default":
         return [f"rotary embeddings of type {scaling!r} are not known; the default ones are"]
-    if config.get("hidden_act", "silu") != "silu":
-        return [f"hidden_act {config['hidden_act']!r} is not known; silu is"]
+    if activation != "silu":
+        return [f"hidden_act {activation!r} is not known; silu is"]
     return []
 
 
@@ -249,9 +251,9 @@ def _tensors(model: StoredModel, architecture: Any, interleaved: bool) -> Iterat
     import gguf
     import numpy as np
 
-    names = gguf.get_tensor_name_map(architecture, _number(model.config, "num_hidden_layers"))
-    queries = _number(model.config, "num_attention_heads")
-    heads = {"q_proj": queries, "k_proj": _number(model.config, "num_key_value_heads", queries)}
+    names = gguf.get_tensor_name_map(architecture, _count(model.config, "num_hidden_layers"))
+    queries = _count(model.config, "num_attention_heads")
+    heads = {"q_proj": queries, "k_proj": _count(model.config, "num_key_value_heads", queries)}
 
     def named(name: str) -> str:
         stem, _, suffix = name.rpartition(".")
@@ -318,42 +320,50 @@ def _interleaved(rows: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]
     return np.ascontiguousarray(by_head).reshape(rows.shape)
 
 
-def _number(config: Mapping[str, Any], key: str, otherwise: Any = None) -> Any:
-    """Return a positive number of config.json. Raises WeightsError for what is none."""
+def _count(config: Mapping[str, Any], key: str, otherwise: int | None = None) -> int:
+    """Return a positive integer of config.json. Raises WeightsError for what is none."""
     found = config.get(key)
     found = otherwise if found is None else found
-    if isinstance(found, bool) or not isinstance(found, (int, float)) or not found > 0:
-        raise WeightsError(f"config.json: {key} should be a positive number, got {found!r}")
+    if isinstance(found, bool) or not isinstance(found, int) or not 0 < found < 1 << 31:
+        raise WeightsError(f"config.json: {key} should be a positive integer, got {found!r}")
     return found
+
+
+def _number(config: Mapping[str, Any], key: str, otherwise: float) -> float:
+    """Return a positive number of config.json. Raises WeightsError for what is none."""
+    found = config.get(key, otherwise)
+    if isinstance(found, bool) or not isinstance(found, (int, float)) or not 0 < found < 1e38:
+        raise WeightsError(f"config.json: {key} should be a positive number, got {found!r}")
+    return float(found)
 
 
 def _write_metadata(writer: Any, model: StoredModel, file_type: int) -> None:
     """Write what llama.cpp needs to know of the network, and its tokenizer."""
     config = model.config
     rope = config.get("rope_parameters") or {}
-    heads = _number(config, "num_attention_heads")
-    head_dim = _number(config, "head_dim", _number(config, "hidden_size") // heads)
+    heads = _count(config, "num_attention_heads")
+    head_dim = _count(config, "head_dim", _count(config, "hidden_size") // heads)
     writer.add_name(model.source.path.resolve().name)
     writer.add_file_type(file_type)
     writer.add_quantization_version(2)
-    writer.add_block_count(_number(config, "num_hidden_layers"))
-    writer.add_context_length(_number(config, "max_position_embeddings"))
-    writer.add_embedding_length(_number(config, "hidden_size"))
-    writer.add_feed_forward_length(_number(config, "intermediate_size"))
+    writer.add_block_count(_count(config, "num_hidden_layers"))
+    writer.add_context_length(_count(config, "max_position_embeddings"))
+    writer.add_embedding_length(_count(config, "hidden_size"))
+    writer.add_feed_forward_length(_count(config, "intermediate_size"))
     writer.add_head_count(heads)
-    writer.add_head_count_kv(_number(config, "num_key_value_heads", heads))
+    writer.add_head_count_kv(_count(config, "num_key_value_heads", heads))
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
     writer.add_rope_dimension_count(head_dim)
-    theta = {"rope_theta": config.get("rope_theta", 10000.0), **rope}
-    writer.add_rope_freq_base(float(_number(theta, "rope_theta")))
-    writer.add_layer_norm_rms_eps(float(_number(config, "rms_norm_eps", 1e-6)))
-    writer.add_vocab_size(_number(config, "vocab_size"))
+    theta = rope if "rope_theta" in rope else config
+    writer.add_rope_freq_base(_number(theta, "rope_theta", 10000.0))
+    writer.add_layer_norm_rms_eps(_number(config, "rms_norm_eps", 1e-6))
+    writer.add_vocab_size(_count(config, "vocab_size"))
     if model.manifest is not None:
         writer.add_string("qframe.version", str(model.manifest["qframe"]))
         writer.add_string("qframe.recipe", json.dumps(model.manifest["recipe"], sort_keys=True))
     try:
-        _write_tokenizer(writer, model.source.path, _number(config, "vocab_size"))
+        _write_tokenizer(writer, model.source.path, _count(config, "vocab_size"))
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise WeightsError(
             f"{model.source.path}: tokenizer.json and tokenizer_config.json are not what a "
