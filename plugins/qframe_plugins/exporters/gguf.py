@@ -316,6 +316,8 @@ def _interleaved(rows: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]
     """
     import numpy as np
 
+    if len(rows) % (2 * heads):
+        raise WeightsError(f"config.json: {heads} heads, but {len(rows)} rows, no even number each")
     by_head = rows.reshape(heads, 2, -1, *rows.shape[1:]).swapaxes(1, 2)
     return np.ascontiguousarray(by_head).reshape(rows.shape)
 
