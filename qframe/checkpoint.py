@@ -35,7 +35,7 @@ from qframe.fused_norms import fuse_norms
 from qframe.host import Host
 from qframe.kernel_layer import on_kernels, without_kernels
 from qframe.kv_scheme import KVCacheScheme
-from qframe.layouts import OWN, OwnLayout, refusal
+from qframe.layouts import OTHERS_SIDE_FILES, OWN, OwnLayout, refusal
 from qframe.manifest import MANIFEST, STATISTICS, fingerprint, own_hash, sha256
 from qframe.model import replace_module, set_weight, stored_names
 from qframe.stored import QuantizedLinear, StoredLayer
@@ -193,9 +193,15 @@ class CheckpointWriter:
     def copy_side_files(self, folder: ModelFolder, config: Mapping[str, Any]) -> None:
         """Carry over everything that is not a weight; `config` replaces config.json."""
         for file in folder.side_files():
-            if file.name not in {"config.json", MANIFEST}:
+            if file.name not in {"config.json", MANIFEST, *OTHERS_SIDE_FILES}:
                 shutil.copyfile(file, self._folder / file.name)
         write_json(self._folder / "config.json", config)
+
+    def add_side_files(self, layers: Sequence[LayerOutline], left: Sequence[LayerInfo]) -> None:
+        """Write what readers of the layout look for beside config.json; arguments as for that."""
+        make = getattr(self.layout, "side_files", None)
+        for name, content in ({} if make is None else make(layers, left)).items():
+            write_json(self._folder / name, content)
 
     def write_text(self, name: str, content: str) -> None:
         """Write a text file into the folder."""

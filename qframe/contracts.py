@@ -655,6 +655,13 @@ class Layout(Protocol):
     name      what `--format` and `qframe convert --to` select
     readers   the software that reads it, for messages: "transformers, vLLM"
     parts     everything that a layer may be stored as, after its name: ("weight_packed", ...)
+
+    A layout may have more attributes:
+
+    names_left   keys of its section that depend on which layers are not quantized, as a frozenset;
+                 none
+    side_files   a method with the arguments of `config` that returns what readers look for beside
+                 config.json, file name -> JSON object; none
     """
 
     name: str

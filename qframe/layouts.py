@@ -32,6 +32,8 @@ SCALE_NAMES: Mapping[str, str] = {
     "e4m3": "F8_E4M3",
 }
 """scale_dtype -> how safetensors names the dtype that scales are stored in."""
+OTHERS_SIDE_FILES = frozenset({"quantize_config.json", "quant_config.json"})
+"""Files beside config.json that say how a folder is stored; not to be copied into another one."""
 USUAL = "compressed-tensors"  # what a folder is written as where nothing else is asked for
 SHOWN = 5  # objections in a message
 

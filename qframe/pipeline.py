@@ -305,6 +305,7 @@ def _write_records(
         if any(event.kind == "untied" for event in report.events):
             config["tie_word_embeddings"] = False
         writer.copy_side_files(folder, config)
+        writer.add_side_files(layers, left)
     writer.write_text("qframe_report.json", report.to_json(timings=False))
     writer.write_text("quant_log.csv", report.to_csv(timings=False))
     return writer.finish(

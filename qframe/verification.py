@@ -390,7 +390,7 @@ def _check_config(
     ]
     expected = model.layout.config(found, [])
     own = {"kv_cache_scheme", "version"}  # what the manifest says already
-    ignored = own | {"ignore"}  # needs the network
+    ignored = own | getattr(model.layout, "names_left", frozenset())  # needs the network
     if not isinstance(section, Mapping) or section.get("quant_method") != expected["quant_method"]:
         report.add(
             "config",

@@ -34,6 +34,7 @@ from qframe import Grid, LayerInfo, LayerOutline, Scheme, hookimpl
 from qframe.errors import RecipeError, WeightsError
 from qframe.layouts import SCALE_NAMES, in_groups, own_config, said_of_extras
 from qframe.scheme import ActivationScheme
+from qframe_plugins.layouts.reading import tensor_of
 
 if TYPE_CHECKING:
     import torch
@@ -69,6 +70,7 @@ class CompressedTensors:
         "weight_global_scale",
         *_NAMED,
     )
+    names_left: frozenset[str] = frozenset({"ignore"})
 
     def objections(self, layers: Sequence[LayerOutline]) -> list[str]:
         """Return what the format has no words for; see `format_of`."""
@@ -143,20 +145,20 @@ class CompressedTensors:
         kind = format_of(scheme)
         own = {part: tensors[there] for there, part in _NAMED.items() if there in tensors}
         scales = scheme.scale_shape(layer.info.rows, layer.info.columns)
-        own["weight_scale"] = _reshaped(_tensor(tensors, "weight_scale", name), scales, name)
+        own["weight_scale"] = _reshaped(tensor_of(tensors, "weight_scale", name), scales, name)
         if "input_step" in own:
             own["input_step"] = _reshaped(own["input_step"].float(), (1,), name)
         if kind in _CODES:
             own |= _own_integers(tensors, layer, kind)
         elif kind in _EIGHT_BIT_FLOATS:
-            weight = _tensor(tensors, "weight", name, torch.float8_e4m3fn)
+            weight = tensor_of(tensors, "weight", name, torch.float8_e4m3fn)
             own["weight_packed"] = _own_floats(weight.view(torch.uint8), layer)
         else:
-            pairs = _tensor(tensors, "weight_packed", name, torch.uint8)
+            pairs = tensor_of(tensors, "weight_packed", name, torch.uint8)
             nibbles = torch.stack((pairs & 15, pairs >> 4), -1).flatten(-2)
             own["weight_packed"] = _own_floats(nibbles, layer)
             if scheme.two_level:
-                own["weight_global_scale"] = 1 / _tensor(tensors, "weight_global_scale", name)
+                own["weight_global_scale"] = 1 / tensor_of(tensors, "weight_global_scale", name)
         return StoredLayer.of_outline(own, layer)
 
     def config(self, layers: Sequence[LayerOutline], left: Sequence[LayerInfo]) -> dict[str, Any]:
@@ -331,15 +333,15 @@ def _own_integers(
     rows, columns = layer.info.rows, layer.info.columns
     bits, half = scheme.num_bits, 1 << scheme.num_bits - 1
     if kind == "int-quantized":
-        weight = _tensor(tensors, "weight", name, torch.int8, (rows, columns))
+        weight = tensor_of(tensors, "weight", name, torch.int8, (rows, columns))
         moved = (weight.to(torch.int16) + half).to(torch.uint8)
     else:
-        shape = _tensor(tensors, "weight_shape", name).flatten().tolist()
+        shape = tensor_of(tensors, "weight_shape", name).flatten().tolist()
         if shape != [rows, columns]:
             raise WeightsError(
                 f"layer {name!r}: weight_shape is {shape}, expected [{rows}, {columns}]"
             )
-        words = _tensor(
+        words = tensor_of(
             tensors, "weight_packed", name, torch.int32, (rows, -(-columns * bits // 32))
         )
         moved = unpack_codes(words, bits, columns)
@@ -360,14 +362,14 @@ def _own_integers(
         return own
     groups = scheme.scale_shape(rows, columns)
     if kind == "int-quantized" or scheme.strategy == "tensor":
-        signed = _tensor(tensors, "weight_zero_point", name, torch.int8)
+        signed = tensor_of(tensors, "weight_zero_point", name, torch.int8)
         signed = _reshaped(signed, groups, name)
         zero_point = (signed.to(torch.int16) + half).to(torch.uint8)
         if bits < 8 and zero_point.numel() and int(zero_point.max()) >= 1 << bits:
             raise WeightsError(f"layer {name!r}: a zero point does not fit {bits} bits")
     else:
         stored_shape = (-(-groups[0] * bits // 32), groups[1])
-        words = _tensor(tensors, "weight_zero_point", name, torch.int32, stored_shape)
+        words = tensor_of(tensors, "weight_zero_point", name, torch.int32, stored_shape)
         zero_point = unpack_codes(words.T.contiguous(), bits, groups[0]).T
     own["weight_zero_point"] = pack_codes(zero_point.contiguous(), bits)
     return own
@@ -500,27 +502,6 @@ def _scheme(group: Mapping[str, Any], scales: str, where: str) -> Scheme:
         return Scheme.parse(fields, where)
     except RecipeError as error:
         raise WeightsError(str(error)) from None
-
-
-def _tensor(
-    tensors: Mapping[str, torch.Tensor],
-    part: str,
-    name: str,
-    dtype: torch.dtype | None = None,
-    shape: tuple[int, ...] | None = None,
-) -> torch.Tensor:
-    """Return a tensor of a layer. Raises WeightsError when it is missing or another one."""
-    found = tensors.get(part)
-    if found is None:
-        raise WeightsError(f"layer {name!r}: {part} missing")
-    other = dtype is not None and found.dtype != dtype
-    if other or (shape is not None and found.shape != shape):
-        expected = "" if shape is None else f" {list(shape)}"
-        raise WeightsError(
-            f"layer {name!r}: {part} should be {dtype}{expected}, got {found.dtype} "
-            f"{list(found.shape)}"
-        )
-    return found
 
 
 def _reshaped(tensor: torch.Tensor, shape: tuple[int, ...], name: str) -> torch.Tensor:
