@@ -1,5 +1,7 @@
 """Layers to pack, and GPTQ's and AWQ's formats a second time: one code after the other."""
 
+import json
+
 import numpy as np
 import torch
 from hypothesis import strategies as st
@@ -91,3 +93,10 @@ def damaged(draw, tensors):
     elif kind == "empty":
         tensors[part] = tensor[:0]
     return tensors
+
+
+def change(file, how):
+    """Change what a JSON file holds."""
+    content = json.loads(file.read_text())
+    how(content)
+    file.write_text(json.dumps(content))

@@ -16,6 +16,7 @@ from qframe.stored_model import StoredModel, outline_of
 from qframe_plugins.layouts.gptq import V1, V2
 from tests.interop.packed import (
     HOST,
+    change,
     damaged,
     fields_of,
     packed_layers,
@@ -217,12 +218,6 @@ def test_layers_that_differ_and_those_that_are_left_are_named(tiny_llama, tmp_pa
         ]
     ]
     assert not section["lm_head"]
-
-
-def change(file, how):
-    content = json.loads(file.read_text())
-    how(content)
-    file.write_text(json.dumps(content))
 
 
 @pytest.mark.parametrize(
