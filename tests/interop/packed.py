@@ -1,8 +1,10 @@
 """Layers to pack, and GPTQ's and AWQ's formats a second time: one code after the other."""
 
 import json
+import warnings
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import strategies as st
 
@@ -100,3 +102,12 @@ def change(file, how):
     content = json.loads(file.read_text())
     how(content)
     file.write_text(json.dumps(content))
+
+
+def imported(module, package):
+    """Return a module of another package, which may warn while it is imported, or skip the test."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return pytest.importorskip(
+            module, exc_type=ImportError, reason=f"{package} is not installed (docs/formats.md)"
+        )

@@ -8,12 +8,22 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 import qframe
 from qframe import LayerInfo, Scheme
 from qframe.errors import UnsupportedError, VerifyError, WeightsError
 from qframe.stored_model import StoredModel, outline_of
-from tests.interop.packed import HOST, WORD, change, damaged, packed_layers, said_shapes, same
+from tests.interop.packed import (
+    HOST,
+    WORD,
+    change,
+    damaged,
+    imported,
+    packed_layers,
+    said_shapes,
+    same,
+)
 
 LAYOUT = HOST.get("layout", "awq")
 IDS = torch.arange(48)[None] * 5 % 256
@@ -213,3 +223,43 @@ def test_a_folder_without_a_part_of_a_layer_is_refused(tiny_llama, tmp_path, par
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(WeightsError, match=rf"'model.layers.1.mlp.up_proj': {part} missing"):
         dict(StoredModel.open(out).layers())
+
+
+# Readers of others ------------------------------------------------------------------------------
+
+
+@given(case=packed_layers((4,), (32, 64), dtypes=("float16",), index=False))
+def test_gptqmodel_dequantizes_to_the_same_values(case):
+    """Its function for AutoAWQ's format, which transformers uses too."""
+    awq = imported("gptqmodel.quantization.awq.utils.packing_utils", "gptqmodel")
+    outline, layer = case
+    tensors = LAYOUT.pack(layer)
+    values = awq.dequantize_gemm(
+        bits=4, group_size=outline.scheme.group_width(outline.info.columns), **tensors
+    )
+    # It multiplies in the dtype of scales: what is exact in float32 is rounded once.
+    assert torch.equal(values.T, layer.weight().half())
+
+
+@given(case=packed_layers((4,), (8, 32), dtypes=("float16",), index=False))
+def test_autoawq_dequantizes_to_the_same_values(case):
+    awq = imported("awq.utils.packing_utils", "autoawq")
+    outline, layer = case
+    tensors = LAYOUT.pack(layer)
+    width = outline.scheme.group_width(outline.info.columns)
+    values = awq.dequantize_gemm(bits=4, group_size=width, **tensors)
+    assert torch.equal(values.T, layer.weight().half())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["group 32", "asymmetric"])
+def test_transformers_has_the_same_weights(tiny_llama, tmp_path, name):
+    """Through GPTQModel; what its layers make of the identity is their weight."""
+    imported("gptqmodel", "gptqmodel")
+    qframe.quantize(tiny_llama, RECIPES[name], out=tmp_path / "out", format="awq")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float16)
+    ours = StoredModel.open(tmp_path / "out")
+    for layer_name, layer in ours.layers():
+        module = theirs.get_submodule(layer_name)
+        values = module(torch.eye(layer.packed.columns, dtype=torch.float16)).T
+        assert torch.equal(values, layer.weight().half())

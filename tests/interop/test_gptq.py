@@ -5,9 +5,10 @@ import json
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 import qframe
 from qframe import LayerInfo, Scheme
@@ -19,6 +20,7 @@ from tests.interop.packed import (
     change,
     damaged,
     fields_of,
+    imported,
     packed_layers,
     said_shapes,
     same,
@@ -294,3 +296,62 @@ def test_a_folder_without_a_part_of_a_layer_is_refused(tiny_llama, tmp_path, par
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(WeightsError, match=rf"'model.layers.1.mlp.up_proj': {part} missing"):
         dict(StoredModel.open(out).layers())
+
+
+# Readers of others ------------------------------------------------------------------------------
+
+
+@given(case=cases())
+def test_gptqmodel_dequantizes_to_the_same_values(case):
+    """Its own torch kernel, which has zero points as gptq_v2 has them and converts those of v1."""
+    kernel = imported("gptqmodel.nn_modules.qlinear.torch", "gptqmodel")
+    model = imported("gptqmodel.utils.model", "gptqmodel")
+    layout, outline, layer = case
+    scheme, info = outline.scheme, outline.info
+    kind = "bfloat16" if scheme.scale_dtype == "bfloat16" else "float16"
+    assume(scheme.scale_dtype != "float32" and scheme.group_size in (None, 16, 32))
+    theirs = kernel.TorchLinear(
+        bits=scheme.num_bits,
+        group_size=scheme.group_size or -1,
+        sym=scheme.symmetric,
+        desc_act=layer.packed.group_index is not None,
+        in_features=info.columns,
+        out_features=info.rows,
+    )
+    for part, tensor in layout.pack(layer).items():
+        setattr(theirs, part, tensor.clone())
+    if layout.offset:
+        model.convert_gptq_v1_to_v2_format_module(theirs, scheme.num_bits, torch.int32)
+    # It multiplies in the dtype of scales: what is exact in float32 is rounded once.
+    assert torch.equal(theirs.dequantize_weight().T, layer.weight().to(getattr(torch, kind)))
+
+
+@given(case=packed_layers((2, 3, 4, 8), (32, 64), dtypes=("float16",), index=False))
+def test_auto_round_dequantizes_to_the_same_values(case):
+    """Its layers for v1 and v2 have float16 scales; multiplied with the identity, they are W."""
+    outline, layer = case
+    scheme, info = outline.scheme, outline.info
+    layout = LAYOUTS[V1] if scheme.symmetric else LAYOUTS[V2]
+    module = "qlinear_torch_zp" if scheme.symmetric else "qlinear_torch"
+    theirs = imported(f"auto_round_extension.torch.{module}", "auto-round").QuantLinear(
+        scheme.num_bits, scheme.group_size or -1, info.columns, info.rows, bias=False
+    )
+    # With g_idx it computes no more outputs than it has inputs.
+    tensors = {part: t for part, t in layout.pack(layer).items() if part != "g_idx"}
+    theirs.load_state_dict(tensors)
+    values = theirs(torch.eye(info.columns, dtype=torch.float32)).T
+    assert torch.equal(values, layer.weight().half().float())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["W4", "actorder", "W4 asymmetric"])
+def test_transformers_has_the_same_weights(tiny_llama, tmp_path, name):
+    """Through GPTQModel and optimum."""
+    imported("gptqmodel", "gptqmodel")
+    imported("optimum.gptq", "optimum")
+    qframe.quantize(tiny_llama, RECIPES[name], out=tmp_path / "out", format=V2)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float16)
+    ours = StoredModel.open(tmp_path / "out")
+    for layer_name, layer in ours.layers():
+        found = theirs.get_submodule(layer_name).dequantize_weight().T
+        assert torch.equal(found, layer.weight().half())
