@@ -122,6 +122,7 @@ def _write_folder(
         layers = list(writer.with_extras(model.outlines).values())
         config = quantized_config(model.config, layout, layers, left, _kv_cache(model))
         writer.copy_side_files(model.source, config)
+        writer.add_side_files(layers, left)
         if manifest is None:
             return writer.finish(None)
         carried = {key: value for key, value in manifest.items() if key not in DERIVED}

@@ -10,16 +10,17 @@ from hypothesis import strategies as st
 
 from qframe import Host, LayerInfo, QuantizedWeight, Scheme
 from qframe.packing import PackedWeight
+from qframe.rounding import round_up
 from qframe.stored import StoredLayer
 from qframe.stored_model import outline_of
 
 HOST = Host.discover()
 WORD = (1 << 32) - 1
-HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+DTYPES = ("float16", "bfloat16", "float32")
 
 
 @st.composite
-def packed_layers(draw, bits, sizes, *, symmetric=(True, False), dtypes=tuple(HALVES), index=True):
+def packed_layers(draw, bits, sizes, *, symmetric=(True, False), dtypes=DTYPES, index=True):
     """Return (outline, layer): any codes, scales, zero points, and groups in any order."""
     fields = {
         "num_bits": draw(st.sampled_from(bits)),
@@ -32,21 +33,25 @@ def packed_layers(draw, bits, sizes, *, symmetric=(True, False), dtypes=tuple(HA
     widths = [width for width in (1, 8, 16, 32, columns) if columns % width == 0]
     fields["group_size"] = draw(st.sampled_from([-1, *widths]))
     scheme = Scheme.parse(fields, "drawn")
+    order = index and draw(st.booleans())
+    return layer_of(scheme, rows, columns, draw(st.integers(0, 2**32)), order=order)
+
+
+def layer_of(scheme, rows, columns, seed, *, order=False):
+    """Return (outline, layer) with any numbers, and groups in any order where that is wanted."""
     outline = outline_of(HOST, LayerInfo(name="block.layer", rows=rows, columns=columns), scheme)
-    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
-    grid, groups = outline.grid, scheme.groups(columns)
+    rng = np.random.default_rng(seed)
+    grid, groups = outline.grid, scheme.scale_shape(rows, columns)
     codes = rng.integers(grid.qmin, grid.qmax + 1, (rows, columns))
-    zeros = rng.integers(grid.qmin, grid.qmax + 1, (rows, groups)) * (not scheme.symmetric)
-    exponent = rng.integers(-14, 8, (rows, groups))
-    scale = torch.from_numpy(np.float32(np.ldexp(1 + rng.random((rows, groups)), exponent)))
+    zeros = rng.integers(grid.qmin, grid.qmax + 1, groups) * (not scheme.symmetric)
+    power = rng.integers(-14, 8, groups)
+    scale = torch.from_numpy(np.float32(np.ldexp(1 + rng.random(groups), power)))
     of = np.arange(columns) // scheme.group_width(columns)
-    if index and draw(st.booleans()):
-        of = rng.permutation(of)
     quantized = QuantizedWeight(
         codes=torch.from_numpy(codes.astype(np.int16)),
-        scale=scale.to(HALVES[scheme.scale_dtype]).float(),
+        scale=round_up(scale, scheme.scale_dtype),
         zero_point=torch.from_numpy(zeros.astype(np.int16)),
-        group_index=torch.from_numpy(of.astype(np.int32)),
+        group_index=torch.from_numpy((rng.permutation(of) if order else of).astype(np.int32)),
     )
     return outline, StoredLayer(PackedWeight.pack(quantized, scheme, grid))
 
