@@ -21,6 +21,7 @@ from tests.interop.packed import (
     damaged,
     fields_of,
     imported,
+    layer_of,
     packed_layers,
     said_shapes,
     same,
@@ -101,6 +102,17 @@ def test_a_folder_that_is_labelled_wrongly_is_found_out(case):
         LAYOUTS[V1].unpack(LAYOUTS[V2].pack(layer), outline)
     with pytest.raises(WeightsError, match=r"a zero point is \d+, and a symmetric layer"):
         LAYOUTS[V2].unpack(LAYOUTS[V1].pack(layer), outline)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_a_code_that_a_restricted_grid_has_not_is_refused(bits):
+    """Which is -2^(b-1), stored as 0."""
+    scheme = Scheme(num_bits=bits, strategy="channel", scale_rule="restricted")
+    outline, layer = layer_of(scheme, 32, 32, seed=0)
+    tensors = LAYOUTS[V2].pack(layer)
+    tensors["qweight"][:, 0] = 0
+    with pytest.raises(WeightsError, match=rf"'block.layer': holds code -{1 << bits - 1}, but the"):
+        LAYOUTS[V2].unpack(tensors, outline)
 
 
 @given(data=st.data())
@@ -220,6 +232,12 @@ def test_layers_that_differ_and_those_that_are_left_are_named(tiny_llama, tmp_pa
         ]
     ]
     assert not section["lm_head"]
+    recipe = {**RECIPES["W4"], "ignore": ["model.layers.0.self_attn.o_proj"]}
+    qframe.quantize(tiny_llama, recipe, out=tmp_path / "one", format=V2)
+    section = json.loads((tmp_path / "one" / "config.json").read_text())["quantization_config"]
+    assert list(section["dynamic"]) == [r"-:^model\.layers\.0\.self_attn\.o_proj$"]
+    assert "modules_in_block_to_quantize" not in section  # other blocks have that layer
+    assert section["lm_head"]
 
 
 @pytest.mark.parametrize(
@@ -265,6 +283,8 @@ def test_sizes_that_readers_do_not_take_are_objected_to():
         (lambda c: c.update(sym="yes"), "sym must be true or false"),
         (lambda c: c.update(checkpoint_format="gptq"), "those of checkpoint_format 'gptq_v2'"),
         (lambda c: c.update(dynamic=[]), "no error"),
+        (lambda c: c.update(dynamic={"-:q_proj": {}}), "no error"),  # not from its beginning on
+        (lambda c: c.update(dynamic={".*": {"bits": 4}, ".*k_proj": {"bits": 8}}), "no error"),
         (lambda c: c.update(dynamic=["a"]), "dynamic must map"),
         (lambda c: c.update(dynamic={"+:(": {}}), "no regular expression"),
         (lambda c: c.update(dynamic={"-:.*q_proj": {}}), "says that layer .*q_proj' is not"),
@@ -283,6 +303,29 @@ def test_what_is_not_known_is_refused_by_name(tiny_llama, tmp_path, how, message
         assert len(list(StoredModel.open(out).layers())) == 14
         return
     with pytest.raises((WeightsError, VerifyError), match=message):
+        dict(StoredModel.open(out).layers())
+
+
+@pytest.mark.parametrize(
+    ("part", "how", "message"),
+    [
+        ("scales", lambda t: t.double(), "scales of dtype F64"),
+        ("qweight", lambda t: t.long(), r"qweight should be I32 with two axes, got I64 \[6, 96\]"),
+        ("qweight", lambda t: t.flatten(), r"with two axes, got I32 \[576\]"),
+        ("qweight", lambda t: t[:-1], "5 words hold no whole number of 3-bit codes"),
+        ("qweight", lambda t: t[:-3], "qzeros should be torch.int32"),
+        ("g_idx", lambda t: t + 99, "group index in"),
+    ],
+)
+def test_a_layer_that_is_stored_otherwise_is_refused(tiny_llama, tmp_path, part, how, message):
+    out, name = tmp_path / "out", "model.layers.1.mlp.up_proj"
+    recipe = {"method": "rtn", "scheme": {"num_bits": 3, "group_size": 32}}
+    qframe.quantize(tiny_llama, recipe, out=out, format=V2)
+    (out / "qframe.json").unlink()
+    tensors = load_file(out / "model.safetensors")
+    tensors[f"{name}.{part}"] = how(tensors[f"{name}.{part}"]).contiguous()
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(WeightsError, match=rf"'{name}'.*{message}"):
         dict(StoredModel.open(out).layers())
 
 

@@ -14,7 +14,7 @@ from qframe import LayerInfo, Scheme, bounds
 from qframe.conversion import convert
 from qframe.errors import MissingExtraError, UnsupportedError
 from qframe.stored_model import StoredModel, outline_of
-from qframe_plugins.exporters.onnx import ONNX, blocks, stored_bits, width_of
+from qframe_plugins.exporters.onnx import ONNX, attributes, blocks, stored_bits, width_of
 from tests.interop.packed import HOST, change, layer_of
 
 onnx = pytest.importorskip("onnx")
@@ -40,10 +40,11 @@ def cases(draw):
     fields["scale_dtype"] = draw(st.sampled_from(["float16", "bfloat16", "float32", "e8m0"]))
     if fields["symmetric"]:
         fields["scale_rule"] = draw(st.sampled_from(["full", "restricted"]))
-    fields["strategy"] = draw(st.sampled_from(["tensor", "channel", "group"]))
+    fields["strategy"] = draw(st.sampled_from(["tensor", "channel", "group", "group", "group"]))
     if fields["strategy"] == "group":
-        fields["group_size"] = draw(st.sampled_from([16, 32, 48, 64, 256]))
-    rows, columns = draw(st.integers(1, 9)), draw(st.integers(1, 200))
+        fields["group_size"] = draw(st.sampled_from([16, 32, 48, 96, 256]))
+    rows = draw(st.integers(1, 9))
+    columns = draw(st.one_of(st.integers(1, 200), st.sampled_from([144, 192, 300, 512])))
     return layer_of(Scheme.parse(fields, "drawn"), rows, columns, draw(st.integers(0, 2**32)))
 
 
@@ -85,17 +86,7 @@ def test_a_node_is_within_the_bound_of_its_products(case, tokens, seed):
     outline, layer = case
     info, scheme = outline.info, outline.scheme
     parts = blocks(layer)
-    node = helper.make_node(
-        "MatMulNBits",
-        ["x", *parts],
-        ["y"],
-        domain="com.microsoft",
-        K=info.columns,
-        N=info.rows,
-        bits=stored_bits(scheme),
-        block_size=width_of(scheme, info.columns),
-        accuracy_level=1,
-    )
+    node = helper.make_node("MatMulNBits", ["x", *parts], ["y"], **attributes(outline))
     graph = helper.make_graph(
         [node],
         "layer",
@@ -196,6 +187,15 @@ def llama3(config):
     }
 
 
+def yarn(config):
+    config["rope_parameters"] = {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 32,
+    }
+
+
 def family(name, architecture):
     return lambda config: config.update(
         model_type=name, architectures=[architecture], sliding_window=None, head_dim=16
@@ -205,6 +205,7 @@ def family(name, architecture):
 NETWORKS = {
     "llama": (lambda config: None, {"scheme": {"group_size": 32}}),
     "rope of llama 3.1": (llama3, {"scheme": {"group_size": 48, "symmetric": False}}),
+    "yarn": (yarn, {"scheme": {"group_size": 16, "scale_dtype": "float32"}}),
     "mistral": (family("mistral", "MistralForCausalLM"), {"scheme": "W8A16"}),
     "qwen2": (family("qwen2", "Qwen2ForCausalLM"), {"scheme": {"num_bits": 2, "group_size": 16}}),
     "qwen3": (family("qwen3", "Qwen3ForCausalLM"), {"scheme": {"num_bits": 3, "group_size": -1}}),
@@ -243,6 +244,8 @@ def test_logits_are_as_near_to_exact_ones_as_those_of_torch(tiny, tmp_path, name
     tiny.save_weights(folder, {key: tensor.to(dtype) for key, tensor in weights.items()})
     change(folder / "config.json", changed)
     qframe.quantize(folder, {"method": "rtn", **recipe}, out=out)
+    if name == "head":  # which is no embedding, whatever config.json says
+        change(out / "config.json", lambda config: config.update(tie_word_embeddings=True))
     convert(out, "onnx", tmp_path / "out.onnx")
     run, model = session(str(tmp_path / "out.onnx")), StoredModel.open(out)
     batch = np.concatenate((IDS, IDS[:, ::-1]))

@@ -127,6 +127,19 @@ def blocks(layer: StoredLayer) -> dict[str, torch.Tensor]:
     return found
 
 
+def attributes(layer: LayerOutline) -> dict[str, Any]:
+    """Return what the node of a layer is told; accuracy_level 1 forbids to round activations."""
+    info, scheme = layer.info, layer.scheme
+    return {
+        "domain": MICROSOFT,
+        "K": info.columns,
+        "N": info.rows,
+        "bits": stored_bits(scheme),
+        "block_size": width_of(scheme, info.columns),
+        "accuracy_level": 1,
+    }
+
+
 def _objections(layer: LayerOutline) -> list[str]:
     """Return why a layer is no node of MatMulNBits."""
     scheme = layer.scheme
@@ -263,19 +276,9 @@ class _Graph:
         if outline is None:
             y = self.add("MatMul", x, self.transposed(f"{name}.weight"))
         else:
-            info, scheme = outline.info, outline.scheme
             parts = blocks(self.model.layer(name))
             stored = [self.store(f"{name}.{part}", tensor) for part, tensor in parts.items()]
-            y = self.add(
-                "MatMulNBits",
-                *(x, *stored),
-                domain=MICROSOFT,
-                K=info.columns,
-                N=info.rows,
-                bits=stored_bits(scheme),
-                block_size=width_of(scheme, info.columns),
-                accuracy_level=1,
-            )
+            y = self.add("MatMulNBits", x, *stored, **attributes(outline))
         bias = f"{name}.bias"
         if bias in self.model.source.tensors:
             y = self.add("Add", y, self.vector(bias))

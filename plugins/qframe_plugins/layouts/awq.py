@@ -110,7 +110,7 @@ class AWQ:
             "bits": BITS,
             "group_size": min(sizes, default=-1),
             "zero_point": True,
-            "modules_to_not_convert": sorted(info.name for info in left) or None,
+            "modules_to_not_convert": sorted(info.name for info in left),
         }
 
     def layers(self, source: ModelFolder) -> list[tuple[LayerInfo, Scheme]] | None:
