@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import qframe
 from qframe import LayerInfo, Scheme
+from qframe.conversion import convert
 from qframe.errors import UnsupportedError, VerifyError, WeightsError
 from qframe.stored_model import StoredModel, outline_of
 from qframe_plugins.layouts.gptq import V1, V2
@@ -207,6 +208,21 @@ def test_a_file_of_another_layout_is_not_carried_over(tiny_llama, tmp_path):
     qframe.quantize(tiny_llama, RECIPES["W4"], out=tmp_path / "out")
     assert not (tmp_path / "out" / "quantize_config.json").exists()
     (tiny_llama / "quantize_config.json").unlink()
+
+
+def test_a_converted_folder_is_the_one_that_is_written_at_once(tiny_llama, tmp_path):
+    """There and back too: the file beside config.json comes and goes."""
+    for name, layout in (("a", V2), ("b", "compressed-tensors")):
+        qframe.quantize(tiny_llama, RECIPES["W4"], out=tmp_path / name, format=layout)
+    convert(tmp_path / "b", V2, tmp_path / "c")
+    convert(tmp_path / "c", "compressed-tensors", tmp_path / "d")
+    for one, other in (("a", "c"), ("b", "d")):
+        files = sorted(file.name for file in (tmp_path / one).iterdir())
+        assert files == sorted(file.name for file in (tmp_path / other).iterdir())
+        assert ("quantize_config.json" in files) == (one == "a")
+        for name in ("config.json", "model.safetensors"):
+            assert (tmp_path / one / name).read_bytes() == (tmp_path / other / name).read_bytes()
+    assert qframe.verify(tmp_path / "c", tiny_llama).problems == []
 
 
 def test_layers_that_differ_and_those_that_are_left_are_named(tiny_llama, tmp_path):
