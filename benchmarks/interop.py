@@ -106,9 +106,28 @@ def in_llama_cpp(name: str, out: Path, ours: torch.nn.Module, windows: list[torc
     return Row(name, reader, found, abs(apart) < CLOSE)
 
 
+def in_onnxruntime(name: str, out: Path, ours: torch.nn.Module, windows: list[torch.Tensor]) -> Row:
+    """As an ONNX graph, by onnxruntime: the same perplexity, as far as float32 goes."""
+    import onnxruntime
+
+    file = out.with_suffix(".onnx")
+    convert(out, "onnx", file)
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+
+    def logits(window: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(session.run(None, {"input_ids": window[None].numpy()})[0][0])
+
+    mine = perplexity(lambda window: ours(window[None]).logits[0], windows)
+    theirs = perplexity(logits, windows)
+    apart = theirs / mine - 1
+    found = f"perplexity {theirs:.3f}, qframe {mine:.3f}: {100 * apart:+.4f} %"
+    return Row(name, f"ONNX Runtime, {_version('onnxruntime')}", found, abs(apart) < CLOSE)
+
+
 CHECKS: list[Callable[[str, Path, torch.nn.Module, list[torch.Tensor]], Row]] = [
     in_transformers,
     in_llama_cpp,
+    in_onnxruntime,
 ]
 
 
