@@ -35,6 +35,8 @@ def weight(rng: np.random.Generator, scheme: Scheme, rows: int, columns: int) ->
     if not scheme.symmetric:
         zero = rng.integers(lowest, lowest + levels, shape)
         zero[:, rng.integers(shape[1])] = lowest + levels - 1
+        if int(rng.integers(2)):  # zero points need not be codes
+            zero += rng.choice(np.array([-700, -3, 0, 3, 700]), shape)
     return {
         "codes": codes.astype(np.int16),
         "scale": scale,
@@ -69,6 +71,15 @@ def activations(rng: np.random.Generator, columns: int, width: int) -> Array:
     single = np.zeros((8, columns))
     single[np.arange(8), np.clip(places, 0, columns - 1)] = 1
     return np.concatenate([tokens, single]).astype(np.float32)
+
+
+def linear(
+    rng: np.random.Generator, tokens: int, columns: int, rows: int, scheme: Scheme
+) -> Operands:
+    """Return operands of `linear_weight_only` for any number of tokens, of all kinds in turn."""
+    width = scheme.group_width(columns)
+    found = [activations(rng, columns, width) for _ in range(-(-tokens // 17))]
+    return {"x": np.concatenate(found)[:tokens], **weight(rng, scheme, rows, columns)}
 
 
 def shuffled_groups(rng: np.random.Generator, operands: Operands) -> Operands:

@@ -16,7 +16,7 @@ LIMIT = 133_144
 """The most columns for which products of codes up to 127 fit an int32 (B5.c)."""
 
 
-TOKENS = len(kinds.NASTY) + 8
+TOKENS = len(kinds.NASTY) + 9
 
 
 def activations(rng: np.random.Generator, columns: int) -> Operands:
@@ -39,8 +39,17 @@ def activations(rng: np.random.Generator, columns: int) -> Operands:
         rng.normal(size=columns) * 2.0**-120,
         rng.normal(size=columns) * 2.0**-9,
         rng.integers(-9, 10, columns) * 2.0**-149,  # a 127th of it vanishes
+        _near_ties(rng, columns),
     ]
     return {"x": np.asarray(tokens, np.float32)}
+
+
+def _near_ties(rng: np.random.Generator, columns: int) -> Array:
+    """Return a token whose numbers are as near to a half of a step as float32 numbers come."""
+    scale = np.float32(np.float32(rng.uniform(1, 2)) * np.float32(127)) / np.float32(127)
+    token = ((rng.integers(-126, 126, columns) + 1 / 2) * float(scale)).astype(np.float32)
+    token[rng.integers(columns)] = scale * np.float32(127)
+    return token
 
 
 def _codes(rng: np.random.Generator, count: int, columns: int, first: int) -> Array:
@@ -81,9 +90,6 @@ def groups(
     """Return operands of `linear_int8_groups`; products cancel within groups of some tokens."""
     x = _codes(rng, tokens, columns, 0)
     made = kernel_draws.weight(rng, scheme, rows, columns)
-    if not scheme.symmetric and int(rng.integers(2)):  # zero points need not be codes
-        far = rng.choice(np.array([-700, -3, 0, 3, 700]), made["zero_point"].shape)
-        made["zero_point"] = (made["zero_point"] + far).astype(np.int16)
     scale = np.exp2(rng.uniform(-10, 4, tokens)).astype(np.float32)
     return {"x_codes": x.astype(np.int8), "x_scale": scale, **made}
 

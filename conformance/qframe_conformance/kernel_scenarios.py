@@ -14,7 +14,12 @@ from hypothesis import strategies as st
 
 from qframe import KVScheme, Scheme
 from qframe.contracts import OpCall
-from qframe_conformance import kernel_draws, kernel_draws_int8, kernel_draws_other
+from qframe_conformance import (
+    kernel_draws,
+    kernel_draws_int8,
+    kernel_draws_other,
+    kernel_rounds,
+)
 from qframe_conformance.engine import Scenario
 from qframe_conformance.kernel_case import KernelCase
 
@@ -63,9 +68,17 @@ def _tiles(kernel: Any) -> tuple[tuple[int, int, int], ...]:
     return (*SMALL_TILES, *TILES) if getattr(kernel, "by_name_only", False) else TILES
 
 
+def _in_blocks(kernel: Any) -> bool:
+    """Return whether threads of a kernel come in blocks, which go round and stand beside others."""
+    return getattr(kernel, "by_name_only", False) or getattr(kernel, "device", "cpu") != "cpu"
+
+
 def variants(kernel: Any) -> Iterator[Variant]:
     """Yield what a kernel of this op could support, a small and awkward one first."""
-    return _VARIANTS[kernel.op](kernel)
+    yield from _VARIANTS[kernel.op](kernel)
+    if _in_blocks(kernel):
+        for name, shape, scheme, draw in kernel_rounds.of(kernel.op):
+            yield name, call_of(kernel, shape, scheme), draw
 
 
 @st.composite
@@ -181,10 +194,9 @@ def _of_outliers(kernel: Any) -> Iterator[Variant]:
 
 
 def _of_hadamard(kernel: Any) -> Iterator[Variant]:
-    # Beyond what a block of threads does at once, for kernels that have such.
-    far = ((2048, 1), (512, 3)) if getattr(kernel, "by_name_only", False) else ()
-    for block, blocks in (*itertools.product((4, 1, 2, 8, 16, 64, 128, 256), (2, 1, 3)), *far):
-        name = "short" if block < 128 else "long"
+    sizes = [("short", block, n) for block in (4, 1, 2, 8, 16, 64) for n in (2, 1, 3)]
+    sizes += [("long", block, n) for block in (128, 256) for n in (2, 1, 3)]
+    for name, block, blocks in sizes:
         call = call_of(kernel, (9, block * blocks, block))
         yield name, call, _draw(kernel_draws_other.hadamard, block * blocks, block)
 

@@ -61,14 +61,20 @@ class CudaKernel:
 
     @property
     def variants(self) -> dict[str, CudaKernel]:
-        """On the CPU, the kernel in other orders of threads."""
+        """On the CPU, the kernel in other orders of threads, and for another architecture.
+
+        The architectures are compared in a ring, so a row for each compares all of them.
+        """
         if self.backend != "ptx_host":
             return {}
-        orders = {"reverse": 0, "random": 1}
-        return {
-            order: type(self)(self.backend, replace(self.on, order=order, seed=seed))
-            for order, seed in orders.items()
+        archs = _gpu("compile").ARCHS
+        own = archs.index(self.on.arch) if self.on.arch in archs else -1
+        others = {
+            "reverse": replace(self.on, order="reverse"),
+            "random": replace(self.on, order="random", seed=1),
+            archs[(own + 1) % len(archs)]: replace(self.on, arch=archs[(own + 1) % len(archs)]),
         }
+        return {name: type(self)(self.backend, on) for name, on in others.items()}
 
     @property
     def made_by(self) -> str:

@@ -120,6 +120,16 @@ def sum_of_lanes(number, lanes):  # type: ignore[no-untyped-def]
     return number
 
 
+@inlined
+def integers_of_lanes(number, lanes):  # type: ignore[no-untyped-def]
+    """Return the sum of int32 over neighbouring lanes; in 64 bits each would be sent twice."""
+    distance = uint32(lanes >> uint32(1))
+    while distance > uint32(0):
+        number = int32(number + cuda.shfl_xor_sync(FULL, number, distance))
+        distance = uint32(distance >> uint32(1))
+    return number
+
+
 @source("int8*, int32*, int32*, int8*, int32*, uint32, uint32, uint32")
 def place_codes(x, place, starts, codes, sums, columns, pitch, groups):  # type: ignore[no-untyped-def]
     """Set the codes of a token, and their sums; each warp takes a group."""
@@ -137,6 +147,6 @@ def place_codes(x, place, starts, codes, sums, columns, pitch, groups):  # type:
             codes[uint32(uint32(token * pitch) + at)] = code
             total = int32(total + int32(code))
             at = uint32(at + uint32(32))
-        total = sum_of_lanes(total, uint32(32))
+        total = integers_of_lanes(total, uint32(32))
         if thread & uint32(31) == uint32(0):
             sums[uint32(uint32(token * groups) + group)] = total

@@ -21,7 +21,7 @@ from numba import cuda, float32, int32, uint32
 
 from qframe_plugins.kernels.cuda.compile import inlined, source
 from qframe_plugins.kernels.cuda.device import Fresh, Launcher, dense
-from qframe_plugins.kernels.cuda.int8_layout import Int8Weight, lay_out_tokens, sum_of_lanes
+from qframe_plugins.kernels.cuda.int8_layout import Int8Weight, integers_of_lanes, lay_out_tokens
 from qframe_plugins.kernels.cuda.intrinsics import (
     copy16,
     dp4a,
@@ -67,7 +67,8 @@ def multiply(
     step = groups if len(weight.scale) > 1 else 0
     few = tokens <= MOST_FEW
     given = (
-        *(each.view(torch.int32) for each in (codes, weight.codes)),
+        # Flat, as a token alone may have any stride from itself to the next one.
+        *(each.reshape(-1).view(torch.int32) for each in (codes, weight.codes)),
         *(dense(x_scale), sums, weight.scale, weight.zero),
         weight.places.starts if few else weight.places.ends,
         *(Fresh(y), tokens, rows, pitch // 4, groups, step),
@@ -124,7 +125,7 @@ def multiply_few(  # type: ignore[no-untyped-def]
         other = uint32(uint32(inside * step) + group)
         for m in range(FEW):
             token = min(uint32(first + uint32(m)), uint32(tokens - uint32(1)))
-            whole = sum_of_lanes(products[m], uint32(LANES))
+            whole = integers_of_lanes(products[m], uint32(LANES))
             of_token = sums[uint32(uint32(token * groups) + group)]
             total[m] = added(total[m], whole, of_token, scale[other], zero[other])
         group = uint32(group + uint32(1))

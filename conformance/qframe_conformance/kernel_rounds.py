@@ -1,0 +1,111 @@
+"""Calls for kernels whose threads come in blocks: more than a block takes at once.
+
+A block goes round its loops several times, the last time not in full, and stands beside others.
+Every shape is a family of its own, so that each run meets all of them.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from qframe import KVScheme, Scheme
+from qframe_conformance import kernel_draws, kernel_draws_int8, kernel_draws_other
+
+Draw = Callable[[np.random.Generator], dict[str, Any]]
+Beyond = tuple[str, tuple[int, ...], Any, Draw]  # the family, `OpCall.shape`, the scheme, operands
+
+W8A8 = Scheme(num_bits=8, strategy="channel", scale_rule="restricted")
+
+
+def of(op: str) -> Iterator[Beyond]:
+    """Yield the calls of an operation."""
+    yield from _OF.get(op, lambda: iter(()))()
+
+
+WEIGHTS = (
+    ("few, rounds", 4, 64, (6, 2112, 20)),
+    ("few, rounds of 8 bits", 8, 96, (6, 1056, 37)),
+    ("one, rounds", 4, 32, (1, 2080, 67)),
+    ("one, rounds of 8 bits", 8, 64, (1, 2112, 68)),
+    ("many, tiles", 4, 32, (34, 96, 68)),
+    ("many, odd tiles", 4, 16, (34, 131, 67)),
+    ("many, tiles of 8 bits", 8, 64, (34, 128, 66)),
+)
+"""(family, bits, group_size, (tokens, columns, rows))"""
+
+
+def _weight_only() -> Iterator[Beyond]:
+    for name, bits, size, shape in WEIGHTS:
+        scheme = Scheme(num_bits=bits, symmetric=False, group_size=size)
+        yield name, shape, scheme, _draw(kernel_draws.linear, *shape, scheme)
+
+
+def _activations() -> Iterator[Beyond]:
+    for name, columns in (("rounds", 1100), ("odd rounds", 645)):
+        shape = kernel_draws_int8.TOKENS, columns
+        yield name, shape, W8A8, _draw(kernel_draws_int8.activations, columns)
+
+
+def _int8() -> Iterator[Beyond]:
+    for name, *shape in (("few", 7, 300, 37), ("few, in place", 6, 640, 18)):
+        yield name, tuple(shape), W8A8, _draw(kernel_draws_int8.codes, *shape)
+
+
+def _hadamard() -> Iterator[Beyond]:
+    sizes = (
+        ("one by one", 1, 1100),
+        ("rounds", 2048, 1),
+        ("spans", 64, 17),
+        ("small spans", 16, 70),
+        ("two rounds", 64, 5),
+        ("three rounds", 64, 11),
+        ("pairs", 512, 3),
+    )
+    for name, block, blocks in sizes:
+        draw = _draw(kernel_draws_other.hadamard, block * blocks, block)
+        yield name, (9, block * blocks, block), None, draw
+
+
+def _attention() -> Iterator[Beyond]:
+    sizes = (("wide", 300, 160, 20), ("many pieces", 4200, 8, 64))
+    axes: tuple[Any, ...] = ("token", "channel")
+    for keys, values, (name, tokens, width, size) in itertools.product(axes, axes, sizes):
+        k = KVScheme(num_bits=4, axis=keys, group_size=size, symmetric=False)
+        v = KVScheme(num_bits=3, axis=values, group_size=size, symmetric=False)
+        draw = _draw(kernel_draws_other.attention, (1, 1), tokens, width, k, v)
+        yield f"{name}, {keys} {values}", (5, 1, 1, tokens, width), (k, v), draw
+
+
+def _newest() -> Iterator[Beyond]:
+    sizes = (
+        ("pieces", (2, 1), 1100, 16),
+        ("wide", (1, 1), 300, 160),
+        ("many pieces", (1, 1), 4200, 8),
+    )
+    for name, heads, tokens, width in sizes:
+        draw = _draw(kernel_draws_other.newest, heads, tokens, width, width**-0.5)
+        yield name, (4, *heads, tokens, width), None, draw
+
+
+def _moments() -> Iterator[Beyond]:
+    for name, whole in (("runs", False), ("runs of integers", True)):
+        yield name, (530, 70), None, _draw(kernel_draws_other.moments, 530, 70, whole=whole)
+
+
+def _draw(function: Callable[..., Any], *args: Any, **options: Any) -> Draw:
+    return lambda rng: function(rng, *args, **options)
+
+
+_OF: dict[str, Callable[[], Iterator[Beyond]]] = {
+    "linear_weight_only": _weight_only,
+    "quantize_activations": _activations,
+    "linear_int8": _int8,
+    "hadamard": _hadamard,
+    "attention_kv": _attention,
+    "attention_rotary": _newest,
+    "hessian_update": _moments,
+}
