@@ -45,6 +45,51 @@ def difference(answer: npt.ArrayLike, expected: Float64) -> Float64:
     return np.where(strange, np.where(np.isfinite(got), np.inf, 0), got - expected)
 
 
+def rounded_to(numbers: Float64, dtype: str) -> Float64:
+    """Return float32 numbers rounded to the nearest of a dtype of `kernels.ACTIVATIONS`."""
+    if dtype == "bfloat16":  # the upper half of a float32, which carries the rounding on
+        bits = np.asarray(numbers, np.float32).view(np.uint32)
+        even = bits + (np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1)))
+        kept = (even & np.uint32(0xFFFF0000)).view(np.float32)
+        return np.where(np.isnan(numbers), np.nan, kept.astype(np.float64))
+    with np.errstate(over="ignore"):
+        return np.asarray(numbers, np.float64).astype(dtype).astype(np.float64)
+
+
+def of_output(
+    what: str, answer: npt.ArrayLike, expected: Float64, allowed: Float64, dtype: str
+) -> Comparison:
+    """Return the comparison of outputs that are `allowed` off before they are rounded to a dtype.
+
+    B9.e: where they may be beyond the largest number, an infinity of the right sign is right;
+    where they must be, nothing else is.
+    """
+    error = difference(answer, expected)
+    if dtype == "float32":
+        return Comparison(what, error, allowed)
+    got = np.asarray(answer, np.float64)
+    may, must = bounds.overflows(expected, allowed, dtype)
+    infinite = np.isinf(got) & (np.sign(got) == np.sign(expected)) & np.isfinite(expected)
+    error = np.where(
+        infinite & may, 0, np.where(must & ~infinite & np.isfinite(expected), np.inf, error)
+    )
+    size = np.where(np.isfinite(expected), expected, 0)
+    return Comparison(what, error, bounds.short_output(size, allowed, dtype))
+
+
+def exactly(
+    what: str, mask: npt.NDArray[np.bool_], answer: npt.ArrayLike, expected: Float64, dtype: str
+) -> Comparison:
+    """Return the comparison of outputs that have no error but that of rounding to 16 bits."""
+    wanted = (
+        expected if dtype == "float32" else np.where(mask, rounded_to(expected, dtype), expected)
+    )
+    error = difference(answer, wanted)
+    got = np.asarray(answer, np.float64)
+    error = np.where(np.isinf(wanted) & (got == wanted), 0, error)
+    return Comparison(what, only_where(mask, error), np.zeros_like(expected))
+
+
 def checked(allowed: Float64, length: int) -> Float64:
     """Return what is allowed, with the error of the oracle's own sums of `length` products.
 

@@ -24,7 +24,9 @@ from qframe.kernel_comparisons import (
     Operands,
     checked,
     difference,
+    exactly,
     integer_tokens,
+    of_output,
     only_where,
     powers_of_two,
     representable,
@@ -87,7 +89,7 @@ def _linear_weight_only(operands: Operands, answer: Answer, arithmetic: Arithmet
     allowed = bounds.weight_only(
         magnitude, columns, arithmetic.unit, arithmetic.inputs, arithmetic.depth
     )
-    error = difference(answer[0], expected)
+    outputs = arithmetic.outputs
 
     # A row whose scales are powers of two, times integers: multiples of the smallest scale.
     plain = powers_of_two(scale).all(1)
@@ -98,13 +100,17 @@ def _linear_weight_only(operands: Operands, answer: Answer, arithmetic: Arithmet
     kept = representable(weight) & representable(scale * codes) & representable(scale * zero)
     chosen = kept[:, x.argmax(1)].T if columns else np.zeros_like(exact)
     rounded = 2 * arithmetic.inputs * (1 + arithmetic.inputs) * np.abs(expected)
-    single_error = single[:, None] & chosen
+    chosen = single[:, None] & chosen
+    precise = exact | (chosen if arithmetic.inputs == 0 else np.zeros_like(chosen))
+    what = "|y - x W^T| where it is exact"
+    tight = exactly(what, precise, answer[0], expected, outputs)
+    loose = of_output(what, answer[0], expected, rounded, outputs)
     return {
-        "B9.b": Comparison("|y - x W^T|", error, checked(allowed, columns)),
+        "B9.b": of_output("|y - x W^T|", answer[0], expected, checked(allowed, columns), outputs),
         "B9.c": Comparison(
-            "|y - x W^T| where it is exact",
-            only_where(exact | single_error, error),
-            np.where(exact | ~single_error, 0, rounded),
+            what,
+            np.where(precise, tight.error, only_where(chosen, loose.error)),
+            np.where(chosen & ~precise, loose.allowed, 0),
         ),
     }
 
@@ -121,9 +127,13 @@ def _hadamard(operands: Operands, answer: Answer, arithmetic: Arithmetic, dense:
     size = np.linalg.norm(x.reshape(cut), axis=-1)  # [tokens, blocks]
     unit, inputs = arithmetic.unit, arithmetic.inputs
     reach = checked(bounds.hadamard(size, block, unit, inputs, dense=dense), block * block)
-    error = difference(y, expected)
+    outputs = arithmetic.outputs
+    error = of_output("", y, expected, np.repeat(reach, block, 1), outputs).error
+    if outputs != "float32":
+        known = np.where(np.isfinite(size), size, 0)
+        reach = bounds.short_output(known, reach, outputs, block)
 
-    finite = np.isfinite(size).all(1)
+    finite = np.isfinite(size).all(1) & np.isfinite(y).all(1)
     a, b, ea = x[finite], y[finite], reach[finite]
     pairs = bounds.rotated_product(
         size[finite][:, None], size[finite][None], ea[:, None], ea[None]
@@ -135,9 +145,7 @@ def _hadamard(operands: Operands, answer: Answer, arithmetic: Arithmetic, dense:
             "||y - x diag(signs) H||", np.linalg.norm(error.reshape(cut), axis=-1), reach
         ),
         "B8.b": Comparison("|y_i y_j - x_i x_j|", b @ b.T - a @ a.T, pairs),
-        "B9.c": Comparison(
-            "|y - x diag(signs) H| where it is exact", only_where(exact, error), np.zeros_like(x)
-        ),
+        "B9.c": exactly("|y - x diag(signs) H| where it is exact", exact, y, expected, outputs),
     }
 
 
@@ -147,9 +155,9 @@ def _rms_norm(operands: Operands, answer: Answer, arithmetic: Arithmetic) -> Jud
     columns = x.shape[1]
     unit, inputs = arithmetic.unit, arithmetic.inputs
     allowed = bounds.rms_norm(expected, weight, columns, unit, inputs)
-    error = difference(answer[0], expected)
     what = "|y - w x / sqrt(mean(x^2) + eps)|"
-    return {"B13.a": Comparison(what, error, checked(allowed, columns))}
+    allowed = checked(allowed, columns)
+    return {"B13.a": of_output(what, answer[0], expected, allowed, arithmetic.outputs)}
 
 
 def _attention_kv(operands: Operands, answer: Answer, arithmetic: Arithmetic) -> Judged:
@@ -168,12 +176,14 @@ def _attention_kv(operands: Operands, answer: Answer, arithmetic: Arithmetic) ->
         bounds.gamma(3) * value_sizes + in_output * value_sizes,
     )
     _, allowed = bounds.kv_attention(q, keys, values, weights, elements, rescalings=tokens)
-    error = difference(answer[0], (weights[..., None] * values).sum(-2))
+    out = (weights[..., None] * values).sum(-2)
     length = 4 * (tokens + width)
     in_lse = bounds.kv_lse(q, keys, elements[0], rescalings=tokens)
     lse = difference(answer[1], reference_ops.log_sum_exp(logits))
     return {
-        "B7.e": Comparison("|out - softmax(q k) v|", error, checked(allowed, length)),
+        "B7.e": of_output(
+            "|out - softmax(q k) v|", answer[0], out, checked(allowed, length), arithmetic.outputs
+        ),
         "B7.i": Comparison("|lse - log sum exp(q k)|", lse, checked(in_lse, length)),
     }
 
@@ -214,11 +224,11 @@ def _attention_rotary(operands: Operands, answer: Answer, arithmetic: Arithmetic
     _, allowed = bounds.kv_attention(
         query, all_keys, all_values, weights, elements, rescalings=tokens, query_error=in_query
     )
-    error = difference(answer[0], (weights[..., None] * all_values).sum(-2))
-    length = 4 * (tokens + width)
+    out, outputs = (weights[..., None] * all_values).sum(-2), arithmetic.outputs
+    allowed = checked(allowed, 4 * (tokens + width))
     return {
-        "B7.e": Comparison("|out - softmax(q k) v|", error, checked(allowed, length)),
-        "B13.b": Comparison("|k_turned - k'|", difference(answer[1], key), in_key),
+        "B7.e": of_output("|out - softmax(q k) v|", answer[0], out, allowed, outputs),
+        "B13.b": of_output("|k_turned - k'|", answer[1], key, in_key, outputs),
     }
 
 

@@ -15,6 +15,7 @@ from qframe.kernel_comparisons import (
     Operands,
     checked,
     difference,
+    of_output,
     only_where,
 )
 from qframe.kernels import Arithmetic
@@ -87,17 +88,17 @@ def linear_int8_outliers(operands: Operands, answer: Answer, arithmetic: Arithme
     output = bounds.int8_output(x, weight, w_codes * w_scale[:, None], step, outlier, unit, inputs)
     only = (rest == 0).all(1)[:, None]
     spared = bounds.int8_mixed(kept_size, 0.0, count, unit, inputs)
-    y = answer[0]
+    y, outputs = answer[0], arithmetic.outputs
+    alone = "|y - x W^T| of tokens that are outliers alone"
+    alone_held = of_output(alone, y, kept, checked(spared, columns), outputs)
     return {
-        "B5.a": Comparison("|y - x W^T|", difference(y, x @ weight.T), checked(output, columns)),
-        "B5.b": Comparison(
+        "B5.a": of_output("|y - x W^T|", y, x @ weight.T, checked(output, columns), outputs),
+        "B5.b": of_output(
             "|y - (s_x s_w sum of codes + outliers)|",
-            difference(y, main + kept),
+            y,
+            main + kept,
             checked(decoded, columns),
+            outputs,
         ),
-        "B5.d": Comparison(
-            "|y - x W^T| of tokens that are outliers alone",
-            only_where(only, difference(y, kept)),
-            checked(spared, columns),
-        ),
+        "B5.d": Comparison(alone, only_where(only, alone_held.error), alone_held.allowed),
     }

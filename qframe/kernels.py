@@ -16,6 +16,9 @@ from typing import Any, Final
 from qframe import bounds, reference_ops
 from qframe.errors import UnsupportedError
 
+ACTIVATIONS: Final = ("float32", "bfloat16", "float16")
+"""The dtypes that activations may have; all of them are float32 numbers."""
+
 # Schemas --------------------------------------------------------------------------------------
 
 
@@ -24,11 +27,14 @@ class Operand:
     """One operand, or one part of the answer.
 
     name      e.g. "codes"
-    dtype     of the tensor, e.g. "int16"; "int", "float" or "scheme" for what is no tensor
+    dtype     of the tensor, e.g. "int16"; "int", "float" or "scheme" for what is no tensor; for
+              activations another of `ACTIVATIONS`, where the call (`OpCall.dtype`) says so
     shape     in words, e.g. ("rows", "columns"); "rows or 1" is either
     meaning   what it holds
     constant  known before the first call, such as a weight: `prepare` may lay it out
     in_place  changed by the call; it is C-contiguous
+
+    activation   activations, or outputs that have their dtype
     """
 
     name: str
@@ -37,6 +43,7 @@ class Operand:
     meaning: str
     constant: bool = False
     in_place: bool = False
+    activation: bool = False
 
     @property
     def is_tensor(self) -> bool:
@@ -61,6 +68,11 @@ class Op:
     call: tuple[str, ...]
     along: str
     oracle: Callable[..., Any]
+
+    @property
+    def takes_activations(self) -> bool:
+        """Whether an operand is activations, which may have 16 bits."""
+        return any(operand.activation for operand in self.operands)
 
     @property
     def in_place(self) -> tuple[str, ...]:
@@ -96,8 +108,9 @@ _INT8_WEIGHT = (
     Operand("w_codes", "int8", ("rows", "columns"), "codes, -127..127", constant=True),
     Operand("w_scale", "float32", ("rows",), "> 0, one per channel", constant=True),
 )
-_X = Operand("x", "float32", ("tokens", "columns"), "activations")
-_Y = Operand("y", "float32", ("tokens", "rows"), "outputs")
+_X = Operand("x", "float32", ("tokens", "columns"), "activations", activation=True)
+_Y = Operand("y", "float32", ("tokens", "rows"), "outputs", activation=True)
+_SUMS = Operand("y", "float32", ("tokens", "rows"), "outputs")
 _X_CODES = Operand("x_codes", "int8", ("tokens", "columns"), "codes, -127..127")
 _PAST = ("batch", "kv heads", "tokens", "head_dim")
 _X_SCALE = Operand("x_scale", "float32", ("tokens",), "> 0, one per token")
@@ -130,7 +143,7 @@ _DEFINED = (
     Op(
         name="linear_int8",
         operands=(_X_CODES, _X_SCALE, *_INT8_WEIGHT),
-        answer=(_Y,),
+        answer=(_SUMS,),
         call=("tokens", "columns", "rows"),
         along="tokens",
         oracle=reference_ops.linear_int8,
@@ -138,7 +151,7 @@ _DEFINED = (
     Op(
         name="linear_int8_groups",
         operands=(_X_CODES, _X_SCALE, *_weight()),
-        answer=(_Y,),
+        answer=(_SUMS,),
         call=("tokens", "columns", "rows"),
         along="tokens",
         oracle=reference_ops.linear_int8_groups,
@@ -163,7 +176,15 @@ _DEFINED = (
             Operand("signs", "float32", ("columns",), "+1 or -1"),
             Operand("block", "int", (), "columns of a block, a power of two that divides them"),
         ),
-        answer=(Operand("y", "float32", ("tokens", "columns"), "x diag(signs) H / sqrt(block)"),),
+        answer=(
+            Operand(
+                "y",
+                "float32",
+                ("tokens", "columns"),
+                "x diag(signs) H / sqrt(block)",
+                activation=True,
+            ),
+        ),
         call=("tokens", "columns", "block"),
         along="tokens",
         oracle=reference_ops.hadamard,
@@ -176,7 +197,13 @@ _DEFINED = (
             Operand("eps", "float", (), "added to the mean of the squares, at least 2^-100"),
         ),
         answer=(
-            Operand("y", "float32", ("tokens", "columns"), "weight x / sqrt(mean(x^2) + eps)"),
+            Operand(
+                "y",
+                "float32",
+                ("tokens", "columns"),
+                "weight x / sqrt(mean(x^2) + eps)",
+                activation=True,
+            ),
         ),
         call=("tokens", "columns"),
         along="tokens",
@@ -185,13 +212,25 @@ _DEFINED = (
     Op(
         name="attention_kv",
         operands=(
-            Operand("q", "float32", ("batch", "heads", "head_dim"), "the newest token's queries"),
+            Operand(
+                "q",
+                "float32",
+                ("batch", "heads", "head_dim"),
+                "the newest token's queries",
+                activation=True,
+            ),
             *_cache("k", "keys"),
             *_cache("v", "values"),
             Operand("tokens", "int", (), "how many there are"),
         ),
         answer=(
-            Operand("out", "float32", ("batch", "heads", "head_dim"), "softmax(z) v, z = q k"),
+            Operand(
+                "out",
+                "float32",
+                ("batch", "heads", "head_dim"),
+                "softmax(z) v, z = q k",
+                activation=True,
+            ),
             Operand("lse", "float32", ("batch", "heads"), "log sum exp z"),
         ),
         call=("batch", "heads", "kv heads", "tokens", "head_dim"),
@@ -201,18 +240,34 @@ _DEFINED = (
     Op(
         name="attention_rotary",
         operands=(
-            Operand("q", "float32", ("batch", "heads", "head_dim"), "the newest token's queries"),
-            Operand("k", "float32", ("batch", "kv heads", "head_dim"), "its keys"),
-            Operand("v", "float32", ("batch", "kv heads", "head_dim"), "its values"),
+            Operand(
+                "q",
+                "float32",
+                ("batch", "heads", "head_dim"),
+                "the newest token's queries",
+                activation=True,
+            ),
+            Operand("k", "float32", ("batch", "kv heads", "head_dim"), "its keys", activation=True),
+            Operand(
+                "v", "float32", ("batch", "kv heads", "head_dim"), "its values", activation=True
+            ),
             Operand("cos", "float32", ("batch", "head_dim"), "of the angles of its position"),
             Operand("sin", "float32", ("batch", "head_dim"), "of the same"),
-            Operand("keys", "float32", _PAST, "of those before, turned"),
-            Operand("values", "float32", _PAST, "of those before"),
+            Operand("keys", "float32", _PAST, "of those before, turned", activation=True),
+            Operand("values", "float32", _PAST, "of those before", activation=True),
             Operand("scaling", "float", (), "what logits are multiplied with"),
         ),
         answer=(
-            Operand("out", "float32", ("batch", "heads", "head_dim"), "softmax(z) V"),
-            Operand("k_turned", "float32", ("batch", "kv heads", "head_dim"), "k, turned"),
+            Operand(
+                "out", "float32", ("batch", "heads", "head_dim"), "softmax(z) V", activation=True
+            ),
+            Operand(
+                "k_turned",
+                "float32",
+                ("batch", "kv heads", "head_dim"),
+                "k, turned",
+                activation=True,
+            ),
         ),
         call=("batch", "heads", "kv heads", "tokens", "head_dim"),
         along="batch",
@@ -275,11 +330,13 @@ class Arithmetic:
     unit     unit roundoff of its sums
     inputs   relative error of rounding an operand before it is multiplied, 0 for none
     depth    roundings to `unit` that a product passes at most in a call; None: whatever the order
+    outputs  the dtype to which outputs are rounded, once and at the end
     """
 
     unit: float
     inputs: float = 0.0
     depth: int | None = None
+    outputs: str = "float32"
 
 
 _TRUNCATED = 2 * bounds.UNIT["float32"]  # sums that are cut, not rounded, as in matrix units
@@ -299,10 +356,13 @@ TF32 has the 11 significant bits of float16, and hardware may cut them off inste
 """
 
 
-def arithmetic_of(kernel: Any, operands: Mapping[str, Any] | None = None) -> Arithmetic:
+def arithmetic_of(
+    kernel: Any, operands: Mapping[str, Any] | None = None, dtype: str = "float32"
+) -> Arithmetic:
     """Return what a kernel declares in its attribute `accumulator`, "float32" unless it does.
 
     operands   name -> array or number of a call, for a kernel that declares its `depth`
+    dtype      of the activations, and so of outputs
 
     Raises UnsupportedError for a word that is not in `ARITHMETICS`.
     """
@@ -312,7 +372,7 @@ def arithmetic_of(kernel: Any, operands: Mapping[str, Any] | None = None) -> Ari
             f"kernel {kernel.op}/{kernel.backend}: accumulator={declared!r} is not known; "
             f"choose one of {', '.join(ARITHMETICS)}"
         )
-    arithmetic = ARITHMETICS[declared]
+    arithmetic = replace(ARITHMETICS[declared], outputs=dtype)
     if operands is None or not hasattr(kernel, "depth"):
         return arithmetic
     return replace(arithmetic, depth=int(kernel.depth(operands)))

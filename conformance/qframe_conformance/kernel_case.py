@@ -33,11 +33,12 @@ NOT_OF_NUMBERS = ("B8.a", "B8.b")
 class KernelCase:
     """A kernel and the operands of one call.
 
-    operands   name -> NumPy array or number
+    operands   name -> NumPy array or number; activations as float32, whatever dtype they have
     seed       chooses how operands lie in memory
     call       what `supports` was asked; None for a call that was not asked about
     optional   the kernel may refuse with UnsupportedError: operands are of a kind that no `OpCall`
                tells, such as groups that are not neighbouring columns
+    dtype      of activations, which the operands hold exactly
     """
 
     kernel: Any
@@ -45,6 +46,7 @@ class KernelCase:
     seed: int = 0
     optional: bool = False
     call: OpCall | None = None
+    dtype: str = "float32"
 
     @property
     def op(self) -> Op:
@@ -61,7 +63,8 @@ class KernelCase:
             layout = LAYOUTS[int(rng.integers(len(LAYOUTS)))]
             if operand.is_tensor:
                 layout = "packed" if operand.in_place else layout
-                found[operand.name] = frame(self.operands[operand.name], layout, device)
+                dtype = self.dtype if operand.activation else None
+                found[operand.name] = frame(self.operands[operand.name], layout, device, dtype)
         return found
 
     @cached_property
@@ -82,7 +85,7 @@ class KernelCase:
     def of_activations(self, x: Array) -> Array:
         """Return what comes of activations [tokens, columns] in the place of codes and scales.
 
-        Raises Refused like `answer`.
+        They have the dtype of the case, and so has what comes. Raises Refused like `answer`.
         """
         frames = self.frames
         constants = tuple(frames[o.name].tensor for o in self.op.operands if o.constant)
@@ -91,10 +94,11 @@ class KernelCase:
         try:
             if hasattr(self.kernel, "prepare"):
                 constants = (self.kernel.prepare(*constants),)
-            made = self.kernel.from_activations(frame(x, layout, device).tensor, *constants)
+            given = frame(x, layout, device, self.dtype).tensor
+            made = self.kernel.from_activations(given, *constants)
         except QframeError as error:
             raise Refused(f"refused: {type(error).__name__}: {error}") from error
-        self._check((made,))
+        self._check((made,), self.dtype)
         return _array(made)
 
     def _call(self, frames: dict[str, Frame]) -> tuple[Array, ...]:
@@ -112,8 +116,8 @@ class KernelCase:
         self._check(parts)
         return tuple(_array(part) for part in parts)
 
-    def _check(self, parts: tuple[Any, ...]) -> None:
-        """Raise Refused unless the parts are what the op promises."""
+    def _check(self, parts: tuple[Any, ...], dtype: str | None = None) -> None:
+        """Raise Refused unless the parts are what the op promises; dtype: another for all."""
         if len(parts) != len(self.op.answer):
             raise Refused(f"returned {len(parts)} things, expected {len(self.op.answer)}")
         sizes = self.sizes()
@@ -121,7 +125,8 @@ class KernelCase:
             if not isinstance(part, torch.Tensor):
                 raise Refused(f"{promised.name} is a {type(part).__name__}, expected a tensor")
             got = f"{str(part.dtype).removeprefix('torch.')} {list(part.shape)}"
-            expected = f"{promised.dtype} {[sizes[word] for word in promised.shape]}"
+            kind = dtype or (self.dtype if promised.activation else promised.dtype)
+            expected = f"{kind} {[sizes[word] for word in promised.shape]}"
             if got != expected:
                 raise Refused(f"{promised.name} is {got}, expected {expected}")
 
@@ -140,7 +145,7 @@ class KernelCase:
             self.kernel.op,
             self.operands,
             self.answer,
-            arithmetic_of(self.kernel, self.operands),
+            arithmetic_of(self.kernel, self.operands, self.dtype),
             dense=getattr(self.kernel, "dense", False),
         )
 
@@ -187,7 +192,9 @@ from qframe_conformance.kernel_case import KernelCase
 operands = {{
 {chr(10).join(lines)}
 }}
-case = KernelCase(plugin, operands, seed={self.seed}, optional={self.optional})
+case = KernelCase(
+    plugin, operands, seed={self.seed}, optional={self.optional}, dtype={self.dtype!r}
+)
 print(replay({check!r}, case))
 """
         return Counterexample(snippet=text, arrays=arrays)
@@ -269,4 +276,7 @@ def _distance(answer: Any, truth: float) -> float:
 
 
 def _array(tensor: torch.Tensor) -> Array:
-    return tensor.detach().cpu().numpy().copy()
+    """Return a tensor as an array; one of 16 bits as the float32 numbers that it holds."""
+    held = tensor.detach().cpu()
+    short = held.dtype in (torch.bfloat16, torch.float16)
+    return (held.float() if short else held).numpy().copy()

@@ -44,12 +44,15 @@ class Frame:
 
 
 def _bits(buffer: torch.Tensor) -> bytes:
-    return buffer.cpu().numpy().tobytes()
+    return buffer.cpu().view(torch.uint8).numpy().tobytes()
 
 
-def frame(array: np.ndarray[Any, Any], layout: str, device: str = "cpu") -> Frame:
+def frame(
+    array: np.ndarray[Any, Any], layout: str, device: str = "cpu", dtype: str | None = None
+) -> Frame:
     """Return an array as a tensor inside poison.
 
+    dtype    of the tensor, in torch's words; None: the array's
     layout   "packed": C-contiguous. "transposed": Fortran order. "strided": every second number of
              rows that lie apart
     """
@@ -70,7 +73,8 @@ def frame(array: np.ndarray[Any, Any], layout: str, device: str = "cpu") -> Fram
     buffer = np.full(extent + 2 * MARGIN, _poison(array.dtype), array.dtype)
     whole = torch.from_numpy(buffer)
     whole.as_strided(shape, strides, MARGIN).copy_(torch.from_numpy(array))
-    before, whole = buffer.tobytes(), whole.to(device)
+    whole = whole if dtype is None else whole.to(getattr(torch, dtype))
+    before, whole = _bits(whole), whole.to(device)
     return Frame(whole.as_strided(shape, strides, MARGIN), whole, before)
 
 

@@ -6,14 +6,17 @@ import itertools
 import math
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import numpy as np
 from hypothesis import strategies as st
 
-from qframe import KVScheme, Scheme
+from qframe import KVScheme, Scheme, bounds
 from qframe.contracts import OpCall
+from qframe.kernel_comparisons import rounded_to
+from qframe.kernels import ACTIVATIONS, op_of
 from qframe_conformance import (
     kernel_draws,
     kernel_draws_int8,
@@ -23,6 +26,7 @@ from qframe_conformance import (
 from qframe_conformance.engine import Scenario
 from qframe_conformance.kernel_case import KernelCase
 
+Array = np.ndarray[Any, Any]
 Draw = Callable[[np.random.Generator], dict[str, Any]]
 Variant = tuple[str, OpCall, Draw]  # the scenario's id, what `supports` is asked, the operands
 KVPair = tuple[KVScheme, KVScheme]
@@ -48,7 +52,7 @@ LARGEST_SIMULATED = 1 << 18
 def scenarios(kernel: Any) -> list[Scenario]:
     """Return a scenario for every family of variants of which the kernel supports some."""
     families: dict[str, list[Variant]] = {}
-    for variant in variants(kernel):
+    for variant in itertools.chain(variants(kernel), _short_variants(kernel)):
         if _within_reach(kernel, variant[1]) and kernel.supports(variant[1]) is None:
             families.setdefault(variant[0], []).append(variant)
     return [
@@ -81,6 +85,30 @@ def variants(kernel: Any) -> Iterator[Variant]:
             yield name, call_of(kernel, shape, scheme), draw
 
 
+def _short_variants(kernel: Any) -> Iterator[Variant]:
+    """Yield the variants of which there are some with activations of 16 bits."""
+    if not op_of(kernel.op).takes_activations and not hasattr(kernel, "from_activations"):
+        return
+    for name, call, draw in variants(kernel):
+        if kernel.op in _IN_SHORT and name not in _IN_SHORT[kernel.op]:
+            continue
+        for dtype in ACTIVATIONS[1:]:
+            yield f"{name}, {dtype}", replace(call, dtype=dtype), draw
+
+
+_IN_SHORT = {
+    "linear_weight_only": (
+        "int4-asymmetric-group",
+        "int8-asymmetric-channel",
+        *(name for name, *_ in kernel_rounds.WEIGHTS),
+    ),
+    "linear_int8": ("short", "few"),
+    "linear_int8_groups": ("int4-asymmetric-group",),
+    "attention_kv": ("token token int4", "channel channel int3"),
+}
+"""Families that are drawn with 16 bits, too, of operations that have many; of others all."""
+
+
 @st.composite
 def cases(draw: st.DrawFn, kernel: Any, supported: tuple[Variant, ...]) -> KernelCase:
     """Draw one of the variants, and operands from a seed.
@@ -105,7 +133,16 @@ def cases(draw: st.DrawFn, kernel: Any, supported: tuple[Variant, ...]) -> Kerne
     )
     if scattered:
         made = kernel_draws.shuffled_groups(rng, made)
-    return KernelCase(kernel, made, seed, optional=scattered, call=call)
+    for operand in op_of(kernel.op).operands:
+        if operand.activation and call.dtype != "float32":
+            made[operand.name] = _held_by(call.dtype, made[operand.name])
+    return KernelCase(kernel, made, seed, optional=scattered, call=call, dtype=call.dtype)
+
+
+def _held_by(dtype: str, numbers: Array) -> Array:
+    """Return the nearest finite numbers of a dtype of 16 bits, as float32."""
+    largest = bounds.OVERFLOW[dtype] * (1 - bounds.UNIT[dtype])
+    return rounded_to(np.clip(numbers, -largest, largest), dtype).astype(np.float32)
 
 
 # The variants of each op ----------------------------------------------------------------------

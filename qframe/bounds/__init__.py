@@ -14,6 +14,7 @@ from __future__ import annotations
 from qframe.bounds.arithmetic import (
     CHECKER,
     ETA,
+    OVERFLOW,
     UNIT,
     Array,
     Numbers,
@@ -89,11 +90,20 @@ from qframe.bounds.rounding import (
     zero_point_added,
 )
 from qframe.bounds.statistics import binned_search, magnitudes, quantile
-from qframe.bounds.sums import cross_sum, exact_sum, hessian_sum, second_moments, weight_only
+from qframe.bounds.sums import (
+    cross_sum,
+    exact_sum,
+    hessian_sum,
+    overflows,
+    second_moments,
+    short_output,
+    weight_only,
+)
 
 __all__ = [
     "CHECKER",
     "ETA",
+    "OVERFLOW",
     "UNIT",
     "Array",
     "Numbers",
@@ -148,6 +158,7 @@ __all__ = [
     "no_worse_power",
     "ocp_scale",
     "output_bound",
+    "overflows",
     "quantile",
     "radius",
     "ratio",
@@ -163,6 +174,7 @@ __all__ = [
     "scale_rule",
     "search_slack",
     "second_moments",
+    "short_output",
     "softmax",
     "tensor_scale",
     "token_scale",

@@ -21,6 +21,9 @@ UNIT = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16
 ETA = {"float64": 2.0**-1074, "float32": 2.0**-150, "float16": 2.0**-25, "bfloat16": 2.0**-134}
 """Half of the smallest positive number; for float64, which cannot hold that, the number itself."""
 
+OVERFLOW = {"float16": (2 - 2.0**-11) * 2.0**15, "bfloat16": (2 - 2.0**-8) * 2.0**127}
+"""From where on rounding to nearest gives an infinity: half a step above the largest number."""
+
 NORMAL = {"float64": 2.0**-1022, "float32": 2.0**-126}
 """The smallest normal number; below it an exp may give 0."""
 

@@ -5,7 +5,16 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from qframe.bounds.arithmetic import ETA, UNIT, Array, Numbers, as_array, compound, gamma
+from qframe.bounds.arithmetic import (
+    ETA,
+    OVERFLOW,
+    UNIT,
+    Array,
+    Numbers,
+    as_array,
+    compound,
+    gamma,
+)
 
 
 def hessian_sum(magnitude: Numbers, tokens: int, tile: int, parts: int = 1) -> Array:
@@ -91,3 +100,23 @@ def second_moments(
     outer = gamma(tokens + 1, UNIT["float64"])
     lost = 2 * tokens * ETA["float32"]  # products that underflow
     return inner * size + outer * (np.abs(as_array(before)) + (1 + inner) * size) + lost
+
+
+def short_output(size: Numbers, allowed: Numbers, dtype: str, count: int = 1) -> Array:
+    """B9.e: the error of a number that is `allowed` off, and then rounded to 16 bits.
+
+    size    what it should be, without sign; or the length of a vector
+    dtype   "float16" or "bfloat16"
+    count   numbers of the vector
+    """
+    before = as_array(allowed)
+    lost = ETA[dtype] * float(np.sqrt(count))
+    return before + UNIT[dtype] * (np.abs(as_array(size)) + before) + lost
+
+
+def overflows(
+    expected: Numbers, allowed: Numbers, dtype: str
+) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+    """B9.e: where a number that is `allowed` off may be an infinity of 16 bits, and where it is."""
+    size, off = np.abs(as_array(expected)), as_array(allowed)
+    return np.asarray(size + off >= OVERFLOW[dtype]), np.asarray(size - off >= OVERFLOW[dtype])

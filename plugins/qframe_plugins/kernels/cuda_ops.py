@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from qframe import OpCall, Unsupported, hookimpl
+from qframe_plugins.kernels import short
 
 if TYPE_CHECKING:
     import torch
@@ -29,11 +30,13 @@ LONGEST = (2**31 - 1) // 127**2  # columns whose products of codes fit an int32
 class CudaKernel:
     """What all of them have in common.
 
-    on       where it runs; None: as the backend says
-    device   where its operands are
+    on            where it runs; None: as the backend says
+    device        where its operands are
+    activations   the dtypes of activations that it reads
     """
 
     op: str
+    activations: tuple[str, ...] = ("float32",)
     token_independent = True
 
     def __init__(self, backend: str = "cuda", on: Launcher | None = None) -> None:
@@ -87,7 +90,7 @@ class CudaKernel:
         return "\n".join([*lines, "", f"plugin = {name}({self.backend!r}{on})", ""])
 
     def supports(self, call: OpCall) -> Unsupported | None:
-        """Serve float32 activations and codes that are integers, where kernels can be compiled."""
+        """Serve activations that it reads, and codes that are integers, where kernels compile."""
         if call.op != self.op:
             return Unsupported(f"this kernel computes {self.op}, not {call.op}")
         if call.device.partition(":")[0] != self.device:
@@ -95,8 +98,9 @@ class CudaKernel:
         absent = self.absent()
         if absent is not None:
             return absent
-        if call.dtype != "float32":
-            return Unsupported(f"activations must be float32, not {call.dtype}")
+        other = short.objection(call, self.activations)
+        if other is not None:
+            return other
         if getattr(call.scheme, "type", "int") != "int":
             return Unsupported("codes of floats stand for values; dequantize the weight first")
         return self.objection(call)

@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from qframe import OpCall, Unsupported, hookimpl
+from qframe_plugins.kernels.short import objection, served, through_float32
 
 if TYPE_CHECKING:
     import torch
@@ -28,13 +29,14 @@ class NumbaKernel:
     token_independent = True
 
     def supports(self, call: OpCall) -> Unsupported | None:
-        """Serve float32 activations and codes that are integers, on the CPU."""
+        """Serve activations of 32 and 16 bits and codes that are integers, on the CPU."""
         if call.op != self.op:
             return Unsupported(f"this kernel computes {self.op}, not {call.op}")
         if call.device != "cpu":
             return Unsupported(f"numba computes on the CPU, not on {call.device}")
-        if call.dtype != "float32":
-            return Unsupported(f"activations must be float32, not {call.dtype}")
+        other = objection(call, served(self))
+        if other is not None:
+            return other
         if getattr(call.scheme, "type", "int") != "int":
             return Unsupported("codes of floats stand for values; dequantize the weight first")
         return self.objection(call)
@@ -49,6 +51,7 @@ class QuantizeActivations(NumbaKernel):
 
     op = "quantize_activations"
 
+    @through_float32
     def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (codes int8 [tokens, columns], scale float32 [tokens])."""
         codes, scale = _cpu("tokens").quantize(x.numpy())
@@ -79,6 +82,7 @@ class Hadamard(NumbaKernel):
             return Unsupported(f"block={block} does not divide columns={columns}")
         return None
 
+    @through_float32
     def __call__(self, x: torch.Tensor, signs: torch.Tensor, block: int) -> torch.Tensor:
         """Return x diag(signs) H / sqrt(block), [tokens, columns] float32."""
         return _tensor(_cpu("hadamard").hadamard(x.numpy(), signs.numpy(), block))
@@ -89,6 +93,7 @@ class RMSNorm(NumbaKernel):
 
     op = "rms_norm"
 
+    @through_float32
     def __call__(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """Return weight x / sqrt(mean(x^2) + eps), [tokens, columns] float32."""
         return _tensor(_cpu("rms_norm").rms_norm(x.numpy(), weight.numpy(), eps))
@@ -109,6 +114,7 @@ class LinearWeightOnly(NumbaKernel):
         """Return the weight in panels."""
         return _packed(codes, scale, zero_point, group_index)
 
+    @through_float32
     def __call__(self, x: torch.Tensor, weight: PackedPanels) -> torch.Tensor:
         """Return x W^T, [tokens, rows] float32."""
         return _tensor(_cpu("weight_only").multiply(x.numpy(), weight))
@@ -135,6 +141,7 @@ class LinearInt8(NumbaKernel):
         made = _cpu("int8_products").multiply(x_codes.numpy(), x_scale.numpy(), weight)
         return _tensor(made)
 
+    @through_float32
     def from_activations(self, x: torch.Tensor, weight: PackedPanels) -> torch.Tensor:
         """Return x W^T of activations [tokens, columns] float32, of which codes are made."""
         return _tensor(_cpu("int8_products").multiply_activations(x.numpy(), weight))
@@ -166,6 +173,7 @@ class LinearInt8Groups(NumbaKernel):
         made = _cpu("int8_products").multiply(x_codes.numpy(), x_scale.numpy(), weight)
         return _tensor(made)
 
+    @through_float32
     def from_activations(self, x: torch.Tensor, weight: PackedPanels) -> torch.Tensor:
         """Return x W^T of activations [tokens, columns] float32, of which codes are made."""
         return _tensor(_cpu("int8_products").multiply_activations(x.numpy(), weight))
@@ -189,6 +197,7 @@ class LinearInt8Outliers(NumbaKernel):
         both: Int8AndColumns = _cpu("int8_outliers").lay_out_both(*parts)
         return both
 
+    @through_float32
     def __call__(self, x: torch.Tensor, threshold: float, weight: Int8AndColumns) -> torch.Tensor:
         """Return x W^T, [tokens, rows] float32."""
         return _tensor(_cpu("int8_outliers").multiply(x.numpy(), threshold, weight))
@@ -199,6 +208,7 @@ class AttentionKV(NumbaKernel):
 
     op = "attention_kv"
 
+    @through_float32
     def __call__(
         self,
         q: torch.Tensor,
@@ -229,6 +239,7 @@ class AttentionRotary(NumbaKernel):
         width = call.shape[-1]
         return Unsupported(f"head_dim={width} is no number of pairs") if width % 2 else None
 
+    @through_float32
     def __call__(
         self,
         q: torch.Tensor,
@@ -252,6 +263,7 @@ class HessianUpdate(NumbaKernel):
     op = "hessian_update"
     token_independent = False  # it has no answer for a token
 
+    @through_float32
     def __call__(self, hessian: torch.Tensor, x: torch.Tensor) -> None:
         """Add x^T x to the lower triangle."""
         _cpu("hessian").accumulate(hessian.numpy(), x.numpy())

@@ -17,6 +17,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from qframe import OpCall, Unsupported, hookimpl
+from qframe_plugins.kernels.short import objection, served, through_float32
 
 if TYPE_CHECKING:
     import torch
@@ -43,8 +44,9 @@ class TorchKernel:
 
         if call.op != self.op:
             return Unsupported(f"this kernel computes {self.op}, not {call.op}")
-        if call.dtype != "float32":
-            return Unsupported(f"activations must be float32, not {call.dtype}")
+        other = objection(call, served(self))
+        if other is not None:
+            return other
         if getattr(call.scheme, "type", "int") != "int":
             return Unsupported("codes of floats stand for values; dequantize the weight first")
         kind = call.device.partition(":")[0]
@@ -58,6 +60,7 @@ class TorchKernel:
             return Unsupported(f"head_dim={call.shape[-1]} is no number of pairs")
         return None
 
+    @through_float32
     def __call__(self, *operands: Any) -> Any:
         """Compute; see `qframe.kernels.OPS`."""
         return self.function(*operands)

@@ -1,0 +1,64 @@
+"""Activations of 16 bits for kernels that compute in float32: a shared detour.
+
+A number of bfloat16 or float16 is a float32 number, so reading is exact. What a kernel returns in
+the dtype of activations is rounded to it once, at the end.
+
+Error: docs/bounds.md, B9.e.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+from qframe import OpCall, Unsupported
+from qframe.kernels import ACTIVATIONS, op_of
+
+
+def served(kernel: Any) -> tuple[str, ...]:
+    """Return the dtypes of activations that a kernel takes whose methods go through float32."""
+    if op_of(kernel.op).takes_activations or hasattr(kernel, "from_activations"):
+        return ACTIVATIONS
+    return ACTIVATIONS[:1]
+
+
+def objection(call: OpCall, known: tuple[str, ...]) -> Unsupported | None:
+    """Return why activations of a call are not served, where they are of none of these dtypes."""
+    if call.dtype in known:
+        return None
+    return Unsupported(f"activations must be {' or '.join(known)}, not {call.dtype}")
+
+
+def through_float32(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a kernel's method take activations of 16 bits, too, and give such outputs."""
+
+    @wraps(call)
+    def called(self: Any, *operands: Any) -> Any:
+        import torch
+
+        for operand in operands:
+            if isinstance(operand, torch.Tensor) and operand.dtype in (
+                torch.bfloat16,
+                torch.float16,
+            ):
+                break
+        else:
+            return call(self, *operands)
+        dtype = operand.dtype
+        given = [
+            each.float() if isinstance(each, torch.Tensor) and each.dtype == dtype else each
+            for each in operands
+        ]
+        made = call(self, *given)
+        if call.__name__ == "from_activations":
+            return made.to(dtype)
+        promised = op_of(self.op).answer
+        if not isinstance(made, tuple):
+            return made.to(dtype) if promised and promised[0].activation else made
+        return tuple(
+            part.to(dtype) if each.activation else part
+            for part, each in zip(made, promised, strict=True)
+        )
+
+    return called
