@@ -105,6 +105,7 @@ _IN_SHORT = {
     "linear_int8": ("short", "few"),
     "linear_int8_groups": ("int4-asymmetric-group",),
     "attention_kv": ("token token int4", "channel channel int3"),
+    "hessian_update": ("floats", "runs"),
 }
 """Families that are drawn with 16 bits, too, of operations that have many; of others all."""
 

@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from qframe import OpCall, Unsupported, hookimpl
+from qframe.kernels import ACTIVATIONS
 from qframe_plugins.kernels import short
 
 if TYPE_CHECKING:
@@ -118,6 +119,7 @@ class QuantizeActivations(CudaKernel):
     """Codes of tokens; the bits are those of a division."""
 
     op = "quantize_activations"
+    activations = ACTIVATIONS
 
     def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (codes int8 [tokens, columns], scale float32 [tokens])."""
@@ -140,6 +142,7 @@ class Hadamard(CudaKernel):
     """Randomized Hadamard transforms, by butterflies."""
 
     op = "hadamard"
+    activations = ACTIVATIONS
 
     def objection(self, call: OpCall) -> Unsupported | None:
         """Refuse blocks that are no powers of two, do not divide the columns, or do not fit."""
@@ -161,6 +164,8 @@ class Hadamard(CudaKernel):
 class Int8Kernel(CudaKernel):
     """Products of codes with a weight that was laid out."""
 
+    activations = ACTIVATIONS  # `from_activations`
+
     def objection(self, call: OpCall) -> Unsupported | None:
         """Refuse rows so long that a sum may not fit."""
         return _too_long(call.shape[1])
@@ -173,9 +178,12 @@ class Int8Kernel(CudaKernel):
         return made
 
     def from_activations(self, x: torch.Tensor, weight: Int8Weight) -> torch.Tensor:
-        """Return x W^T of activations [tokens, columns] float32, of which codes are made."""
+        """Return x W^T of activations [tokens, columns], of which codes are made."""
         codes, scale = _gpu("tokens").quantize(self.on, x)
-        return self(codes, scale, weight)
+        dtype = _gpu("short_floats").dtype_of(x)
+        made: torch.Tensor
+        made = _gpu("int8_products").multiply(self.on, codes, scale, weight, dtype)
+        return made
 
 
 class LinearInt8(Int8Kernel):
@@ -233,6 +241,7 @@ class HessianUpdate(CudaKernel):
     """Second moments; runs of tokens are summed in float32, and the runs in float64."""
 
     op = "hessian_update"
+    activations = ACTIVATIONS
     token_independent = False  # it has no answer for a token
 
     def depth(self, operands: Mapping[str, Any]) -> int:
@@ -248,6 +257,7 @@ class LinearWeightOnly(CudaKernel):
     """Products of float32 activations with a weight in codes."""
 
     op = "linear_weight_only"
+    activations = ACTIVATIONS
     token_independent = False  # many tokens are added up in another order than few
 
     def prepare(
@@ -302,6 +312,7 @@ class RMSNorm(CudaKernel):
     """Norms of tokens."""
 
     op = "rms_norm"
+    activations = ACTIVATIONS
 
     def __call__(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """Return weight x / sqrt(mean(x^2) + eps), [tokens, columns] float32."""

@@ -11,13 +11,17 @@ Error:  docs/bounds.md, B9.b, group by group.
 
 from __future__ import annotations
 
+from typing import Any
+
 from numba import cuda, float32, int32, uint32
 
-from qframe_plugins.kernels.cuda.compile import Source, inlined, source
+from qframe.kernels import ACTIVATIONS
+from qframe_plugins.kernels.cuda.compile import Source, inlined
 from qframe_plugins.kernels.cuda.int8_layout import sum_of_lanes
 from qframe_plugins.kernels.cuda.intrinsics import load4, read4, write4
 from qframe_plugins.kernels.cuda.packed import steps_of
 from qframe_plugins.kernels.cuda.places import STEP
+from qframe_plugins.kernels.cuda.short_floats import READ, READ4, WRITE, for_activations
 
 THREADS = 256
 WARPS = THREADS // 32
@@ -25,22 +29,34 @@ SUMS = 4  # of a warp: rows times tokens
 CHUNK = 32 * STEP  # columns in shared memory
 APART = STEP + 4  # numbers from what one lane reads to what the next one does
 HELD = 32 * APART  # numbers in shared memory, of a token
+TYPES = (
+    "x, int32*, float32*, float32*, int32*, int32*, x, "
+    "uint32, uint32, uint32, uint32, uint32, uint32"
+)
 
 
-@inlined
-def bring(held, at, x, row, place, pitch, column, in_order):  # type: ignore[no-untyped-def]
-    """Copy four numbers of a token, those at places `place` and after, to held[at] .."""
-    if place >= pitch:
-        write4(held, at, float32(0), float32(0), float32(0), float32(0))
-    elif in_order != uint32(0):
-        a, b, c, d = load4(x, uint32(row + place))
-        write4(held, at, a, b, c, d)
-    else:
-        for k in range(4):
-            chosen, number = column[uint32(place + uint32(k))], float32(0)
-            if chosen >= int32(0):
-                number = x[uint32(row + uint32(chosen))]
-            held[uint32(at + uint32(k))] = number
+def _bring(dtype: str) -> Any:
+    read, read_four = READ[dtype], READ4[dtype]
+
+    @inlined
+    def bring(held, at, x, row, place, pitch, column, in_order):  # type: ignore[no-untyped-def]
+        if place >= pitch:
+            write4(held, at, float32(0), float32(0), float32(0), float32(0))
+        elif in_order != uint32(0):
+            a, b, c, d = read_four(x, uint32(row + place))
+            write4(held, at, a, b, c, d)
+        else:
+            for k in range(4):
+                chosen, number = column[uint32(place + uint32(k))], float32(0)
+                if chosen >= int32(0):
+                    number = read(x, uint32(row + uint32(chosen)))
+                held[uint32(at + uint32(k))] = number
+
+    return bring
+
+
+BRING = {dtype: _bring(dtype) for dtype in ACTIVATIONS}
+"""dtype -> what copies four numbers of a token, at places `place` and after, to held[at] .."""
 
 
 @inlined
@@ -53,8 +69,9 @@ def dot4(total, four, word, shift, bits, zero):  # type: ignore[no-untyped-def]
     return cuda.fma(four[3], steps_of(word, uint32(shift + uint32(3 * bits)), mask, zero), total)
 
 
-def _few(bits: int, many: int) -> Source:
+def _few(dtype: str, bits: int, many: int) -> Source:
     """Return the kernel for codes of so many bits, and so many tokens at once, 1 or 4."""
+    bring, write = BRING[dtype], WRITE[dtype]
     loads, codes = bits // 4, 32 // bits  # loads of a step, codes of a word
     down, held_numbers = SUMS // many, many * HELD  # rows of a warp
 
@@ -99,7 +116,7 @@ def _few(bits: int, many: int) -> Source:
         row = uint32(first + uint32(k if many == 1 else 0))
         of_token = uint32(token + uint32(k if many > 1 else 0))
         if cuda.threadIdx.x & uint32(31) == uint32(0) and row < rows and of_token < tokens:
-            y[uint32(uint32(of_token * rows) + row)] = whole
+            write(y, uint32(uint32(of_token * rows) + row), whole)
 
     def few(  # type: ignore[no-untyped-def]
         x, w, scale, zero, column, group, y, tokens, columns, rows, pitch, step, in_order
@@ -157,11 +174,13 @@ def _few(bits: int, many: int) -> Source:
         finish(y, total[3], 3, first, token, rows, tokens)
 
     few.__name__ = f"few_{bits}_bits_{many}"
-    return source(
-        "float32*, int32*, float32*, float32*, int32*, int32*, float32*, "
-        "uint32, uint32, uint32, uint32, uint32, uint32"
-    )(few)
+    return for_activations(few, TYPES, dtype)
 
 
-FEW = {(bits, many): _few(bits, many) for bits in (4, 8) for many in (1, 4)}
-"""(bits, tokens at once) -> the kernel."""
+FEW = {
+    (dtype, bits, many): _few(dtype, bits, many)
+    for dtype in ACTIVATIONS
+    for bits in (4, 8)
+    for many in (1, 4)
+}
+"""(dtype, bits, tokens at once) -> the kernel."""

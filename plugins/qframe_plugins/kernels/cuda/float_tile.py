@@ -9,13 +9,17 @@ Error:  docs/bounds.md, B9.b, value by value: scale * (code - zero) is rounded o
 
 from __future__ import annotations
 
+from typing import Any
+
 from numba import cuda, float32, uint32
 
-from qframe_plugins.kernels.cuda.compile import Source, inlined, source
-from qframe_plugins.kernels.cuda.few_tokens import bring
-from qframe_plugins.kernels.cuda.intrinsics import load4, read4, store4
+from qframe.kernels import ACTIVATIONS
+from qframe_plugins.kernels.cuda.compile import Source, inlined
+from qframe_plugins.kernels.cuda.few_tokens import BRING, TYPES
+from qframe_plugins.kernels.cuda.intrinsics import load4, read4
 from qframe_plugins.kernels.cuda.packed import steps_of
 from qframe_plugins.kernels.cuda.places import STEP
+from qframe_plugins.kernels.cuda.short_floats import WRITE, WRITE4, for_activations
 
 THREADS = 128
 TOKENS, ROWS = 32, 64
@@ -46,25 +50,31 @@ def added(sums, number, weights):  # type: ignore[no-untyped-def]
     )
 
 
-@inlined
-def store(y, sums, token, row, tokens, rows):  # type: ignore[no-untyped-def]
-    """Set the outputs of a token for four rows."""
-    if token < tokens and row < rows:
-        place = uint32(uint32(token * rows) + row)
-        if rows & uint32(3) == uint32(0):
-            store4(y, place, sums[0], sums[1], sums[2], sums[3])
-        else:
-            y[place] = sums[0]
-            if uint32(row + uint32(1)) < rows:
-                y[uint32(place + uint32(1))] = sums[1]
-            if uint32(row + uint32(2)) < rows:
-                y[uint32(place + uint32(2))] = sums[2]
-            if uint32(row + uint32(3)) < rows:
-                y[uint32(place + uint32(3))] = sums[3]
+def _store(dtype: str) -> Any:
+    write, write4 = WRITE[dtype], WRITE4[dtype]
+
+    @inlined
+    def store(y, sums, token, row, tokens, rows):  # type: ignore[no-untyped-def]
+        """Set the outputs of a token for four rows."""
+        if token < tokens and row < rows:
+            place = uint32(uint32(token * rows) + row)
+            if rows & uint32(3) == uint32(0):
+                write4(y, place, sums[0], sums[1], sums[2], sums[3])
+            else:
+                write(y, place, sums[0])
+                if uint32(row + uint32(1)) < rows:
+                    write(y, uint32(place + uint32(1)), sums[1])
+                if uint32(row + uint32(2)) < rows:
+                    write(y, uint32(place + uint32(2)), sums[2])
+                if uint32(row + uint32(3)) < rows:
+                    write(y, uint32(place + uint32(3)), sums[3])
+
+    return store
 
 
-def _tile(bits: int) -> Source:
+def _tile(dtype: str, bits: int) -> Source:
     """Return the kernel for codes of so many bits."""
+    bring, store = BRING[dtype], _store(dtype)
     loads, codes, mask = bits // 4, 32 // bits, (1 << bits) - 1
 
     @inlined
@@ -137,11 +147,8 @@ def _tile(bits: int) -> Source:
         store(y, sums[3], uint32(token + uint32(3)), row, tokens, rows)
 
     tile.__name__ = f"tile_{bits}_bits"
-    return source(
-        "float32*, int32*, float32*, float32*, int32*, int32*, float32*, "
-        "uint32, uint32, uint32, uint32, uint32, uint32"
-    )(tile)
+    return for_activations(tile, TYPES, dtype)
 
 
-TILES = {bits: _tile(bits) for bits in (4, 8)}
-"""bits -> the kernel."""
+TILES = {(dtype, bits): _tile(dtype, bits) for dtype in ACTIVATIONS for bits in (4, 8)}
+"""(dtype, bits) -> the kernel."""

@@ -12,9 +12,9 @@ from llvmlite import ir
 from numba.cuda import cgutils, types
 from numba.cuda.extending import intrinsic
 
-_I32, _I64, _F32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
-_IR = {types.int32: _I32, types.uint32: _I32, types.float32: _F32}
-_LETTER = {types.int32: "r", types.uint32: "r", types.float32: "f"}
+_I16, _I32, _I64, _F32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+_IR = {types.int32: _I32, types.uint32: _I32, types.float32: _F32, types.uint16: _I16}
+_LETTER = {types.int32: "r", types.uint32: "r", types.float32: "f", types.uint16: "h"}
 _SHARED = 3  # LLVM's number of shared memory
 
 
@@ -42,6 +42,25 @@ def dp4a(typing: Any, a: Any, b: Any, c: Any) -> Any:
 def nearest(typing: Any, x: Any) -> Any:
     """Return x rounded to the nearest int32, to an even one between two."""
     return types.int32(types.float32), _pure("cvt.rni.s32.f32 $0, $1;", types.int32, types.float32)
+
+
+@intrinsic
+def float_of_half(typing: Any, bits: Any) -> Any:
+    """Return the float32 that is the float16 of these bits, an uint16."""
+    return types.float32(types.uint16), _pure("cvt.f32.f16 $0, $1;", types.float32, types.uint16)
+
+
+@intrinsic
+def half_of(typing: Any, x: Any) -> Any:
+    """Return the bits of the nearest float16, an uint16."""
+    return types.uint16(types.float32), _pure("cvt.rn.f16.f32 $0, $1;", types.uint16, types.float32)
+
+
+@intrinsic
+def upper_half_of(typing: Any, x: Any) -> Any:
+    """Return the bits of the nearest bfloat16, an uint16."""
+    emit = _pure("cvt.rn.bf16.f32 $0, $1;", types.uint16, types.float32)
+    return types.uint16(types.float32), emit
 
 
 @intrinsic
@@ -97,7 +116,7 @@ def load4(typing: Any, pointer: Any, index: Any) -> Any:
 
     pointer   to numbers of 32 bits that the kernel does not write; index is a multiple of 4
     """
-    if pointer.dtype not in _IR:
+    if pointer.dtype not in _IR or pointer.dtype is types.uint16:
         return None
     letter = _LETTER[pointer.dtype]
 
@@ -111,6 +130,38 @@ def load4(typing: Any, pointer: Any, index: Any) -> Any:
         return _tuple(context, builder, signature, builder.call(asm, [address]))
 
     return types.UniTuple(pointer.dtype, 4)(pointer, types.uintp), emit
+
+
+@intrinsic
+def load2(typing: Any, pointer: Any, index: Any) -> Any:
+    """Return the four numbers of 16 bits at pointer[index] .. as two words, in one load.
+
+    pointer   to numbers that the kernel does not write; index is a multiple of 4
+    """
+
+    def emit(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        two = ir.LiteralStructType([_I32] * 2)
+        address = builder.ptrtoint(builder.gep(values[0], [values[1]]), _I64)
+        text = "ld.global.nc.v2.b32 {$0,$1}, [$2];"
+        asm = ir.InlineAsm(ir.FunctionType(two, [_I64]), text, "=r,=r,l", side_effect=True)
+        return _tuple(context, builder, signature, builder.call(asm, [address]))
+
+    return types.UniTuple(types.uint32, 2)(pointer, types.uintp), emit
+
+
+@intrinsic
+def store2(typing: Any, pointer: Any, index: Any, one: Any, two: Any) -> Any:
+    """Set the four numbers of 16 bits at pointer[index] .. to two words, in one store."""
+
+    def emit(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        address = builder.ptrtoint(builder.gep(values[0], [values[1]]), _I64)
+        kind = ir.FunctionType(ir.VoidType(), [_I64, _I32, _I32])
+        text = "st.global.v2.b32 [$0], {$1,$2};"
+        asm = ir.InlineAsm(kind, text, "l,r,r,~{memory}", side_effect=True)
+        builder.call(asm, [address, *values[2:]])
+        return context.get_dummy_value()
+
+    return types.void(pointer, types.uintp, types.uint32, types.uint32), emit
 
 
 @intrinsic

@@ -22,22 +22,22 @@ from qframe_plugins.kernels.cuda import (
 from qframe_plugins.kernels.cuda.compile import Source
 
 SOURCES: Final[tuple[Source, ...]] = (
-    tokens.quantize_tokens,
+    *tokens.QUANTIZE.values(),
     dequantize.dequantize_rows,
-    hadamard.transform,
+    *hadamard.TRANSFORM.values(),
     int8_layout.place_codes,
-    int8_products.multiply_few,
-    int8_products.multiply_tile,
+    *int8_products.FEW_TOKENS.values(),
+    *int8_products.TILES.values(),
     *few_tokens.FEW.values(),
     *float_tile.TILES.values(),
     attention.attend_piece,
     attention_steps.merge_pieces,
     attention_rotary.turn_heads,
     attention_rotary.attend_newest,
-    rms_norm.normalize_tokens,
+    *rms_norm.NORMALIZE.values(),
     int8_outliers.mark_outliers,
     int8_outliers.list_outliers,
     int8_outliers.quantize_rest,
     int8_outliers.add_outliers,
-    hessian.add_moments,
+    *hessian.MOMENTS.values(),
 )

@@ -15,9 +15,17 @@ from typing import TYPE_CHECKING
 
 from numba import cuda, float32, int8, int32, uint32
 
-from qframe_plugins.kernels.cuda.compile import inlined, source
+from qframe.kernels import ACTIVATIONS
+from qframe_plugins.kernels.cuda.compile import Source, inlined
 from qframe_plugins.kernels.cuda.device import Fresh, Launcher, dense
-from qframe_plugins.kernels.cuda.intrinsics import bits_of, float_of, load4, nearest, store_word
+from qframe_plugins.kernels.cuda.intrinsics import bits_of, float_of, nearest, store_word
+from qframe_plugins.kernels.cuda.short_floats import (
+    READ,
+    READ4,
+    as_words,
+    dtype_of,
+    for_activations,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -43,8 +51,8 @@ def quantize(on: Launcher, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
     scale = torch.empty(tokens, dtype=torch.float32, device=x.device)
     if tokens:
         whole = columns if columns % 4 == 0 else 0
-        given = dense(x), Fresh(codes), Fresh(scale), columns, whole
-        on.launch(quantize_tokens, tokens, THREADS, *given)
+        given = as_words(dense(x)), Fresh(codes), Fresh(scale), columns, whole
+        on.launch(QUANTIZE[dtype_of(x)], tokens, THREADS, *given)
     return codes, scale
 
 
@@ -86,39 +94,46 @@ def code_of(number, bits, scale):  # type: ignore[no-untyped-def]
     return max(min(nearest(number / scale), int32(LARGEST)), int32(-LARGEST))
 
 
-@source("float32*, int8*, float32*, uint32, uint32")
-def quantize_tokens(x, codes, scale, columns, whole):  # type: ignore[no-untyped-def]
-    """Set the codes and the scale of a token, by a block of THREADS threads.
+def _quantize_tokens(dtype: str) -> Source:
+    read, read4 = READ[dtype], READ4[dtype]
 
-    whole   columns that are taken four at a time: all, where a row begins at a multiple of four
-    """
-    found = cuda.shared.array(WARPS, int32)
-    token, thread = uint32(cuda.blockIdx.x), uint32(cuda.threadIdx.x)
-    row = uint32(token * columns)
-    bits = int32(0)
-    column = uint32(thread * uint32(4))
-    while column < whole:
-        for number in load4(x, uint32(row + column)):
-            bits = max(bits, magnitude(number))
-        column = uint32(column + uint32(4 * THREADS))
-    column = uint32(whole + thread)
-    while column < columns:
-        bits = max(bits, magnitude(x[uint32(row + column)]))
-        column = uint32(column + uint32(THREADS))
-    bits = largest_of_block(bits, found)
-    step = scale_of(bits)
-    if thread == uint32(0):
-        scale[token] = step
+    def quantize_tokens(x, codes, scale, columns, whole):  # type: ignore[no-untyped-def]
+        """Set the codes and the scale of a token, by a block of THREADS threads.
 
-    column = uint32(thread * uint32(4))
-    while column < whole:
-        word, shift = uint32(0), uint32(0)
-        for number in load4(x, uint32(row + column)):
-            code = uint32(code_of(number, bits, step) & int32(255))
-            word, shift = uint32(word | uint32(code << shift)), uint32(shift + uint32(8))
-        store_word(codes, uint32(row + column), word)
-        column = uint32(column + uint32(4 * THREADS))
-    column = uint32(whole + thread)
-    while column < columns:
-        codes[uint32(row + column)] = int8(code_of(x[uint32(row + column)], bits, step))
-        column = uint32(column + uint32(THREADS))
+        whole   columns that are taken four at a time: all, where a row begins at a multiple of four
+        """
+        found = cuda.shared.array(WARPS, int32)
+        token, thread = uint32(cuda.blockIdx.x), uint32(cuda.threadIdx.x)
+        row = uint32(token * columns)
+        bits = int32(0)
+        column = uint32(thread * uint32(4))
+        while column < whole:
+            for number in read4(x, uint32(row + column)):
+                bits = max(bits, magnitude(number))
+            column = uint32(column + uint32(4 * THREADS))
+        column = uint32(whole + thread)
+        while column < columns:
+            bits = max(bits, magnitude(read(x, uint32(row + column))))
+            column = uint32(column + uint32(THREADS))
+        bits = largest_of_block(bits, found)
+        step = scale_of(bits)
+        if thread == uint32(0):
+            scale[token] = step
+
+        column = uint32(thread * uint32(4))
+        while column < whole:
+            word, shift = uint32(0), uint32(0)
+            for number in read4(x, uint32(row + column)):
+                code = uint32(code_of(number, bits, step) & int32(255))
+                word, shift = uint32(word | uint32(code << shift)), uint32(shift + uint32(8))
+            store_word(codes, uint32(row + column), word)
+            column = uint32(column + uint32(4 * THREADS))
+        column = uint32(whole + thread)
+        while column < columns:
+            codes[uint32(row + column)] = int8(code_of(read(x, uint32(row + column)), bits, step))
+            column = uint32(column + uint32(THREADS))
+
+    return for_activations(quantize_tokens, "x, int8*, float32*, uint32, uint32", dtype)
+
+
+QUANTIZE = {dtype: _quantize_tokens(dtype) for dtype in ACTIVATIONS}
