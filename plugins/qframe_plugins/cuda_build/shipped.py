@@ -39,13 +39,20 @@ def kept_budgets(targets: Sequence[str] | None) -> Iterator[Verdict]:
 
     Raises MissingExtraError without the extra.
     """
-    from qframe_plugins.cuda_build.assembly import assemble
+    from qframe.parallel import default_threads, spread
+    from qframe_plugins.cuda_build.assembly import Figures, assemble
     from qframe_plugins.kernels.cuda.compile import ARCHS
 
     release()
     budget, names = read_budgets(BUDGETS), shipped()
-    for name in names:
-        for arch in targets or ARCHS:
-            [figures] = assemble(compiled(name, arch), arch)
-            yield from judge(name, figures, budget)
+    jobs = [(name, arch) for name in names for arch in targets or ARCHS]
+
+    def figures_of(job: tuple[str, str]) -> Figures:
+        name, arch = job
+        [figures] = assemble(compiled(name, arch), arch)
+        return figures
+
+    made = spread(figures_of, jobs, default_threads())  # which wait for the assembler
+    for (name, _), figures in zip(jobs, made, strict=True):
+        yield from judge(name, figures, budget)
     yield from strangers(names, budget)
