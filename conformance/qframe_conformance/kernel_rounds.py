@@ -31,6 +31,10 @@ WEIGHTS = (
     ("few, rounds of 8 bits", 8, 96, (6, 1056, 37)),
     ("one, rounds", 4, 32, (1, 2080, 67)),
     ("one, rounds of 8 bits", 8, 64, (1, 2112, 68)),
+    ("few, odd groups", 4, 7, (7, 131, 21)),
+    ("few, odd groups of 8 bits", 8, 17, (5, 261, 21)),
+    ("one, odd groups", 4, 7, (1, 131, 37)),
+    ("one, odd groups of 8 bits", 8, 3, (1, 261, 37)),
     ("many, tiles", 4, 32, (34, 96, 68)),
     ("many, odd tiles", 4, 16, (34, 131, 67)),
     ("many, tiles of 8 bits", 8, 64, (34, 128, 66)),
@@ -71,13 +75,18 @@ def _hadamard() -> Iterator[Beyond]:
 
 
 def _attention() -> Iterator[Beyond]:
-    sizes = (("wide", 300, 160, 20), ("many pieces", 4200, 8, 64))
+    sizes = (("wide", 300, 160, 20), ("whole rows", 140, 44, None), ("many pieces", 4200, 8, 64))
     axes: tuple[Any, ...] = ("token", "channel")
     for keys, values, (name, tokens, width, size) in itertools.product(axes, axes, sizes):
-        k = KVScheme(num_bits=4, axis=keys, group_size=size, symmetric=False)
-        v = KVScheme(num_bits=3, axis=values, group_size=size, symmetric=False)
+        k, v = (_of_three_bits(axis, size) for axis in (keys, values))
         draw = _draw(kernel_draws_other.attention, (1, 1), tokens, width, k, v)
         yield f"{name}, {keys} {values}", (5, 1, 1, tokens, width), (k, v), draw
+
+
+def _of_three_bits(axis: Any, size: int | None) -> KVScheme:
+    """Return the scheme whose codes lie in two words, now and then."""
+    size = 128 if size is None and axis == "channel" else size
+    return KVScheme(num_bits=3, axis=axis, group_size=size, symmetric=False)
 
 
 def _newest() -> Iterator[Beyond]:

@@ -100,7 +100,8 @@ _IN_SHORT = {
     "linear_weight_only": (
         "int4-asymmetric-group",
         "int8-asymmetric-channel",
-        *(name for name, *_ in kernel_rounds.WEIGHTS),
+        *(name for name, *_ in kernel_rounds.WEIGHTS if "odd" not in name),
+        "many, odd tiles",
     ),
     "linear_int8": ("short", "few"),
     "linear_int8_groups": ("int4-asymmetric-group",),

@@ -79,9 +79,10 @@ def keep_piece(held, sums, state, query, width, splits, largest, total):  # type
     part_of = uint32(uint32(query * cuda.gridDim.y) + cuda.blockIdx.y)
     place = thread
     while place < width:
-        whole = float32(0)
-        for split in range(splits):
-            whole += held[uint32(uint32(width + place) + uint32(uint32(split) * width))]
+        whole, split = float32(0), uint32(0)
+        while split < splits:
+            whole += held[uint32(uint32(width + place) + uint32(split * width))]
+            split = uint32(split + uint32(1))
         sums[uint32(uint32(part_of * width) + place)] = whole
         place = uint32(place + uint32(THREADS))
     if thread == uint32(0):
@@ -94,21 +95,24 @@ def merge_pieces(sums, state, out, lse, width, pieces):  # type: ignore[no-untyp
     """Merge the pieces of a query: each is scaled to the largest logit of all."""
     query, thread = uint32(cuda.blockIdx.x), uint32(cuda.threadIdx.x)
     start = uint32(query * pieces)
-    largest = float32(-math.inf)
-    for piece in range(pieces):
-        largest = max(largest, state[uint32(uint32(start + uint32(piece)) * uint32(2))])
-    total = float32(0)
-    for piece in range(pieces):
-        at = uint32(uint32(start + uint32(piece)) * uint32(2))
+    largest, piece = float32(-math.inf), uint32(0)
+    while piece < pieces:
+        largest = max(largest, state[uint32(uint32(start + piece) * uint32(2))])
+        piece = uint32(piece + uint32(1))
+    total, piece = float32(0), uint32(0)
+    while piece < pieces:
+        at = uint32(uint32(start + piece) * uint32(2))
         shrunk = math.exp(float32(state[at] - largest))
         total = cuda.fma(state[uint32(at + uint32(1))], shrunk, total)
+        piece = uint32(piece + uint32(1))
     place = thread
     while place < width:
-        whole = float32(0)
-        for piece in range(pieces):
-            of_piece = uint32(start + uint32(piece))
+        whole, piece = float32(0), uint32(0)
+        while piece < pieces:
+            of_piece = uint32(start + piece)
             shrunk = math.exp(float32(state[uint32(of_piece * uint32(2))] - largest))
             whole = cuda.fma(sums[uint32(uint32(of_piece * width) + place)], shrunk, whole)
+            piece = uint32(piece + uint32(1))
         out[uint32(uint32(query * width) + place)] = whole / total
         place = uint32(place + uint32(THREADS))
     if thread == uint32(0):
