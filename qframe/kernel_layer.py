@@ -8,6 +8,7 @@ it is, so that the layer can be saved, moved and verified like any other.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import nn
 from qframe.contracts import Kernel, OpCall, QuantizedWeight
 from qframe.dispatch import Dispatch
 from qframe.errors import UnsupportedError
+from qframe.kernels import ACTIVATIONS
 from qframe.model import replace_module
 from qframe.scheme import ActivationScheme, Scheme
 from qframe.stored import QuantizedLinear, StoredLayer
@@ -38,11 +40,19 @@ class KernelLinear(QuantizedLinear):
     ) -> None:
         """Raises UnsupportedError where no kernel serves the layer."""
         super().__init__(stored, bias)
-        self.kernels, self._product, self._prepared = _plan(stored, dispatch)
+        plan = _plan(stored, dispatch)
+        self.kernels, self._product, self._prepared = plan.names, plan.product, plan.layouts
+        # Where anything is added afterwards, sums of 32 bits are rounded once, at the end.
+        alone = stored.transform is None and bias is None
+        self._short = plan.short if alone else frozenset[torch.dtype]()
         self._kept = None if stored.kept is None else stored.kept.float()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the layer's output for x [..., columns], in the dtype of x."""
+        if x.dtype in self._short:
+            return self._product(x.reshape(-1, self.in_features)).view(
+                *x.shape[:-1], self.out_features
+            )
         transform = self._layout.transform
         z = x if x.dtype == torch.float32 else x.to(torch.float32)
         if transform is not None:
@@ -59,24 +69,45 @@ class KernelLinear(QuantizedLinear):
         return y if x.dtype == y.dtype else y.to(x.dtype)
 
 
-def _plan(
-    stored: StoredLayer, dispatch: Dispatch
-) -> tuple[tuple[str, ...], Callable[[torch.Tensor], torch.Tensor], tuple[Any, ...]]:
-    """Return the names of the kernels, what they make of z [tokens, columns], and their layouts."""
+@dataclass(frozen=True)
+class _Plan:
+    """How a layer is computed.
+
+    names     of the kernels
+    product   what they make of z [tokens, columns]
+    layouts   of the constants
+    short     dtypes of 16 bits that z may have; y has the same
+    """
+
+    names: tuple[str, ...]
+    product: Callable[[torch.Tensor], torch.Tensor]
+    layouts: tuple[Any, ...]
+    short: frozenset[torch.dtype] = frozenset()
+
+
+def _plan(stored: StoredLayer, dispatch: Dispatch) -> _Plan:
     scheme, inputs = stored.packed.scheme, stored.inputs
     weight = stored.packed.unpack()
     rows, columns = weight.codes.shape
     if scheme.type != "int":
         raise UnsupportedError(f"weights {scheme.describe()} are no integers: no kernel takes them")
 
+    def call_of(op: str, *shape: int, dtype: str = "float32") -> OpCall:
+        return OpCall(op=op, device="cpu", dtype=dtype, scheme=scheme, shape=shape)
+
     def chosen(op: str, *shape: int) -> Kernel:
-        call = OpCall(op=op, device="cpu", dtype="float32", scheme=scheme, shape=shape)
-        return dispatch.choose(call)
+        return dispatch.choose(call_of(op, *shape))
+
+    def short(kernel: Kernel, *shape: int) -> frozenset[torch.dtype]:
+        asked = [call_of(kernel.op, *shape, dtype=dtype) for dtype in ACTIVATIONS[1:]]
+        taken = (call.dtype for call in asked if kernel.supports(call) is None)
+        return frozenset(getattr(torch, dtype) for dtype in taken)
 
     if inputs is None:
         kernel = chosen("linear_weight_only", 1, columns, rows)
         prepared = _prepared(kernel, _parts(weight))
-        return (_name(kernel),), lambda z: _called(kernel, (z,), prepared), prepared
+        shorts = short(kernel, 1, columns, rows)
+        return _Plan((_name(kernel),), lambda z: _called(kernel, (z,), prepared), prepared, shorts)
     if not _int8_tokens(inputs.scheme):
         raise UnsupportedError(f"no kernel takes inputs {inputs.scheme.describe()}")
     plain = _per_channel(weight, scheme)
@@ -89,19 +120,20 @@ def _plan(
             )
         mixed = chosen("linear_int8_outliers", 1, columns, rows)
         values = _prepared(mixed, (*plain, stored.packed.dequantize()))
-        return (_name(mixed),), lambda z: _called(mixed, (z, threshold), values), values
+        return _Plan((_name(mixed),), lambda z: _called(mixed, (z, threshold), values), values)
     first = chosen("quantize_activations", 1, columns)
     op = "linear_int8_groups" if plain is None else "linear_int8"
     second = chosen(op, 1, columns, rows)
     laid = _prepared(second, _parts(weight) if plain is None else plain)
     at_once = getattr(second, "from_activations", None)
     if at_once is not None and first.backend == second.backend:
-        return (_name(first), _name(second)), lambda z: at_once(z, *laid), laid
+        names, shorts = (_name(first), _name(second)), short(second, 1, columns, rows)
+        return _Plan(names, lambda z: at_once(z, *laid), laid, shorts)
 
     def product(z: torch.Tensor) -> torch.Tensor:
         return _called(second, first(z), laid)
 
-    return (_name(first), _name(second)), product, laid
+    return _Plan((_name(first), _name(second)), product, laid)
 
 
 def _name(kernel: Kernel) -> str:

@@ -138,7 +138,18 @@ def cases(draw: st.DrawFn, kernel: Any, supported: tuple[Variant, ...]) -> Kerne
     for operand in op_of(kernel.op).operands:
         if operand.activation and call.dtype != "float32":
             made[operand.name] = _held_by(call.dtype, made[operand.name])
+    if call.dtype == "float16" and call.op in _LINEAR:
+        x = made["x"]
+        for token, most in zip(rng.permutation(len(x)), (LOUD, FAINT), strict=False):
+            size = np.abs(x[token]).max(initial=0) or 1
+            x[token] = _held_by(call.dtype, x[token] * (most / size))
     return KernelCase(kernel, made, seed, optional=scattered, call=call, dtype=call.dtype)
+
+
+LOUD, FAINT = 3e4, 2.0**-14
+"""The largest numbers of tokens whose outputs are beyond what float16 holds, or subnormal there."""
+
+_LINEAR = ("linear_weight_only", "linear_int8_outliers", "hadamard")
 
 
 def _held_by(dtype: str, numbers: Array) -> Array:
