@@ -439,7 +439,7 @@ class OpCall:
 
     op       one of `qframe.kernels.OPS`
     device   where the operands are: "cpu", "cuda", "cuda:1", ...
-    dtype    of activations, "float32"
+    dtype    of activations, one of `qframe.kernels.ACTIVATIONS`: "float32", "bfloat16", "float16"
     scheme   of the weight; (keys', values') for attention_kv; None where neither plays a part
     shape    sizes, in the order of the operation's `Op.call`
     """
@@ -467,9 +467,10 @@ class Kernel(Protocol):
     prepare             a method that lays out the constant operands once; what it returns takes
                         their place in the call
     from_activations    of linear_int8 and linear_int8_groups, a method that takes activations
-                        [tokens, columns] float32 in the place of codes and scales, and makes them
-                        itself: the same bits as for the codes that quantize_activations makes, a
-                        scale absmax / 127 and codes that are rounded quotients
+                        [tokens, columns] in the place of codes and scales, and makes them itself:
+                        the same bits as for the codes that quantize_activations makes, a scale
+                        absmax / 127 and codes that are rounded quotients; with activations of 16
+                        bits, where `supports` says so, rounded to their dtype
     device              where its operands must be; "cpu" unless it says otherwise
     priority            an integer: of several that serve a call, the one with the highest is taken
                         where none is asked for by name; 0

@@ -84,6 +84,36 @@ def allowed(layer, x):
     return roundings + scale * (near.double() @ size.T)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", RECIPES)
+def test_inputs_of_16_bits_give_what_is_rounded_once(name, dtype, quantized):
+    """Whether a kernel takes them, or the layer makes them float32 and rounds at the end."""
+    network = qframe.load(quantized(name), kernels="numba")
+    layers = [module for module in network.modules() if isinstance(module, KernelLinear)]
+    taken = {dtype in layer._short for layer in layers}
+    assert taken == {name in ("W4A16", "W8A8", "W4A8")}
+    for layer in layers[:3]:
+        x = torch.randn(2, 3, layer.in_features).to(dtype)
+        made = layer(x)
+        assert made.dtype == dtype
+        assert torch.equal(made, layer(x.float()).to(dtype))
+
+
+def test_a_bias_is_added_before_outputs_are_rounded(quantized):
+    network = qframe.load(quantized("W4A16"), kernels="numba")
+    first = next(module for module in network.modules() if isinstance(module, KernelLinear))
+    bias = torch.randn(first.out_features)
+    layer = KernelLinear(first.stored, Dispatch(host_kernels(), "numba"), bias)
+    x = torch.randn(3, layer.in_features).to(torch.bfloat16)
+    wanted = (first(x.float()) + bias).to(torch.bfloat16)
+    assert torch.equal(layer(x), wanted)
+
+
+def host_kernels():
+    host = Host.discover()
+    return [host.get("kernel", name) for name in host.names("kernel")]
+
+
 @pytest.mark.parametrize("backend", ["auto", "torch", "numba"])
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_layer_computes_what_it_did_without_kernels(name, backend, quantized):

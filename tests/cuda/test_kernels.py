@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 from qframe import KVScheme, Scheme, kernels
 from qframe.kernel_judges import judge
@@ -130,6 +131,46 @@ def test_integers_are_added_exactly(op):
         made = answer(on(PtxHost(check=False), op), operands)
         for one, other in zip(made, answer(cpu, operands), strict=True):
             assert one.tobytes() == other.tobytes()
+
+
+SHORT_OPS = [kernel.op for kernel in cuda_ops.KERNELS if kernel.activations == kernels.ACTIVATIONS]
+
+
+@pytest.mark.parametrize("dtype", kernels.ACTIVATIONS[1:])
+@pytest.mark.parametrize("op", SHORT_OPS)
+def test_16_bits_are_read_exactly_and_written_with_one_rounding(op, dtype):
+    """The sums are those of float32: so are the bits, once they are rounded."""
+    kernel = on(PtxHost(check=False), op)
+    kind = getattr(torch, dtype)
+    rng = np.random.default_rng(7)
+    for operands in drawn(op, rng):
+        constants = [
+            torch.from_numpy(operands[o.name]) for o in kernels.OPS[op].operands if o.constant
+        ]
+        if "x_codes" in operands:
+            x = torch.randn(len(operands["x_codes"]), operands["x_codes"].shape[1]).to(kind)
+            laid = kernel.prepare(*constants)
+            wide, short = (kernel.from_activations(each, laid) for each in (x.float(), x))
+            assert short.dtype == kind
+            assert torch.equal(wide.to(kind).view(torch.int16), short.view(torch.int16))
+            continue
+        x = torch.from_numpy(operands["x"]).clamp(-60000, 60000).to(kind)
+        wide, short = ({**operands, "x": each} for each in (x.float(), x))
+        for one, other in zip(called(kernel, wide), called(kernel, short), strict=True):
+            assert other.dtype in (kind, torch.int8, torch.float32, torch.float64)
+            assert torch.equal(one.to(other.dtype), other) or bool(one.isnan().any())
+
+
+def called(kernel, operands):
+    """Return the parts of the answer, as tensors."""
+    given = [
+        torch.from_numpy(each.copy()) if isinstance(each, np.ndarray) else each
+        for each in (operands[o.name] for o in kernels.OPS[kernel.op].operands)
+    ]
+    made = kernels.run(kernel, given)
+    if made is None:
+        return [given[0]]
+    return made if isinstance(made, tuple) else [made]
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 2, 4, 5, 8, 9])
