@@ -76,10 +76,11 @@ def activations(rng: np.random.Generator, columns: int, width: int) -> Array:
 def linear(
     rng: np.random.Generator, tokens: int, columns: int, rows: int, scheme: Scheme
 ) -> Operands:
-    """Return operands of `linear_weight_only` for any number of tokens, of all kinds in turn."""
+    """Return operands of `linear_weight_only` for any number of tokens, of any kinds."""
     width = scheme.group_width(columns)
-    found = [activations(rng, columns, width) for _ in range(-(-tokens // 17))]
-    return {"x": np.concatenate(found)[:tokens], **weight(rng, scheme, rows, columns)}
+    found = np.concatenate([activations(rng, columns, width) for _ in range(-(-tokens // 17))])
+    chosen = rng.permutation(len(found))[:tokens]
+    return {"x": found[chosen], **weight(rng, scheme, rows, columns)}
 
 
 def shuffled_groups(rng: np.random.Generator, operands: Operands) -> Operands:

@@ -33,11 +33,11 @@ WEIGHTS = (
     ("one, rounds of 8 bits", 8, 64, (1, 2112, 68)),
     ("few, odd groups", 4, 7, (7, 131, 21)),
     ("few, odd groups of 8 bits", 8, 17, (5, 261, 21)),
-    ("one, odd groups", 4, 7, (1, 131, 37)),
-    ("one, odd groups of 8 bits", 8, 3, (1, 261, 37)),
+    ("one, odd groups", 4, 7, (1, 131, 38)),
+    ("one, odd groups of 8 bits", 8, 3, (1, 261, 38)),
     ("many, tiles", 4, 32, (34, 96, 68)),
-    ("many, odd tiles", 4, 16, (34, 131, 67)),
-    ("many, tiles of 8 bits", 8, 64, (34, 128, 66)),
+    ("many, odd tiles", 4, 16, (35, 131, 67)),
+    ("many, tiles of 8 bits", 8, 64, (36, 128, 66)),
 )
 """(family, bits, group_size, (tokens, columns, rows))"""
 
@@ -55,7 +55,8 @@ def _activations() -> Iterator[Beyond]:
 
 
 def _int8() -> Iterator[Beyond]:
-    for name, *shape in (("few", 7, 300, 37), ("few, in place", 6, 640, 18)):
+    shapes = (("few", 7, 300, 37), ("few, in place", 6, 640, 18), ("nearly two tiles", 60, 96, 66))
+    for name, *shape in shapes:
         yield name, tuple(shape), W8A8, _draw(kernel_draws_int8.codes, *shape)
 
 
@@ -75,7 +76,7 @@ def _hadamard() -> Iterator[Beyond]:
 
 
 def _attention() -> Iterator[Beyond]:
-    sizes = (("wide", 300, 160, 20), ("whole rows", 140, 44, None), ("many pieces", 4200, 8, 64))
+    sizes = (("wide", 140, 160, 20), ("whole rows", 140, 44, None), ("many pieces", 4200, 2, 64))
     axes: tuple[Any, ...] = ("token", "channel")
     for keys, values, (name, tokens, width, size) in itertools.product(axes, axes, sizes):
         k, v = (_of_three_bits(axis, size) for axis in (keys, values))
@@ -92,8 +93,8 @@ def _of_three_bits(axis: Any, size: int | None) -> KVScheme:
 def _newest() -> Iterator[Beyond]:
     sizes = (
         ("pieces", (2, 1), 1100, 16),
-        ("wide", (1, 1), 300, 160),
-        ("many pieces", (1, 1), 4200, 8),
+        ("wide", (1, 1), 140, 160),
+        ("many pieces", (1, 1), 4200, 2),
     )
     for name, heads, tokens, width in sizes:
         draw = _draw(kernel_draws_other.newest, heads, tokens, width, width**-0.5)
