@@ -6,6 +6,12 @@ A run is every installed plugin object that the suite has checks for, at the giv
 seed; nothing may fail. The log has a line for every ten runs, and one for each failure. When it
 is started again with the same log it goes on after the last seed that it finished. With --only it
 runs the objects of some names: after a mended fault, those that it was in.
+
+Other things for a night are QFRAME_TEST_PROFILE=nightly pytest, which takes all mutants and all
+processors, and more one-instruction mutants of the GPU kernels, another seed each night:
+
+    python benchmarks/ptx_mutants.py --sample 200 --seed 1 --minutes 300
+    python benchmarks/ptx_mutants_table.py
 """
 
 from __future__ import annotations

@@ -471,6 +471,8 @@ class Kernel(Protocol):
                         the same bits as for the codes that quantize_activations makes, a scale
                         absmax / 127 and codes that are rounded quotients; with activations of 16
                         bits, where `supports` says so, rounded to their dtype
+    activations         the dtypes of activations that it takes, of `qframe.kernels.ACTIVATIONS`,
+                        as `supports` says, too; "float32" alone unless it says otherwise
     device              where its operands must be; "cpu" unless it says otherwise
     priority            an integer: of several that serve a call, the one with the highest is taken
                         where none is asked for by name; 0

@@ -17,7 +17,7 @@ from torch import nn
 from qframe.contracts import Kernel, OpCall, QuantizedWeight
 from qframe.dispatch import Dispatch
 from qframe.errors import UnsupportedError
-from qframe.kernels import ACTIVATIONS
+from qframe.kernels import short_dtypes
 from qframe.model import replace_module
 from qframe.scheme import ActivationScheme, Scheme
 from qframe.stored import QuantizedLinear, StoredLayer
@@ -92,15 +92,14 @@ def _plan(stored: StoredLayer, dispatch: Dispatch) -> _Plan:
     if scheme.type != "int":
         raise UnsupportedError(f"weights {scheme.describe()} are no integers: no kernel takes them")
 
-    def call_of(op: str, *shape: int, dtype: str = "float32") -> OpCall:
-        return OpCall(op=op, device="cpu", dtype=dtype, scheme=scheme, shape=shape)
+    def call_of(op: str, *shape: int) -> OpCall:
+        return OpCall(op=op, device="cpu", dtype="float32", scheme=scheme, shape=shape)
 
     def chosen(op: str, *shape: int) -> Kernel:
         return dispatch.choose(call_of(op, *shape))
 
     def short(kernel: Kernel, *shape: int) -> frozenset[torch.dtype]:
-        asked = [call_of(kernel.op, *shape, dtype=dtype) for dtype in ACTIVATIONS[1:]]
-        taken = (call.dtype for call in asked if kernel.supports(call) is None)
+        taken = short_dtypes(kernel, call_of(kernel.op, *shape))
         return frozenset(getattr(torch, dtype) for dtype in taken)
 
     if inputs is None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from qframe import bounds, reference_ops
+from qframe.contracts import OpCall
 from qframe.errors import UnsupportedError
 
 ACTIVATIONS: Final = ("float32", "bfloat16", "float16")
@@ -318,6 +319,17 @@ def run(kernel: Any, operands: Sequence[Any]) -> Any:
     variables = [each for each, o in zip(operands, defined, strict=True) if not o.constant]
     constants = [each for each, o in zip(operands, defined, strict=True) if o.constant]
     return kernel(*variables, kernel.prepare(*constants))
+
+
+def short_dtypes(kernel: Any, call: OpCall) -> tuple[str, ...]:
+    """Return the dtypes of 16 bits that activations of a call may have.
+
+    Those that the kernel declares in its attribute `activations`, "float32" alone unless it does,
+    and that it supports: nobody has to know of others.
+    """
+    declared = getattr(kernel, "activations", ACTIVATIONS[:1])
+    asked = (replace(call, dtype=dtype) for dtype in ACTIVATIONS[1:] if dtype in declared)
+    return tuple(each.dtype for each in asked if kernel.supports(each) is None)
 
 
 # Arithmetic -----------------------------------------------------------------------------------

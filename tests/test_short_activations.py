@@ -79,7 +79,7 @@ def test_kernels_of_the_cpu_take_16_bits(kernel):
 class Wrong:
     """An operation in float32 that turns its outputs into 16 bits in a wrong way."""
 
-    backend = "wrong"
+    backend, activations = "wrong", ACTIVATIONS
 
     def __init__(self, finish, begin=lambda x: x.float(), op="hadamard"):
         self.op, self.finish, self.begin = op, finish, begin
@@ -152,14 +152,21 @@ def test_what_rounds_otherwise_is_found(name):
 
 def test_kernels_of_32_bits_alone_are_asked_for_nothing_else():
     class Narrow(Wrong):
-        def supports(self, call):
-            if call.dtype != "float32":
-                return Unsupported(f"float32, not {call.dtype}")
-            return super().supports(call)
+        activations = ("float32",)  # as where a kernel knows of nothing else
 
     narrow = Narrow(nearest)
     assert not of_16_bits(narrow)
     assert check_plugin(narrow, profile="fast").ok
+
+
+def test_what_is_declared_and_not_supported_is_not_asked_for():
+    class Half(Wrong):
+        def supports(self, call):
+            if call.dtype == "float16":
+                return Unsupported("no float16")
+            return super().supports(call)
+
+    assert {each.rpartition(", ")[2] for each in of_16_bits(Half(nearest))} == {"bfloat16"}
 
 
 @pytest.mark.parametrize("dtype", SHORT)

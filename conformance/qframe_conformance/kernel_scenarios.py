@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from qframe import KVScheme, Scheme, bounds
 from qframe.contracts import OpCall
 from qframe.kernel_comparisons import rounded_to
-from qframe.kernels import ACTIVATIONS, op_of
+from qframe.kernels import op_of, short_dtypes
 from qframe_conformance import (
     kernel_draws,
     kernel_draws_int8,
@@ -92,7 +92,7 @@ def _short_variants(kernel: Any) -> Iterator[Variant]:
     for name, call, draw in variants(kernel):
         if kernel.op in _IN_SHORT and name not in _IN_SHORT[kernel.op]:
             continue
-        for dtype in ACTIVATIONS[1:]:
+        for dtype in short_dtypes(kernel, call):
             yield f"{name}, {dtype}", replace(call, dtype=dtype), draw
 
 

@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from qframe import OpCall, Unsupported, hookimpl
-from qframe_plugins.kernels.short import objection, served, through_float32
+from qframe_plugins.kernels.short import ThroughFloat32, objection, through_float32
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 LONGEST = (2**31 - 1) // 127**2  # columns whose products of codes fit an int32
 
 
-class NumbaKernel:
+class NumbaKernel(ThroughFloat32):
     """What all of them have in common."""
 
     op: str
@@ -34,7 +34,7 @@ class NumbaKernel:
             return Unsupported(f"this kernel computes {self.op}, not {call.op}")
         if call.device != "cpu":
             return Unsupported(f"numba computes on the CPU, not on {call.device}")
-        other = objection(call, served(self))
+        other = objection(call, self.activations)
         if other is not None:
             return other
         if getattr(call.scheme, "type", "int") != "int":

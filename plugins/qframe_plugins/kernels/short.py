@@ -16,11 +16,16 @@ from qframe import OpCall, Unsupported
 from qframe.kernels import ACTIVATIONS, op_of
 
 
-def served(kernel: Any) -> tuple[str, ...]:
-    """Return the dtypes of activations that a kernel takes whose methods go through float32."""
-    if op_of(kernel.op).takes_activations or hasattr(kernel, "from_activations"):
-        return ACTIVATIONS
-    return ACTIVATIONS[:1]
+class ThroughFloat32:
+    """A kernel whose methods take activations of 16 bits through float32."""
+
+    op: str
+
+    @property
+    def activations(self) -> tuple[str, ...]:
+        """The dtypes of activations that it takes."""
+        takes = op_of(self.op).takes_activations or hasattr(self, "from_activations")
+        return ACTIVATIONS if takes else ACTIVATIONS[:1]
 
 
 def objection(call: OpCall, known: tuple[str, ...]) -> Unsupported | None:

@@ -17,7 +17,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from qframe import OpCall, Unsupported, hookimpl
-from qframe_plugins.kernels.short import objection, served, through_float32
+from qframe_plugins.kernels.short import ThroughFloat32, objection, through_float32
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +29,7 @@ _CHUNK = 1 << 17  # weights that are dequantized at a time: 512 KiB, which stays
 _RUN = 256  # tokens of second moments that are summed in float32
 
 
-class TorchKernel:
+class TorchKernel(ThroughFloat32):
     """One operation in PyTorch."""
 
     backend = "torch"
@@ -44,7 +44,7 @@ class TorchKernel:
 
         if call.op != self.op:
             return Unsupported(f"this kernel computes {self.op}, not {call.op}")
-        other = objection(call, served(self))
+        other = objection(call, self.activations)
         if other is not None:
             return other
         if getattr(call.scheme, "type", "int") != "int":
