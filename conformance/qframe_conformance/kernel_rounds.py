@@ -27,17 +27,17 @@ def of(op: str) -> Iterator[Beyond]:
 
 
 WEIGHTS = (
-    ("few, rounds", 4, 64, (6, 2112, 20)),
-    ("few, rounds of 8 bits", 8, 96, (6, 1056, 37)),
-    ("one, rounds", 4, 32, (1, 2080, 67)),
-    ("one, rounds of 8 bits", 8, 64, (1, 2112, 68)),
-    ("few, odd groups", 4, 7, (7, 131, 21)),
-    ("few, odd groups of 8 bits", 8, 17, (5, 261, 21)),
+    ("few, rounds", 4, 64, (6, 1056, 20)),
+    ("few, rounds of 8 bits", 8, 96, (6, 1056, 21)),
+    ("one, rounds", 4, 32, (1, 1056, 67)),
+    ("one, rounds of 8 bits", 8, 64, (1, 1088, 69)),
+    ("few, odd groups", 4, 7, (7, 65, 21)),
+    ("few, odd groups of 8 bits", 8, 17, (5, 65, 21)),
     ("one, odd groups", 4, 7, (1, 131, 38)),
-    ("one, odd groups of 8 bits", 8, 3, (1, 261, 38)),
-    ("many, tiles", 4, 32, (34, 96, 68)),
-    ("many, odd tiles", 4, 16, (35, 131, 67)),
-    ("many, tiles of 8 bits", 8, 64, (36, 128, 66)),
+    ("one, odd groups of 8 bits", 8, 3, (1, 65, 38)),
+    ("many, tiles", 4, 32, (34, 64, 68)),
+    ("many, odd tiles", 4, 16, (35, 65, 67)),
+    ("many, tiles of 8 bits", 8, 64, (36, 64, 66)),
 )
 """(family, bits, group_size, (tokens, columns, rows))"""
 
@@ -55,7 +55,7 @@ def _activations() -> Iterator[Beyond]:
 
 
 def _int8() -> Iterator[Beyond]:
-    shapes = (("few", 7, 300, 37), ("few, in place", 6, 640, 18), ("nearly two tiles", 60, 96, 66))
+    shapes = (("few", 7, 161, 21), ("few, in place", 6, 256, 18), ("nearly two tiles", 60, 64, 20))
     for name, *shape in shapes:
         yield name, tuple(shape), W8A8, _draw(kernel_draws_int8.codes, *shape)
 
@@ -76,9 +76,13 @@ def _hadamard() -> Iterator[Beyond]:
 
 
 def _attention() -> Iterator[Beyond]:
-    sizes = (("wide", 140, 160, 20), ("whole rows", 140, 44, None), ("many pieces", 4200, 2, 64))
     axes: tuple[Any, ...] = ("token", "channel")
-    for keys, values, (name, tokens, width, size) in itertools.product(axes, axes, sizes):
+    every = list(itertools.product(axes, axes))
+    found: list[tuple[Any, Any, str, int, int, int | None]]
+    found = [(*pair, "wide", 140, 160, 20) for pair in every]
+    found += [(*pair, "whole rows", 140, 40, None) for pair in every]
+    found += [("token", "channel", f"{count} pieces", 512 * count - 80, 2, 64) for count in (4, 9)]
+    for keys, values, name, tokens, width, size in found:
         k, v = (_of_three_bits(axis, size) for axis in (keys, values))
         draw = _draw(kernel_draws_other.attention, (1, 1), tokens, width, k, v)
         yield f"{name}, {keys} {values}", (5, 1, 1, tokens, width), (k, v), draw
@@ -94,7 +98,9 @@ def _newest() -> Iterator[Beyond]:
     sizes = (
         ("pieces", (2, 1), 1100, 16),
         ("wide", (1, 1), 140, 160),
-        ("many pieces", (1, 1), 4200, 2),
+        ("4 pieces", (1, 1), 2000, 2),
+        ("9 pieces", (1, 1), 4200, 2),
+        ("three threads", (1, 1), 140, 40),
     )
     for name, heads, tokens, width in sizes:
         draw = _draw(kernel_draws_other.newest, heads, tokens, width, width**-0.5)
@@ -103,7 +109,7 @@ def _newest() -> Iterator[Beyond]:
 
 def _moments() -> Iterator[Beyond]:
     for name, whole in (("runs", False), ("runs of integers", True)):
-        yield name, (530, 70), None, _draw(kernel_draws_other.moments, 530, 70, whole=whole)
+        yield name, (290, 70), None, _draw(kernel_draws_other.moments, 290, 70, whole=whole)
 
 
 def _draw(function: Callable[..., Any], *args: Any, **options: Any) -> Draw:

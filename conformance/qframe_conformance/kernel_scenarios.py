@@ -100,13 +100,15 @@ _IN_SHORT = {
     "linear_weight_only": (
         "int4-asymmetric-group",
         "int8-asymmetric-channel",
-        *(name for name, *_ in kernel_rounds.WEIGHTS if "odd" not in name),
+        "few, rounds",
+        "one, rounds of 8 bits",
         "many, odd tiles",
+        "many, tiles of 8 bits",
     ),
     "linear_int8": ("short", "few"),
     "linear_int8_groups": ("int4-asymmetric-group",),
     "attention_kv": ("token token int4", "channel channel int3"),
-    "hessian_update": ("floats", "runs"),
+    "hessian_update": ("runs", "floats"),
 }
 """Families that are drawn with 16 bits, too, of operations that have many; of others all."""
 
