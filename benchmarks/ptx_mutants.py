@@ -31,6 +31,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+from ptx_mutants_table import reason_of, reasons
 
 from qframe.kernels import OPS
 from qframe_conformance.checks import Check, Violation, checks_of
@@ -261,9 +262,9 @@ def main() -> None:
     parser.add_argument("--sample", type=int, help="mutants of each kernel; default: all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="no longer than that")
-    parser.add_argument("--again", action="store_true", help="try survivors again")
+    parser.add_argument("--again", action="store_true", help="only survivors that nothing explains")
     options = parser.parse_args()
-    until = time.monotonic() + 60 * options.minutes
+    until, why = time.monotonic() + 60 * options.minutes, reasons()
     for source in SOURCES:
         if options.kernels and source.name not in options.kernels:
             continue
@@ -273,8 +274,9 @@ def main() -> None:
             record = {"ptx": fingerprint(source), "of": len(every), "killed": {}, "survivors": []}
         wanted = drawn(every, options.sample, options.seed)
         if options.again:
-            wanted = [each["number"] for each in record["survivors"]]
-            record["survivors"] = []
+            explained = [each for each in record["survivors"] if reason_of(source.name, each, why)]
+            wanted = [n["number"] for n in record["survivors"] if n not in explained]
+            record["survivors"] = explained
         began, count = time.perf_counter(), 0
         for changed in judged(source, record, wanted, every, until):
             count += 1
