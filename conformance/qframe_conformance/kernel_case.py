@@ -176,6 +176,7 @@ class KernelCase:
     def counterexample(self, check: str) -> Counterexample:
         """Return the call as plain Python; `plugin` and `arrays` are defined before it."""
         lines, arrays, schemes = [], {}, ""
+        short = "" if self.dtype == "float32" else f", dtype={self.dtype!r}"
         for name, value in self.operands.items():
             if isinstance(value, np.ndarray):
                 arrays[name] = value
@@ -192,9 +193,7 @@ from qframe_conformance.kernel_case import KernelCase
 operands = {{
 {chr(10).join(lines)}
 }}
-case = KernelCase(
-    plugin, operands, seed={self.seed}, optional={self.optional}, dtype={self.dtype!r}
-)
+case = KernelCase(plugin, operands, seed={self.seed}, optional={self.optional}{short})
 print(replay({check!r}, case))
 """
         return Counterexample(snippet=text, arrays=arrays)
