@@ -107,8 +107,10 @@ def outliers(rng: np.random.Generator, columns: int, rows: int, threshold: float
     x[1] = short * rng.uniform(0.75, 1, columns)  # all large, of one sign
     x[2] *= 2.0**-9
     x[3] = np.where(np.arange(columns) < columns // 2, x[1], -x[1])  # large sums that cancel
+    x[12] = _near_ties(rng, columns) * 2.0**-11
     places = rng.permutation(columns)
-    for place, kind in zip(places, ("at", "below", "short", "large", "far"), strict=False):
+    kinds_of = ("at", "below", "short", "large", "far", "at", "below")
+    for place, kind in zip(places, kinds_of, strict=False):
         token = int(rng.integers(4, 9))
         if kind == "at":
             x[:, place] = rng.uniform(-0.5, 0.5, 13) * short
