@@ -35,6 +35,7 @@ WEIGHTS = (
     ("few, odd groups of 8 bits", 8, 17, (5, 65, 21)),
     ("one, odd groups", 4, 7, (1, 131, 38)),
     ("one, odd groups of 8 bits", 8, 3, (1, 65, 38)),
+    ("one, a step of 8 bits", 8, 64, (1, 32, 67)),
     ("many, tiles", 4, 32, (34, 64, 68)),
     ("many, odd tiles", 4, 16, (35, 65, 67)),
     ("many, tiles of 8 bits", 8, 64, (36, 64, 66)),
