@@ -40,8 +40,8 @@ the comparison with the kernel for another architecture, or in another order of 
 the score is {without:.1%}.
 
 The suite's draws were made stronger by what these samples had left alive, so for mutants that were
-not in them the score is likely to be lower; another seed says by how much. Kernels that are not in the
-table, above all those that read 16 bits, have not been through it yet.
+not in them the score is likely to be lower; another seed says by how much. Kernels that are not in
+the table, above all those that read 16 bits, have not been through it yet.
 
 | kernel | mutants | tried | killed | by bits alone | equivalent | survive | score | at least |
 |---|--:|--:|--:|--:|--:|--:|--:|--:|
