@@ -34,8 +34,8 @@ MISTAKES = (
         "quantize_activations",
         "tokens",
         "tokens.py",
-        "    column = uint32(whole + thread)\n    while column < columns:\n        bits",
-        "    column = uint32(whole + thread)\n    while column < whole:\n        bits",
+        "    column = uint32(whole + thread)\n        while column < columns:\n            bits",
+        "    column = uint32(whole + thread)\n        while column < whole:\n            bits",
         "scales_of_tokens",
     ),
     (
@@ -61,8 +61,8 @@ MISTAKES = (
         "linear_int8",
         "long",
         "int8_products.py",
-        "        cuda.syncthreads()\n        stage = following",
-        "        stage = following",
+        "            cuda.syncthreads()\n            stage = following",
+        "            stage = following",
         "answers",
     ),
     (
@@ -79,8 +79,8 @@ MISTAKES = (
         "linear_int8_groups",
         "int4-asymmetric-group",
         "int8_products.py",
-        "                    products[k] = int32(0)\n        cuda.syncthreads()",
-        "        cuda.syncthreads()",
+        "                        products[k] = int32(0)\n            cuda.syncthreads()",
+        "            cuda.syncthreads()",
         "eight_bit_groups",
     ),
     (
