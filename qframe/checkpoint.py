@@ -6,20 +6,19 @@ carried over as it was. `qframe.json` says what was done (`qframe.manifest`). St
 asked to be kept have files of their own.
 
 Everything is written to a temporary folder beside the output, which takes its name at the very
-end: a run that fails leaves nothing behind. Nothing in the folder depends on time, machine or
-thread count.
+end: no other program sees half of one. Nothing in the folder depends on time, machine or thread
+count.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -41,6 +40,7 @@ from qframe.model import replace_module, set_weight, stored_names
 from qframe.stored import QuantizedLinear, StoredLayer
 from qframe.stored_model import StoredModel
 from qframe.weights import DTYPE_NAMES, MODEL, ModelFolder, index_name
+from qframe.writing import to_disk, write_json, written
 
 MAX_SHARD_BYTES = 1 << 30  # what waits in memory to be written
 
@@ -101,12 +101,10 @@ class Shards:
     def _flush(self) -> None:
         if not self._pending:
             return
-        file = self._shard(len(self._shards) + 1)
-        self._bytes += self._pending_bytes()
-        try:
+        file, size = self._shard(len(self._shards) + 1), self._pending_bytes()
+        self._bytes += size
+        with written(file, size):
             save_file(self._pending, str(file), metadata={"format": "pt"})
-        except OSError as error:
-            raise OutputError(f"cannot write {file}: {error}") from None
         self._shards.append(sorted(self._pending))
         self._pending = {}
 
@@ -118,6 +116,7 @@ class CheckpointWriter:
                 `overwrite`
     layout      how layers are stored
     strict      refuse a layer that readers of the layout would not read as it is meant
+    work        where the folder is made, in a folder that is there; None for one beside `out`
     """
 
     def __init__(
@@ -127,9 +126,10 @@ class CheckpointWriter:
         *,
         strict: bool = False,
         overwrite: bool = False,
+        work: Path | None = None,
         max_shard_bytes: int = MAX_SHARD_BYTES,
     ) -> None:
-        self.out = out
+        self.out, self._work = out, work
         self.layout: Layout = layout or OwnLayout()
         self._strict = strict
         self.extras: dict[str, frozenset[str]] = {}  # layer -> what it has besides codes
@@ -140,14 +140,14 @@ class CheckpointWriter:
 
     def __enter__(self) -> Self:
         # The name is known before the folder is there: an interrupt may come right after.
-        self._folder = self.out.parent / f".{self.out.name}.{secrets.token_hex(8)}.tmp"
+        beside = self.out.parent / f".{self.out.name}.{secrets.token_hex(8)}.tmp"
+        self._folder = self._work or beside
         try:
-            self.out.parent.mkdir(parents=True, exist_ok=True)
-            self._folder.mkdir(mode=0o700)
+            with written(self.out.parent):
+                self.out.parent.mkdir(parents=True, exist_ok=True)
+                self._folder.mkdir(mode=0o700)
             self._model = Shards(self._folder, MODEL, self._limit)
             self._statistics = Shards(self._folder, STATISTICS, self._limit)
-        except OSError as error:
-            raise OutputError(f"cannot write to {self.out.parent}: {error.strerror}") from None
         except BaseException:
             shutil.rmtree(self._folder, ignore_errors=True)
             raise
@@ -194,7 +194,8 @@ class CheckpointWriter:
         """Carry over everything that is not a weight; `config` replaces config.json."""
         for file in folder.side_files():
             if file.name not in {"config.json", MANIFEST, *OTHERS_SIDE_FILES}:
-                shutil.copyfile(file, self._folder / file.name)
+                with written(self._folder / file.name, file.stat().st_size):
+                    shutil.copyfile(file, self._folder / file.name)
         write_json(self._folder / "config.json", config)
 
     def add_side_files(self, layers: Sequence[LayerOutline], left: Sequence[LayerInfo]) -> None:
@@ -205,17 +206,31 @@ class CheckpointWriter:
 
     def write_text(self, name: str, content: str) -> None:
         """Write a text file into the folder."""
-        (self._folder / name).write_text(content, encoding="utf-8")
+        with written(self._folder / name, len(content)):
+            (self._folder / name).write_text(content, encoding="utf-8")
 
-    def finish(self, manifest: Mapping[str, Any] | None) -> dict[str, int]:
+    def finish(
+        self,
+        manifest: Mapping[str, Any] | None,
+        look: Callable[[Path], None] | None = None,
+    ) -> dict[str, int]:
         """Write what is pending and the manifest, and give the folder its name.
 
         manifest   without the hashes of tensors and files, which are added; None for none
+        look       is called with the folder before it gets its name
 
         Returns file name -> size in bytes.
         """
-        self._model.finish()
-        self._statistics.finish()
+        with written(self._folder):
+            self._model.finish()
+            self._statistics.finish()
+            self._write_manifest(manifest)
+        if look is not None:
+            look(self._folder)
+        with written(self.out):
+            return self._place()
+
+    def _write_manifest(self, manifest: Mapping[str, Any] | None) -> None:
         if manifest is not None:
             content = {
                 **manifest,
@@ -224,10 +239,15 @@ class CheckpointWriter:
                 "files": {file.name: sha256(file) for file in sorted(self._folder.iterdir())},
             }
             write_json(self._folder / MANIFEST, {**content, "sha256": own_hash(content)})
+
+    def _place(self) -> dict[str, int]:
+        """Give the folder its name; return file name -> size in bytes."""
         sizes = {file.name: file.stat().st_size for file in sorted(self._folder.iterdir())}
         for file in self._folder.iterdir():
             file.chmod(0o644)
+            to_disk(file)
         self._folder.chmod(0o755)
+        to_disk(self._folder)
         if self._overwrite and self.out.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{self.out.name}.", dir=self.out.parent))
             os.replace(self.out, old / "old")
@@ -238,12 +258,8 @@ class CheckpointWriter:
                 self.out.rmdir()  # empty, as was checked
             os.replace(self._folder, self.out)
         self._done = True
+        to_disk(self.out.parent)
         return sizes
-
-
-def write_json(file: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file."""
-    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def check_output(out: Path, *, overwrite: bool) -> None:

@@ -57,11 +57,22 @@ class UncalibratedLayerError(CalibrationError):
 
 
 class MemoryLimitError(QframeError):
-    """A step needs more memory than the machine has free. Raised before the step begins."""
+    """A step needs more memory than the machine has free.
+
+    Raised before the step begins where that is known, else naming the layer and the stage.
+    """
 
 
 class OutputError(QframeError):
     """The output folder exists, cannot be written, or is incomplete."""
+
+
+class LockedError(OutputError):
+    """Another run is writing the same output folder."""
+
+
+class UnfinishedError(OutputError):
+    """An unfinished run is in the way, or is not one that can be gone on with as asked."""
 
 
 class NonFiniteError(QframeError):

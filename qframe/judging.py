@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from types import TracebackType
 from typing import Self
 
@@ -75,6 +76,13 @@ class Court:
         else:
             case.hear()
         self._waiting.append(case)
+
+    def known(self, count: int) -> list[Event] | None:
+        """Return the events of the first verdicts that wait; None unless all are worked out."""
+        first = [case.heard for case in islice(self._waiting, count)]
+        if not all(heard.done() and heard.exception() is None for heard in first):
+            return None
+        return [event for heard in first for event in heard.result()]
 
     def settle(self, still_waiting: int = 0) -> list[Event]:
         """Complete all verdicts but the last few, and return their events in order.

@@ -27,16 +27,21 @@ from qframe.checkpoint import CheckpointWriter, check_output, quantized_config
 from qframe.contracts import EXTRAS, Event, LayerOutline, Layout
 from qframe.errors import CalibrationError, FallbackError, RecipeError
 from qframe.host import Host
+from qframe.kept_blocks import Ledger
+from qframe.kept_decision import as_decision, plain_decision
 from qframe.layouts import OWN, USUAL, OwnLayout, choose
-from qframe.manifest import MANIFEST_VERSION, DivisionRecord, layer_record
+from qframe.manifest import MANIFEST, MANIFEST_VERSION, DivisionRecord, layer_record, sha256
 from qframe.memory import calibrates
 from qframe.mixed import decide
 from qframe.model import Network, left_weights
+from qframe.out_of_memory import Where, memory_named
 from qframe.recipe import Method, Plan, Recipe, check_supported, kv_quantizer, parse_method, resolve
 from qframe.report.layers import Coverage, RunReport
 from qframe.scheme import Scheme
 from qframe.solve import Solver
 from qframe.stored_model import outline_of
+from qframe.unfinished import State, Unfinished, unfinished
+from qframe.verification import check_written
 from qframe.walk import Progress, Walk
 from qframe.weights import ModelFolder
 
@@ -147,6 +152,8 @@ def quantize(
     host: Host | None = None,
     format: str | None = None,
     overwrite: bool = False,
+    state: State = "new",
+    verify: bool = True,
     threads: int | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Result:
@@ -162,74 +169,138 @@ def quantize(
                   express everything. None: as compressed-tensors does, where that can, or as qframe
                   does. A module in memory has no config.json that others could read, and is stored
                   as qframe does
+    state         what to do where an earlier run into `out` was stopped: "new", refuse; "resume",
+                  go on where it was, to the same bytes; "restart", delete what it had done. "none":
+                  refuse, and keep nothing of this run either
+    verify        read the folder once more before it gets its name, and compare it with what was
+                  to be written
     threads       how many; the result does not depend on it. Default: all cores
     progress      called after each block
 
     Raises RecipeError, UnsupportedError, PluginError, WeightsError, ModelError, CalibrationError
-    or OutputError before any work is done, MemoryLimitError before sensitivities are measured;
-    NonFiniteError, FallbackError or CertificateError when numbers go wrong. No output is left
-    behind then.
+    or OutputError before any work is done, MemoryLimitError before sensitivities are measured or
+    when memory runs out; NonFiniteError, FallbackError or CertificateError when numbers go wrong;
+    VerifyError when files are not what was written. No output is left behind then; blocks that
+    were done are kept beside it (`qframe.unfinished`).
     """
     started = time.perf_counter()
     job = plan_job(model, recipe, host, format=format)
     in_memory = job.network.folder is None
     if not in_memory and out is None:
         raise RecipeError("quantizing a folder needs a folder for the result: out=...")
-    if out is not None:
-        check_output(Path(out), overwrite=overwrite)
     threads = threads or parallel.default_threads()
-    shown = calibration is not None or calibrates(job)
-    if calibration is None and (shown or job.candidates is not None):
-        calibration = _default_calibration(job)
-    events = shortfall(calibration)
-    allocation: Allocation | None = None
-    if job.candidates is not None and calibration is not None:
-        plan, allocation, said = decide(job, job.candidates, calibration, threads)
-        job = dataclasses.replace(job, plan=plan)
-        events.extend(said)
-    if not shown:
-        calibration = None
 
-    outlines = job.outlines()
-    solver = Solver(job.recipe, job.method, job.host, threads)
-    solver.events.extend(events)
+    def run() -> _Run:
+        return _Run(job, calibration, threads, progress, started)
 
-    def walk(writer: CheckpointWriter | None) -> RunReport:
-        way = Walk(job.network, job.plan, outlines, solver, writer, progress)
-        with parallel.one_torch_thread(), solver:
-            if calibration is None:
-                way.without_data()
-            else:
-                dtype = compute_dtype(job.recipe.calibration.compute_dtype)
-                way.with_data(calibration, threads=threads, dtype=dtype)
-        report = RunReport(
-            layers=[way.reports[name] for name in job.plan.schemes],
-            events=solver.events,
-            coverage=job.coverage,
-            calibration=None if calibration is None else dict(calibration.source),
-            allocation=allocation,
-            folding=way.folding(),
-            divisions=way.divisions,
-            seconds={"total": time.perf_counter() - started},
-        )
-        check_fallbacks(report, job.recipe)
-        return report
-
+    sizes: Mapping[str, int] = {}
     if out is None:
-        report, sizes = walk(None), {}
+        report = run().walk(None, None)
     else:
-        strict = format is not None
-        with CheckpointWriter(Path(out), job.layout, strict=strict, overwrite=overwrite) as writer:
-            report = walk(writer)
-            outlines = writer.with_extras(outlines)
-            report.storage = storage_of(job, outlines)
-            sizes = _write_records(writer, job, outlines, report)
+        if state != "resume":
+            check_output(Path(out), overwrite=overwrite)
+        with unfinished(Path(out), state) as kept:
+            overwrite = overwrite or kept.placed
+            check_output(Path(out), overwrite=overwrite)
+            strict = format is not None
+            report, sizes = run().write(
+                Path(out), kept, strict=strict, overwrite=overwrite, verify=verify
+            )
     return Result(
         report=report,
         folder=Path(out) if out else None,
         module=job.network.module if in_memory else None,
         sizes=sizes,
     )
+
+
+class _Run:
+    """A job on its way, with the text that is shown to the network."""
+
+    def __init__(
+        self,
+        job: Job,
+        calibration: CalibrationData | None,
+        threads: int,
+        progress: Callable[[Progress], None] | None,
+        started: float,
+    ) -> None:
+        self._shown = calibration is not None or calibrates(job)
+        if calibration is None and (self._shown or job.candidates is not None):
+            calibration = _default_calibration(job)
+        self._job, self._data, self._threads = job, calibration, threads
+        self._progress, self._started = progress, started
+
+    def write(
+        self, out: Path, kept: Unfinished, *, strict: bool, overwrite: bool, verify: bool
+    ) -> tuple[RunReport, Mapping[str, int]]:
+        """Walk through the network and write the folder; return its files' sizes in bytes."""
+        from qframe.run_identity import run_identity
+
+        job = self._job
+        blocks = {job.network.block_of(layer) for layer in job.plan.schemes}
+        identity = run_identity(job, self._data, self._threads) if kept.wanted else None
+        kept.begin(identity, len(blocks))
+        with CheckpointWriter(
+            out, job.layout, strict=strict, overwrite=overwrite, work=kept.work
+        ) as writer:
+            report = self.walk(writer, kept)
+            outlines = writer.with_extras(self._job.outlines())
+            report.storage = storage_of(self._job, outlines)
+
+            def look(folder: Path) -> None:
+                if verify:
+                    check_written(folder, self._job.host, self._threads)
+                kept.placing(sha256(folder / MANIFEST))
+
+            return report, _write_records(writer, self._job, outlines, report, look)
+
+    def walk(self, writer: CheckpointWriter | None, kept: Unfinished | None) -> RunReport:
+        """Quantize every layer; return what there is to tell."""
+        events = shortfall(self._data)
+        where = Where(stage="measuring sensitivities")
+        with memory_named(where):
+            allocation = self._decide(events, kept)
+        data, job = self._data if self._shown else None, self._job
+        solver = Solver(job.recipe, job.method, job.host, self._threads)
+        solver.events.extend(events)
+        solver.where.calibrated = data is not None
+        outlines = job.outlines()
+        ledger = Ledger(kept, outlines)
+        way = Walk(job.network, job.plan, outlines, solver, writer, self._progress, ledger)
+        with memory_named(solver.where), parallel.one_torch_thread(), solver:
+            if data is None:
+                way.without_data()
+            else:
+                dtype = compute_dtype(job.recipe.calibration.compute_dtype)
+                way.with_data(data, threads=self._threads, dtype=dtype)
+        report = RunReport(
+            layers=[way.reports[name] for name in job.plan.schemes],
+            events=solver.events,
+            coverage=job.coverage,
+            calibration=None if data is None else dict(data.source),
+            allocation=allocation,
+            folding=way.folding(),
+            divisions=way.divisions,
+            seconds={"total": time.perf_counter() - self._started},
+        )
+        check_fallbacks(report, job.recipe)
+        return report
+
+    def _decide(self, events: list[Event], kept: Unfinished | None) -> Allocation | None:
+        """Choose the schemes of layers where the recipe has a target of bits."""
+        job, data = self._job, self._data
+        if job.candidates is None or data is None:
+            return None
+        decision = None if kept is None or kept.decision is None else as_decision(kept.decision)
+        if decision is None:
+            decision = decide(job, job.candidates, data, self._threads)
+            if kept is not None:
+                kept.decide(plain_decision(*decision))
+        plan, allocation, said = decision
+        self._job = dataclasses.replace(job, plan=plan)
+        events.extend(said)
+        return allocation
 
 
 def measure_coverage(network: Network, plan: Plan) -> Coverage:
@@ -294,7 +365,11 @@ def storage_of(job: Job, outlines: Mapping[str, LayerOutline]) -> str:
 
 
 def _write_records(
-    writer: CheckpointWriter, job: Job, outlines: Mapping[str, LayerOutline], report: RunReport
+    writer: CheckpointWriter,
+    job: Job,
+    outlines: Mapping[str, LayerOutline],
+    report: RunReport,
+    look: Callable[[Path], None],
 ) -> dict[str, int]:
     """Write everything that is not a tensor, and give the folder its name."""
     folder = job.network.folder
@@ -321,7 +396,8 @@ def _write_records(
                 layer.name: layer_record(layer, outlines[layer.name]) for layer in report.layers
             },
             "divisions": {n: DivisionRecord.of(each) for n, each in report.divisions.items()},
-        }
+        },
+        look,
     )
 
 

@@ -10,7 +10,7 @@ import dataclasses
 import logging
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Self
@@ -41,6 +41,7 @@ from qframe.judging import Court
 from qframe.learning import Learner
 from qframe.manifest import ORDER
 from qframe.observing import Known, Watch
+from qframe.out_of_memory import Where, memory_named
 from qframe.packing import PackedWeight
 from qframe.recipe import Method, Recipe
 from qframe.report.layers import LayerReport
@@ -105,6 +106,7 @@ class Solver:
         self._recipe, self._method, self._host, self.threads = recipe, method, host, threads
         self.folds = recipe.fold_scales and method.scales  # whether it is worth looking into what
         self._watch, self._court = Watch(host), Court(threads)
+        self.where = Where()
         self.events: list[Event] = []
         self._falls = Fallbacks(recipe, self.events)
         self.learner = (
@@ -138,12 +140,14 @@ class Solver:
         divider   what takes up a scale of the input; None for nothing
         """
         clock = time.perf_counter()
+        self.where.at(group.name, "taking statistics of its inputs")
         plain, beside = inputs, inputs.pairs()
         seen = self._watch.look(group, inputs, beside)
         errors = self._watch.output_errors(group, beside, seen)
         rewritten, transform, rewrites = self._rewrite(
             group, weights, schemes, inputs, seen[0], divider
         )
+        self.where.at(group.name, "taking statistics of its inputs")
         if transform is not None:
             inputs = inputs.transformed(transform)
             beside = inputs.pairs()
@@ -181,6 +185,7 @@ class Solver:
                 held_out=held_out,
             )
             clock = time.perf_counter()
+            self.where.at(layer.name, "rounding it")
             kept_in_16_bits = rewrites.kept.get(layer.name)
             learned = None if self.learner is None else self.learner.take(layer.name)
             if learned is None:
@@ -195,6 +200,7 @@ class Solver:
                 quantized, used, round_seconds = learned
 
             clock = time.perf_counter()
+            self.where.at(layer.name, "packing it")
             packed = PackedWeight.pack(quantized, scheme, problem.grid, name=layer.name)
             rounded = dataclasses.replace(
                 packed.unpack(),
@@ -238,15 +244,32 @@ class Solver:
             )
             evidence = Evidence(problem, rounded, shared)
             judged = Judged(evidence, original, effective, running, errors, report)
-            self._court.hear(partial(verdict, judged, self._recipe, self._method))
+            self._court.hear(partial(self._judge, judged))
             if kept and quantized.order is not None:
                 kept[f"{layer.name}.{ORDER}"] = quantized.order.to(torch.int32)
             self.events.extend(quantized.events)
             solved[layer.name] = Solved(stored, running, multiplied, effective, report)
         return SolvedGroup(solved, kept, rewrites.folded)
 
-    def settle(self, still_waiting: int = 0) -> None:
-        """Wait until the reports of all layers but the last few are complete.
+    def take_over(self, layers: int, events: Sequence[Event], judged: Sequence[Event]) -> None:
+        """Take over the events of a group that an earlier run has solved.
+
+        layers   how many the group has
+        judged   events of verdicts, which are told when it is the turn of those on its layers
+        """
+        self.events.extend(events)
+        for number in range(layers):
+            self._court.hear(partial(list, () if number else judged))
+
+    def judged(self, count: int) -> list[Event] | None:
+        """Return the events of verdicts on the first layers whose reports are not settled.
+
+        None unless these reports are complete.
+        """
+        return self._court.known(count)
+
+    def settle(self, still_waiting: int = 0) -> list[Event]:
+        """Wait until the reports of all layers but the last few are complete; return new events.
 
         Raises CertificateError when a layer breaks a bound that its method claims to keep.
         """
@@ -254,6 +277,13 @@ class Solver:
         for event in events:
             log.warning("%s: %s", event.layer, event.message)
         self.events.extend(events)
+        return events
+
+    def _judge(self, judged: Judged) -> list[Event]:
+        """Complete the report of a layer, beside whatever the run is at."""
+        where = Where(judged.report.name, "measuring what it lost", self.where.calibrated)
+        with memory_named(where):
+            return verdict(judged, self._recipe, self._method)
 
     def _rewrite(
         self,
@@ -288,6 +318,7 @@ class Solver:
                         "not rewritten",
                     )
                 continue
+            self.where.at(group.name, "rewriting its weights and inputs")
             seen = inputs if total is None else inputs.transformed(total)
             statistics = self._watch.statistics(
                 handler.needs,

@@ -207,6 +207,22 @@ def verify(
     return report
 
 
+def check_written(folder: Path, host: Host, threads: int) -> None:
+    """Read a folder that was just written; raise VerifyError where it is not what it should be.
+
+    That is what `verify` does without a reference, but for hashing files: their hashes are new.
+    """
+    source = ModelFolder(folder)
+    manifest = parse_manifest(source)
+    report = VerifyReport(folder=source.path)
+    _check_tensors(report, source, manifest.tensors, threads)
+    if manifest.statistics:
+        _check_tensors(report, ModelFolder(folder, STATISTICS), manifest.statistics, threads)
+    model = StoredModel.open(source, host)
+    _check_config(report, model, manifest, dict(_sound_layers(report, model, manifest)))
+    report.check()
+
+
 # Files and tensors ------------------------------------------------------------------------------
 
 

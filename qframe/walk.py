@@ -12,6 +12,7 @@ import inspect
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from qframe.feeders import Feeder
 from qframe.fold_search import Source
 from qframe.folds import Divider, Division, Fold, Folded
 from qframe.inputs import GroupInputs
+from qframe.kept_blocks import DoneBlock, DoneGroup, Ledger
 from qframe.model import Network, replace_module, set_weight
 from qframe.original import OriginalPass, check_pairs
 from qframe.parts import PARTS
@@ -51,6 +53,7 @@ class _Left:
     """A block whose layers are quantized, and not yet written."""
 
     block: str
+    done: DoneBlock
     layers: Mapping[str, Solved]
     divided: Mapping[str, torch.Tensor]
     seconds: float
@@ -67,9 +70,12 @@ class Walk:
         solver: Solver,
         writer: CheckpointWriter | None,
         progress: Callable[[Progress], None] | None,
+        ledger: Ledger | None = None,
     ) -> None:
         self._network, self._plan, self._solver = network, plan, solver
         self._outlines = outlines
+        self._ledger = ledger or Ledger(None, outlines)
+        self._done = DoneBlock("")
         self._writer, self._progress = writer, progress
         self.reports: dict[str, LayerReport] = {}
         self._pending: dict[str, Solved] = {}
@@ -174,14 +180,21 @@ class Walk:
             for layer, scheme in self._plan.schemes.items()
             if layer.startswith(prefix) and layer not in self.reports
         }
+        known = self._ledger.learned(next(iter(layers), ""))
+        if known is not None:
+            self._solver.events.extend(known)
+            return
+        before = len(self._solver.events)
+        self._solver.where.at(name, "learning its layers together")
         pairs = {number: (arrivals[number], originals[number]) for number in arrivals}
         self._solver.learner.learn(name, block, layers, pairs, fitted=fitted, dtype=self._dtype)
+        self._done.learned = self._solver.events[before:]
 
     # Layers ------------------------------------------------------------------------------------
 
     def _quantize_alone(self, layer: str) -> None:
         self._enter(self._network.block_of(layer))
-        self._solve(InputGroup(layers=(self._network.layers[layer],)), GroupInputs())
+        self._solve(InputGroup(layers=(self._network.layers[layer],)), GroupInputs)
 
     def _quantize_waiting(
         self, layer: str, arrivals: Mapping[int, Arrival], *, fitted: int
@@ -199,11 +212,10 @@ class Walk:
             there = self._original.arrivals(Stop("layer", layer), arrivals)
             originals = {i: layer_input(a.args, a.kwargs) for i, a in there.items()}
             check_pairs(layer, inputs, originals)
+        threads = self._solver.threads
         self._solve(
             group,
-            GroupInputs.collect(
-                group, inputs, fitted, self._dtype, self._solver.threads, originals
-            ),
+            partial(GroupInputs.collect, group, inputs, fitted, self._dtype, threads, originals),
         )
         del originals
         if self._original is not None and len(self.reports) < len(self._plan.schemes):
@@ -217,7 +229,28 @@ class Walk:
                 set_weight(module, solved.multiplied)
                 self._before[member.name] = solved.running.inputs_of
 
-    def _solve(self, group: InputGroup, inputs: GroupInputs) -> None:
+    def _solve(self, group: InputGroup, inputs: Callable[[], GroupInputs]) -> None:
+        """Quantize a group, or take what an earlier run made of it."""
+        found = self._ledger.group(group)
+        if found is None:
+            self._keep_left()
+            done = self._solve_anew(group, inputs())
+        else:
+            done, judged = found
+            self._solver.take_over(len(done.layers), done.events, judged)
+        self._solver.where.at(self._block or group.name, "running the network")
+        self._done.groups[group.name] = done
+        self._pending.update(done.layers)
+        if done.folded is not None:
+            self._fold(group.name, done.folded)
+        elif done.left is not None:
+            self._folding.left[group.name] = done.left
+        self.reports.update({name: result.report for name, result in done.layers.items()})
+        if self._writer is not None:
+            self._writer.add_statistics(done.statistics)
+
+    def _solve_anew(self, group: InputGroup, inputs: GroupInputs) -> DoneGroup:
+        before = len(self._solver.events)
         weights = {}
         for layer in group.layers:
             if self._network.is_tied(layer.name):
@@ -232,14 +265,13 @@ class Walk:
         divider = self._divider(group.name)
         given = None if isinstance(divider, str) else divider
         solved = self._solver.solve(group, weights, self._plan.schemes, inputs, given)
-        self._pending.update(solved.layers)
-        if solved.folded is not None:
-            self._fold(group.name, solved.folded)
-        elif solved.scaled:
-            self._folding.left[group.name] = str(divider)
-        self.reports.update({name: result.report for name, result in solved.layers.items()})
-        if self._writer is not None:
-            self._writer.add_statistics(solved.statistics)
+        return DoneGroup(
+            layers=solved.layers,
+            statistics=solved.statistics,
+            folded=solved.folded,
+            left=str(divider) if solved.scaled and solved.folded is None else None,
+            events=self._solver.events[before:],
+        )
 
     def _divider(self, group: str) -> Divider | str:
         """Return what can divide by a scale of a group's input, or why nothing can."""
@@ -375,6 +407,8 @@ class Walk:
                 f"folder cannot do; load the model and give qframe.quantize the module"
             )
         self._block, self._clock = block, time.perf_counter()
+        self._done = DoneBlock(block)
+        self._solver.where.at(block, "running the network")
         if block:
             self._network.load(self._network.blocks[block], recurse=True)
 
@@ -383,20 +417,22 @@ class Walk:
         if self._block is None:
             return
         seconds = time.perf_counter() - self._clock
-        left = _Left(self._block, self._pending, self._divided, seconds)
+        left = _Left(self._block, self._done, self._pending, self._divided, seconds)
         if self._block:
             self._network.release(self._network.blocks[self._block])
         self._blocks_left.add(self._block)
         self._pending, self._divided, self._expected = {}, {}, {}
         self._write_left(still_waiting=len(left.layers))
         self._left = left
+        self._keep_left()
 
     def _write_left(self, still_waiting: int = 0) -> None:
         """Write the layers of the block that was left last; those of later ones are waiting."""
-        self._solver.settle(still_waiting)
+        judged = self._solver.settle(still_waiting)
         left, self._left = self._left, None
         if left is None:
             return
+        self._ledger.keep(left.done, judged)
         for name, solved in left.layers.items():
             self._write_layer(name, solved)
         self._write_divided(left.divided)
@@ -411,6 +447,13 @@ class Walk:
                     left.seconds,
                 )
             )
+
+    def _keep_left(self) -> None:
+        """Keep the block that was left last as soon as its reports are complete."""
+        if self._left is not None:
+            judged = self._solver.judged(len(self._left.layers))
+            if judged is not None:
+                self._ledger.keep(self._left.done, judged)
 
     def _write_layer(self, name: str, solved: Solved) -> None:
         self._before.pop(name, None)  # or the layer would be held until the end

@@ -28,7 +28,7 @@ SHAPES = {
 LINEAR_LAYERS = [f"model.layers.{i}.{name}" for i in range(LAYERS) for name in SHAPES]
 
 
-def llama_config(*, tied: bool, vocab_size: int) -> dict[str, object]:
+def llama_config(*, tied: bool, vocab_size: int, layers: int = LAYERS) -> dict[str, object]:
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -36,7 +36,7 @@ def llama_config(*, tied: bool, vocab_size: int) -> dict[str, object]:
         "vocab_size": vocab_size,
         "hidden_size": HIDDEN,
         "intermediate_size": INTERMEDIATE,
-        "num_hidden_layers": LAYERS,
+        "num_hidden_layers": layers,
         "num_attention_heads": HEADS,
         "num_key_value_heads": KV_HEADS,
         "max_position_embeddings": 128,
@@ -51,7 +51,9 @@ def llama_config(*, tied: bool, vocab_size: int) -> dict[str, object]:
     }
 
 
-def llama_weights(*, tied: bool, vocab_size: int, seed: int = 0) -> dict[str, torch.Tensor]:
+def llama_weights(
+    *, tied: bool, vocab_size: int, seed: int = 0, layers: int = LAYERS
+) -> dict[str, torch.Tensor]:
     """Random weights under the names that they have in a folder."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -59,7 +61,7 @@ def llama_weights(*, tied: bool, vocab_size: int, seed: int = 0) -> dict[str, to
         return torch.randn(shape, generator=generator) * shape[-1] ** -0.5
 
     weights = {"model.embed_tokens.weight": normal(vocab_size, HIDDEN) * 8}
-    for i in range(LAYERS):
+    for i in range(layers):
         prefix = f"model.layers.{i}"
         weights |= {f"{prefix}.{name}.weight": normal(*shape) for name, shape in SHAPES.items()}
         weights[f"{prefix}.input_layernorm.weight"] = torch.ones(HIDDEN)
@@ -79,20 +81,22 @@ def byte_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def write_llama(folder: Path, *, tied: bool = True, shards: int = 1, seed: int = 0) -> Path:
+def write_llama(
+    folder: Path, *, tied: bool = True, shards: int = 1, seed: int = 0, layers: int = LAYERS
+) -> Path:
     """Write the folder; `shards` files of weights, with an index when there are several."""
     folder.mkdir(parents=True)
     tokenizer = byte_tokenizer()
     size = tokenizer.get_vocab_size()
     tokenizer.save(str(folder / "tokenizer.json"))
     texts = {
-        "config.json": llama_config(tied=tied, vocab_size=size),
+        "config.json": llama_config(tied=tied, vocab_size=size, layers=layers),
         "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast"},
         "generation_config.json": {"eos_token_id": 0},
     }
     for name, content in texts.items():
         (folder / name).write_text(json.dumps(content, indent=1))
-    weights = llama_weights(tied=tied, vocab_size=size, seed=seed)
+    weights = llama_weights(tied=tied, vocab_size=size, seed=seed, layers=layers)
     save_weights(folder, weights, shards=shards)
     return folder
 

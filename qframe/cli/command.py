@@ -18,6 +18,7 @@ from qframe.cli.screen import note, print_error
 from qframe.errors import QframeError
 
 INTERNAL_ERROR = 1
+_WORDS = "qframe.words"
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 Debug = Annotated[
@@ -39,6 +40,11 @@ Threads = Annotated[
 class Command(TyperCommand):
     """A command whose errors end in one screen of text on stderr and the right exit code."""
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Keep the words as they came, for whoever has to repeat them."""
+        ctx.meta[_WORDS] = tuple(args)
+        return super().parse_args(ctx, args)
+
     def invoke(self, ctx: Any) -> Any:
         """Run the command; it may have the parameters `debug` and `threads`."""
         debug = bool(ctx.params.get("debug"))
@@ -48,16 +54,18 @@ class Command(TyperCommand):
                 return super().invoke(ctx)
         except (typer.Exit, typer.Abort, typer.BadParameter, BrokenPipeError):
             raise
-        except KeyboardInterrupt:
-            print_error("interrupted; no output was left behind")
+        except KeyboardInterrupt as error:
+            notes = _notes(error)
+            print_error("interrupted" if notes else "interrupted; no output was left behind", notes)
             raise typer.Exit(INTERRUPTED) from None
         except QframeError as error:
             _show_trace(debug)
-            print_error(str(error))
+            print_error(str(error), _notes(error))
             raise typer.Exit(error.exit_code) from None
         except Exception as error:
             _show_trace(debug)
-            print_error(*_unforeseen(error, debug))
+            message, hint = _unforeseen(error, debug)
+            print_error(message, "\n       ".join(filter(None, (hint, _notes(error)))))
             raise typer.Exit(INTERNAL_ERROR) from None
 
 
@@ -76,6 +84,16 @@ def limit_threads(threads: int | None) -> None:
     numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
 
 
+def words_of(ctx: typer.Context) -> list[str]:
+    """Return the words of the command line that a command was given."""
+    return [*ctx.command_path.split(), *ctx.meta.get(_WORDS, ())]
+
+
+def _notes(error: BaseException) -> str:
+    """Return what was added to an error on its way."""
+    return "\n       ".join(getattr(error, "__notes__", ()))
+
+
 def _show_trace(debug: bool) -> None:
     if debug:
         traceback.print_exc()
@@ -92,8 +110,8 @@ def _unforeseen(error: Exception, debug: bool) -> tuple[str, str]:
         )
     if isinstance(error, ImportError):
         return f"a library cannot be loaded: {text}", "qframe doctor says what is missing"
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}", ""
+    if isinstance(error, OSError) and error.strerror is not None:
+        return f"{error.filename or 'the system says'}: {error.strerror}", ""
     hint = "please report it" if debug else "run it again with --debug to see where it happened"
     return f"internal error: {type(error).__name__}: {text}", hint
 

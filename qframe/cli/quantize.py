@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qframe.cli.command import Debug, Json, Threads
+from qframe.cli.command import Debug, Json, Threads, words_of
 from qframe.cli.flags import RecipeFlags, takes_recipe_flags
+from qframe.cli.interrupts import interruptible, resumable, said
 from qframe.cli.progress import progress_shown
 from qframe.cli.screen import note, print_json, print_result
 from qframe.errors import OutputError, RecipeError
@@ -38,8 +39,12 @@ AllLayers = Annotated[
 ]
 
 
+_UNFINISHED = "A run that was stopped"
+
+
 @takes_recipe_flags
 def quantize(
+    ctx: typer.Context,
     model: Model,
     *,
     out: Annotated[
@@ -56,6 +61,29 @@ def quantize(
         typer.Option("--report", metavar="DIR", help="Also write report.json and report.csv."),
     ] = None,
     format: Format = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on where a run into OUT was stopped, to the same bytes.",
+            rich_help_panel=_UNFINISHED,
+        ),
+    ] = False,
+    restart: Annotated[
+        bool,
+        typer.Option(
+            "--restart",
+            help="Delete what it had done, and begin anew.",
+            rich_help_panel=_UNFINISHED,
+        ),
+    ] = False,
+    no_verify: Annotated[
+        bool,
+        typer.Option(
+            "--no-verify",
+            help="Do not read the folder once more, to compare it with what was made.",
+        ),
+    ] = False,
     flags: RecipeFlags,
     threads: Threads = None,
     all_layers: AllLayers = False,
@@ -67,8 +95,11 @@ def quantize(
     Example: qframe quantize MODEL -m gptq --scheme W4A16 --group-size 64 -o OUT
 
     The output is a folder in the layout of the Hugging Face Hub, with the recipe, the report and
-    the hashes of its files; qframe.load reads it. Nothing is left behind when a run fails.
+    the hashes of its files; qframe.load reads it. A run that fails leaves no output; the blocks
+    that it had finished are kept beside OUT, and --resume goes on from there.
     """
+    if resume and restart:
+        raise RecipeError("--resume and --restart are both given; choose one")
     recipe, host = flags.to_recipe(), flags.to_host()
     if dry_run:
         _dry_run(
@@ -87,10 +118,15 @@ def quantize(
     if report is not None:
         _prepare_report_folder(report)
     started = time.perf_counter()
-    with progress_shown() as progress:
+    with interruptible(), resumable(out, words_of(ctx)), progress_shown() as progress:
         progress.step("loading libraries")
         from qframe.pipeline import quantize as run
+        from qframe.unfinished import kept_blocks
 
+        if resume:
+            kept = kept_blocks(out)
+            anew = "there is nothing to resume: the run begins anew"
+            progress.step(anew if kept is None else f"{said(kept)} kept from before")
         measuring = ", measuring sensitivities" if recipe.target_bits is not None else ""
         progress.step(f"reading the model and the text{measuring}")
         result = run(
@@ -100,6 +136,8 @@ def quantize(
             host=host,
             format=format,
             overwrite=overwrite,
+            state="resume" if resume else "restart" if restart else "new",
+            verify=not no_verify,
             threads=threads,
             progress=progress.block,
         )

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import qframe
+from qframe import parallel
 from qframe.manifest import sha256
 from qframe.pipeline import compute_dtype, plugins_used
 
@@ -37,13 +38,15 @@ LIBRARIES = ("torch", "numpy", "numba", "transformers", "tokenizers")
 _PROCESS = uuid.uuid4().hex  # stands for code whose source cannot be read
 
 
-def model_identity(folder: ModelFolder) -> dict[str, str]:
+def model_identity(folder: ModelFolder, threads: int = 1) -> dict[str, str]:
     """Return file name -> sha256 of every file that the network or its tokens are made of.
 
     The name of the folder does not count: a copy is the same model.
     """
     weights = {tensor.file for tensor in folder.tensors.values()}
-    return {file.name: sha256(file) for file in sorted({*weights, *folder.side_files()})}
+    files = sorted({*weights, *folder.side_files()})
+    hashes = parallel.spread(sha256, files, threads)
+    return {file.name: found for file, found in zip(files, hashes, strict=True)}
 
 
 def evaluation_identity(protocol: Protocol, windows: torch.Tensor) -> dict[str, Any]:

@@ -389,6 +389,7 @@ class _Run:
                     out=out,
                     calibration=self._data,
                     host=self._host,
+                    state="none",  # a cell is finished, or made again
                     threads=self._threads,
                     progress=self._progress,
                 )

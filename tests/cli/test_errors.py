@@ -284,7 +284,7 @@ def test_an_interrupt_leaves_nothing(tiny_llama, tmp_path):
         # A shell's background job ignores interrupts, and what it starts would, too.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    while not list(tmp_path.glob(".out.*.tmp")):
+    while not list(tmp_path.glob(".out.*/folder")):
         assert process.poll() is None, process.stderr.read() if process.stderr else ""
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
