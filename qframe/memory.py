@@ -394,6 +394,8 @@ def stored_bits_per_weight(folder: ModelFolder, layers: Mapping[str, int]) -> fl
     stored = 0
     for name, tensor in folder.tensors.items():
         layer, _, part = name.rpartition(".")
+        if part == "weight_shape":  # of compressed-tensors: no number of the layer
+            continue
         if layer in layers and (part.startswith("weight") or part in (*TRANSFORM_PARTS, STEP)):
             stored += tensor.bytes
     return 8 * stored / sum(layers.values())
