@@ -115,6 +115,18 @@ def powers_of_two(scale: Float64) -> npt.NDArray[np.bool_]:
     return np.asarray(np.frexp(scale)[0] == 1 / 2)
 
 
+def kept_as_operands(values: Float64, inputs: float) -> npt.NDArray[np.bool_]:
+    """Return for each row whether operands of an arithmetic hold all of its numbers as they are.
+
+    values   [rows, columns]
+    inputs   the unit roundoff that operands are rounded by, 2^-p for p bits; 0 for none
+    """
+    if inputs == 0:
+        return np.ones(len(values), np.bool_)
+    digits = np.frexp(np.where(np.isfinite(values), values, 0))[0] / inputs
+    return np.asarray((digits == np.rint(digits)).all(1))
+
+
 def representable(numbers: Float64) -> npt.NDArray[np.bool_]:
     """Return which numbers are float32 numbers."""
     return np.asarray(numbers == numbers.astype(np.float32))

@@ -18,7 +18,6 @@ from qframe.layouts import OwnLayout
 from qframe.positions import CALIBRATION_WINDOW, window_length
 from qframe.report.layers import LayerReport, RunReport
 from qframe.scheme import Scheme
-from qframe.transforms import STEP, TRANSFORM_PARTS
 
 if TYPE_CHECKING:
     from qframe.certificates import Certificate
@@ -394,9 +393,8 @@ def stored_bits_per_weight(folder: ModelFolder, layers: Mapping[str, int]) -> fl
     stored = 0
     for name, tensor in folder.tensors.items():
         layer, _, part = name.rpartition(".")
-        if part == "weight_shape":  # of compressed-tensors: no number of the layer
-            continue
-        if layer in layers and (part.startswith("weight") or part in (*TRANSFORM_PARTS, STEP)):
+        # Whatever the layout calls it, but for a bias, and for the shape that some write.
+        if layer in layers and part not in ("bias", "weight_shape"):
             stored += tensor.bytes
     return 8 * stored / sum(layers.values())
 

@@ -219,7 +219,7 @@ def test_what_is_stored_is_promised_before(tiny_llama, tmp_path, method, scheme)
         "test",
     )
     job = plan_job(tiny_llama, recipe)
-    qframe.quantize(tiny_llama, recipe, out=tmp_path / "out")
+    qframe.quantize(tiny_llama, recipe, out=tmp_path / "out", format="qframe")
     sizes = {name: job.network.layers[name].size for name in job.plan.schemes}
     assert bits_per_weight(job) == stored_bits_per_weight(ModelFolder(tmp_path / "out"), sizes)
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from qframe.kernel_comparisons import rounded_to
+from qframe.kernels import arithmetic_of
 from qframe_conformance.checks import SKIPPED, Outcome, Violation, check, same_bits
 from qframe_conformance.engine import Refused
 from qframe_conformance.kernel_case import KernelCase, sides
@@ -53,7 +54,14 @@ def whole_case(case: KernelCase) -> KernelCase | None:
     """Return the call with integers in the place of its numbers; None where there is no such."""
     rng = np.random.default_rng([case.seed, EXACT])
     made = _WHOLE[case.op.name](case.operands, rng)
-    return None if made is None else case.with_operands(**made)
+    if made is None:
+        return None
+    if "zero_point" in made and arithmetic_of(case.kernel, made, case.dtype).inputs:
+        # Operands that are rounded hold a difference of two codes, and not of any zero point.
+        codes = made["codes"]
+        least, largest = codes.min(initial=0), codes.max(initial=0)
+        made = {**made, "zero_point": np.clip(made["zero_point"], least, largest)}
+    return case.with_operands(**made)
 
 
 def _never_whole(kernel: Any) -> str | None:

@@ -76,7 +76,7 @@ def test_longer_rows_are_refused():
     ("change", "reason"),
     [
         ({"device": "cuda:0"}, "on the CPU, not on cuda:0"),
-        ({"dtype": "float16"}, "float32, not float16"),
+        ({"dtype": "float64"}, "float16, not float64"),
         ({"op": "hadamard"}, "computes linear_int8, not hadamard"),
     ],
 )
