@@ -15,6 +15,7 @@ from qframe.errors import RecipeError, UnsupportedError
 from qframe.memory import stored_bits
 from qframe.recipe import Recipe, matches, scheme_objections
 from qframe.scheme import Scheme
+from qframe.strict import by_layers
 
 if TYPE_CHECKING:
     from qframe.pipeline import Job
@@ -89,7 +90,7 @@ def candidates_of(job: Job) -> Candidates | None:
         return None
     schemes: dict[str, tuple[Scheme, ...]] = {}
     fixed: dict[str, str] = {}
-    refused: dict[str, list[str]] = {}
+    refused: list[tuple[str, str]] = []
     for name, scheme in job.plan.schemes.items():
         if _is_fixed(recipe, job.network.layers[name], scheme):
             schemes[name], fixed[name] = (scheme,), FIXED
@@ -101,11 +102,11 @@ def candidates_of(job: Job) -> Candidates | None:
             if reason is None:
                 found.append(changed)
             else:
-                refused.setdefault(f"num_bits={bits}: {reason}", []).append(name)
+                refused.append((name, f"num_bits={bits}: {reason}"))
         schemes[name] = tuple(found)
     empty = [name for name, found in schemes.items() if not found]
     if refused and (recipe.candidate_bits is not None or empty):
-        said = "\n".join(f"{why}; layers: {_some(names)}" for why, names in refused.items())
+        said = "\n".join(by_layers(refused))
         raise UnsupportedError(f"candidate_bits: {said}")
     if len(fixed) == len(schemes):
         raise RecipeError(
@@ -135,8 +136,3 @@ def _is_fixed(recipe: Recipe, layer: LayerInfo, scheme: Scheme) -> bool:
 
 def _canonical(changes: Mapping[str, Any]) -> Iterator[str]:
     yield from (Scheme.aliases.get(key, key) for key in changes)
-
-
-def _some(names: list[str]) -> str:
-    rest = len(names) - 3
-    return ", ".join(names[:3]) + (f" and {rest} more" if rest > 0 else "")

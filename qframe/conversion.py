@@ -7,7 +7,6 @@ every certificate against the new files.
 
 from __future__ import annotations
 
-import os
 import secrets
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -24,6 +23,7 @@ from qframe.manifest import MANIFEST, STATISTICS
 from qframe.stored_model import StoredModel
 from qframe.strict import suggestion
 from qframe.weights import ModelFolder
+from qframe.writing import put_in_place, written
 
 DERIVED = ("tensors", "statistics", "files", "sha256")  # entries of a manifest made of the files
 
@@ -155,11 +155,10 @@ def _write_file(
     say("writing the file")
     unfinished = out.parent / f".{out.name}.{secrets.token_hex(8)}.tmp"
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        exporter.write(model, unfinished)
-        os.replace(unfinished, out)
-    except OSError as error:
-        raise OutputError(f"cannot write {out}: {error.strerror or error}") from None
+        with written(out):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            exporter.write(model, unfinished)
+            put_in_place(unfinished, out)
     finally:
         unfinished.unlink(missing_ok=True)
     return {out.name: out.stat().st_size}

@@ -96,8 +96,7 @@ def _linear_weight_only(operands: Operands, answer: Answer, arithmetic: Arithmet
     plain = powers_of_two(scale).all(1)
     quantum = np.where(plain, scale.min(1, initial=np.inf), 0)
     exact = bounds.exact_sum(magnitude, quantum) & integer_tokens(x)[:, None]
-    operands_kept = (kept_as_operands(each, arithmetic.inputs) for each in (x, weight))
-    exact &= np.logical_and.outer(*operands_kept)
+    exact &= kept_as_operands(weight, arithmetic.inputs)  # and of tokens eight bits are enough
     # A token that is 1 in one place: one product, if it and its parts are float32 numbers.
     single = ((x == 1).sum(1) == 1) & ((x != 0).sum(1) == 1)
     kept = representable(weight) & representable(scale * codes) & representable(scale * zero)

@@ -6,14 +6,14 @@ field's usual one is the default, where it can express what the recipe asks for.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qframe.contracts import EXTRAS, LayerInfo, LayerOutline, Layout
 from qframe.errors import UnsupportedError
 from qframe.host import Host
 from qframe.parts import PARTS
-from qframe.strict import suggestion
+from qframe.strict import by_layers, suggestion
 from qframe.transforms import SCALE, SIGNS, STEP, block_of
 
 if TYPE_CHECKING:
@@ -157,13 +157,11 @@ def refusal(name: str, objections: Sequence[str]) -> str:
     )
 
 
-def in_groups(said: Mapping[str, Sequence[str]]) -> list[str]:
-    """Return objections, each with the layers that it is about: reason -> layers."""
-    return [
-        f"{reason}; layers: {', '.join(names[:3])}"
-        f"{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
-        for reason, names in said.items()
-    ]
+def objections_of(
+    layers: Sequence[LayerOutline], of_layer: Callable[[LayerOutline], Iterable[str]]
+) -> list[str]:
+    """Return what there is against layers, each reason once, with the layers that it is about."""
+    return by_layers((layer.info.name, reason) for layer in layers for reason in of_layer(layer))
 
 
 def said_of_extras(layer: LayerOutline, known: frozenset[str] = frozenset()) -> list[str]:

@@ -7,6 +7,7 @@ Conv1D. A network without such lists, an nn.Sequential say, is one block.
 
 from __future__ import annotations
 
+import re
 import threading
 from collections import Counter
 from collections.abc import Container, Iterator, Mapping
@@ -20,7 +21,11 @@ from qframe.contracts import LayerInfo
 from qframe.errors import ModelError, NonFiniteError
 from qframe.weights import ModelFolder, check_finite
 
-LARGEST_SIZE = 1 << 24  # of a number in config.json: of tokens, of a layer's columns, of positions
+SIZES = re.compile(
+    r"(size|width|dim|embd|inner|ctx|positions|embeddings|heads?|layers?|blocks|experts|depth)$"
+)
+"""How keys of config.json end that say how many modules there are, or how large."""
+LARGEST_SIZE = 1 << 24  # of such a number: of tokens, of a layer's columns, of positions
 MOST_LAYERS = 1 << 10  # unless there are more tensors than that
 
 
@@ -274,15 +279,16 @@ def build(folder: ModelFolder) -> nn.Module:
 
 
 def _check_sizes(folder: ModelFolder) -> None:
-    """Raise ModelError for numbers in config.json that no network with these files can have.
+    """Raise ModelError for sizes in config.json that no network with these files can have.
 
     They say how many modules are made, and how large their constants are, before any file is read.
+    Other numbers may be as large as they like: rope_theta is.
     """
     where = folder.path / "config.json"
     most = max(len(folder.tensors) if folder.has_weights else 0, MOST_LAYERS)
     for key, value in folder.config.items():
-        if isinstance(value, int) and not isinstance(value, bool):
-            limit = most if "layer" in key else LARGEST_SIZE
+        if isinstance(value, int) and SIZES.search(key):
+            limit = most if key.endswith(("layer", "layers", "blocks", "depth")) else LARGEST_SIZE
             if abs(value) > limit:
                 raise ModelError(f"{where}: {key} is {value}, more than {limit}")
 

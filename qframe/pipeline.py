@@ -24,7 +24,7 @@ from qframe.allocation import Allocation
 from qframe.calibration import CalibrationData, prepare
 from qframe.candidates import Candidates, candidates_of
 from qframe.checkpoint import CheckpointWriter, check_output, quantized_config
-from qframe.contracts import EXTRAS, Event, LayerOutline, Layout
+from qframe.contracts import Event, LayerOutline, Layout
 from qframe.errors import CalibrationError, FallbackError, RecipeError
 from qframe.host import Host
 from qframe.kept_blocks import Ledger
@@ -352,16 +352,31 @@ def check_fallbacks(report: RunReport, recipe: Recipe) -> None:
 
 def storage_of(job: Job, outlines: Mapping[str, LayerOutline]) -> str:
     """Return in a line how the folder stores its layers, and who reads it."""
-    extras = {name: layer.extras for name, layer in outlines.items() if layer.extras}
-    if job.layout.name != OWN and extras:
-        name, found = next(iter(extras.items()))
-        return (
-            f"{job.layout.name}, and more, for qframe alone: of {len(extras)} layers, {name} ..., "
-            f"{EXTRAS[min(found)]}"
-        )
+    beyond = job.layout.objections(list(outlines.values()))
+    if beyond:
+        return f"{job.layout.name}, and more, for qframe alone: {beyond[0]}"
     if not job.not_usual:
-        return f"{job.layout.name}, for {job.layout.readers}"
+        return f"{job.layout.name}, for {job.layout.readers}{_rounding_of_scales(job, outlines)}"
     return f"{job.layout.name}, for qframe alone; {USUAL} cannot: {job.not_usual[0]}"
+
+
+def _rounding_of_scales(job: Job, outlines: Mapping[str, LayerOutline]) -> str:
+    """Return what readers do to scales of another dtype than the network's, "" for nothing.
+
+    Networks of 16 bits run in them, and so do readers' scales, whatever they are stored in.
+    """
+    config = {} if job.network.folder is None else job.network.folder.config
+    dtype = config.get("dtype") or config.get("torch_dtype")
+    others = {layer.scheme.scale_dtype for layer in outlines.values()} & {*_WHOLE} - {dtype}
+    if job.layout.name == OWN or dtype not in ("float16", "bfloat16") or not others:
+        return ""
+    return (
+        f"; they round scales of {' and '.join(sorted(others))} to the network's {dtype}: with "
+        f"scale_dtype: {dtype} they have the same weights"
+    )
+
+
+_WHOLE = ("float32", "float16", "bfloat16")  # scale dtypes that are not of 8 bits
 
 
 def _write_records(

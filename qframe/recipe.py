@@ -24,7 +24,7 @@ from qframe.errors import RecipeError, UnsupportedError
 from qframe.host import Host, option_hint, option_names
 from qframe.kv_scheme import KVCacheScheme
 from qframe.scheme import ActivationScheme, Scheme
-from qframe.strict import Strict, explain, suggestion
+from qframe.strict import Strict, by_layers, explain, suggestion
 
 DEFAULT_ROUNDER = "rtn"  # what a method without a rounder, "awq" say, rounds with
 
@@ -392,18 +392,13 @@ def matches(pattern: str, layer: LayerInfo) -> bool:
 
 def check_supported(method: Method, plan: Plan, host: Host) -> None:
     """Raise UnsupportedError listing every layer whose scheme the method or formats refuse."""
-    objections: dict[str, list[str]] = {}
-    for name, scheme in plan.schemes.items():
-        for reason in scheme_objections(method, scheme, host):
-            objections.setdefault(reason, []).append(name)
-    if objections:
-        raise UnsupportedError(
-            "\n".join(
-                f"{reason}; layers: {', '.join(names[:3])}"
-                f"{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
-                for reason, names in objections.items()
-            )
-        )
+    said = by_layers(
+        (name, reason)
+        for name, scheme in plan.schemes.items()
+        for reason in scheme_objections(method, scheme, host)
+    )
+    if said:
+        raise UnsupportedError("\n".join(said))
 
 
 def scheme_objections(method: Method, scheme: Scheme, host: Host) -> Iterator[str]:

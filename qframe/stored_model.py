@@ -77,11 +77,6 @@ class StoredModel:
         section = "quantization_config"
         return {key: value for key, value in self.source.config.items() if key != section}
 
-    @property
-    def names(self) -> Mapping[str, Any]:
-        """All stored tensors by name."""
-        return self.source.tensors
-
     def parts(self, name: str) -> dict[str, torch.Tensor]:
         """Return what is stored of a layer, by the names after the layer's."""
         prefix = f"{name}." if name else ""

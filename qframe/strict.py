@@ -3,12 +3,33 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from qframe.errors import RecipeError
+
+
+def some(names: Sequence[str], shown: int = 3) -> str:
+    """Return names in a sentence, the first ones of many.
+
+    >>> some(["q", "k", "v", "o", "gate"])
+    'q, k, v and 2 more'
+    """
+    rest = len(names) - shown
+    return ", ".join(names[:shown]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def by_layers(objections: Iterable[tuple[str, str]]) -> list[str]:
+    """Return each reason once, with the layers that it is about.
+
+    objections   (layer name, reason)
+    """
+    layers: dict[str, list[str]] = {}
+    for name, reason in objections:
+        layers.setdefault(reason, []).append(name)
+    return [f"{reason}; layers: {some(names)}" for reason, names in layers.items()]
 
 
 def suggestion(wrong: str, known: Iterable[str]) -> str:

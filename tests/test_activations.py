@@ -282,8 +282,7 @@ def test_layers_of_past_blocks_are_freed(tiny, tmp_path, monkeypatch):
         alive.append(sum(each() is not None for each in made) / len(progress.layers))
 
     monkeypatch.setattr(solve, "StoredLayer", Watched)
-    monkeypatch.setattr(tiny, "LAYERS", 6)
-    model = tiny.write_llama(tmp_path / "model")
+    model = tiny.write_llama(tmp_path / "model", layers=6)
     settings = {"num_calibration_samples": 2, "max_seq_length": 16}
     recipe = {"method": "rtn", "scheme": "W8A8", "calibration": settings}
     qframe.quantize(model, recipe, out=tmp_path / "out", progress=look)

@@ -17,6 +17,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from qframe import strict
 from qframe.memory import FormatMemory, readable_bytes
 from qframe.report.layers import Coverage, LayerReport, RunReport
 
@@ -111,8 +112,7 @@ def times(value: float | None) -> Text:
 
 def some(names: Sequence[str], shown: int = NAMES_SHOWN) -> str:
     """Return names in a sentence: "a, b and 3 more"."""
-    rest = len(names) - shown
-    return ", ".join(names[:shown]) + (f" and {rest} more" if rest > 0 else "")
+    return strict.some(names, shown)
 
 
 # What a run did ---------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import torch
 from hypothesis import strategies as st
 
 from qframe import Host, LayerInfo, QuantizedWeight, Scheme
+from qframe.errors import WeightsError
 from qframe.packing import PackedWeight
 from qframe.rounding import round_up
 from qframe.stored import StoredLayer
@@ -88,7 +89,7 @@ def damaged(draw, tensors):
     tensors = dict(tensors)
     part = draw(st.sampled_from(sorted(tensors)))
     tensor = tensors.pop(part)
-    kind = draw(st.sampled_from(["missing", "bits", "dtype", "shape", "empty"]))
+    kind = draw(st.sampled_from(["missing", "bits", "dtype", "shape", "twice", "empty"]))
     if kind == "bits":
         data = tensor.clone().reshape(-1).view(torch.uint8)
         data[draw(st.integers(0, len(data) - 1))] = draw(st.integers(0, 255))
@@ -97,9 +98,23 @@ def damaged(draw, tensors):
         tensors[part] = tensor.float().to(draw(st.sampled_from([torch.float64, torch.int16])))
     elif kind == "shape":
         tensors[part] = tensor.reshape(-1)
+    elif kind == "twice":
+        tensors[part] = torch.cat((tensor.reshape(-1), tensor.reshape(-1)))
     elif kind == "empty":
         tensors[part] = tensor[:0]
     return tensors
+
+
+def refused_or_valued(layout, tensors, outline):
+    """Whatever a layer's tensors are: an error that names the layer, or numbers of its shape."""
+    try:
+        read = layout.unpack(tensors, outline)
+    except WeightsError as error:
+        said = str(error)
+    else:
+        said = outline.info.name
+        assert tuple(read.weight().shape) == (outline.info.rows, outline.info.columns)
+    assert outline.info.name in said
 
 
 def change(file, how):

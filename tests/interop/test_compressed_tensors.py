@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 import qframe
 from qframe import Host, LayerInfo, Scheme
@@ -16,6 +17,7 @@ from qframe.stored import StoredLayer
 from qframe.stored_model import StoredModel, outline_of
 from qframe_plugins.layouts.compressed_tensors import CompressedTensors, format_of
 from qframe_plugins.rounders.rtn import RTN
+from tests.interop.packed import change, damaged, refused_or_valued
 
 compressed_tensors = pytest.importorskip("compressed_tensors")
 from compressed_tensors.compressors import BaseCompressor  # noqa: E402
@@ -178,6 +180,26 @@ def test_transformers_has_the_same_weights_in_bfloat16(tiny_llama, tmp_path, sch
     ours = StoredModel.open(tmp_path / "out")
     for name, layer in ours.layers():
         assert torch.equal(theirs.get_submodule(name).weight.float(), layer.weight())
+
+
+@pytest.mark.parametrize("scales", ["float16", "bfloat16"])
+def test_scales_of_another_dtype_than_the_network_are_said_to_be_rounded(
+    tiny_llama, tmp_path, scales
+):
+    tensors = load_file(tiny_llama / "model.safetensors")
+    half = {name: tensor.bfloat16() for name, tensor in tensors.items()}
+    save_file(half, tiny_llama / "model.safetensors", metadata={"format": "pt"})
+    change(tiny_llama / "config.json", lambda config: config.update(dtype="bfloat16"))
+    recipe = {"method": "rtn", "scheme": {"group_size": 32, "scale_dtype": scales}}
+    result = qframe.quantize(tiny_llama, recipe, out=tmp_path / "out")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    theirs(IDS)
+    same_weights = all(
+        torch.equal(theirs.get_submodule(name).weight, layer.weight().bfloat16())
+        for name, layer in StoredModel.open(tmp_path / "out").layers()
+    )
+    said = "round scales of float16 to the network's bfloat16" in result.report.storage
+    assert (said, same_weights) == ((True, False) if scales == "float16" else (False, True))
 
 
 def test_activations_of_eight_bits_differ_by_what_their_rounding_costs(tiny_llama, tmp_path):
@@ -344,29 +366,5 @@ def test_what_is_not_known_is_refused_by_name(tiny_llama, tmp_path, change, mess
 
 @given(data=st.data())
 def test_a_damaged_layer_is_refused_or_has_values(data):
-    """Whatever dtype, shape or bits a tensor has: a typed error, or numbers that are finite."""
     outline, layer = data.draw(layers())
-    tensors = dict(LAYOUT.pack(layer))
-    part = data.draw(st.sampled_from(sorted(tensors)))
-    kind = data.draw(st.sampled_from(["missing", "bits", "dtype", "shape", "empty"]))
-    tensor = tensors[part]
-    if kind == "missing":
-        del tensors[part]
-    elif kind == "bits":
-        bits = tensor.clone().reshape(-1).view(torch.uint8)
-        bits[data.draw(st.integers(0, len(bits) - 1))] = data.draw(st.integers(0, 255))
-        tensors[part] = bits.view(tensor.dtype).reshape(tensor.shape)
-    elif kind == "dtype":
-        tensors[part] = tensor.float().to(data.draw(st.sampled_from([torch.float64, torch.int16])))
-    elif kind == "shape":
-        tensors[part] = torch.cat((tensor.reshape(-1), tensor.reshape(-1)))
-    else:
-        tensors[part] = tensor[:0]
-    try:
-        read = LAYOUT.unpack(tensors, outline)
-    except WeightsError as error:
-        said = str(error)
-    else:
-        said = "block.layer"
-        assert tuple(read.weight().shape) == (outline.info.rows, outline.info.columns)
-    assert "block.layer" in said
+    refused_or_valued(LAYOUT, damaged(data.draw, LAYOUT.pack(layer)), outline)

@@ -1,5 +1,6 @@
 """GGUF files, as the packages gguf and transformers read them, and as llama.cpp runs them."""
 
+import itertools
 import json
 import math
 from importlib import util
@@ -8,10 +9,11 @@ import gguf
 import numpy as np
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, pre_tokenizers
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 import qframe
@@ -28,6 +30,13 @@ HOST = Host.discover()
 EXPORTER = GGUF()
 LLAMA = {"model_type": "llama"}
 IDS = np.arange(48) * 5 % 256
+BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+# As the tokenizers of Llama 3 and of Qwen 2 have them: digits in threes, and one by one.
+LLAMA_3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+QWEN_2 = LLAMA_3.replace(r"\p{N}{1,3}", r"\p{N}")
 
 
 @st.composite
@@ -151,24 +160,100 @@ def perplexity(logits):
     return math.exp(-float(scores.gather(1, torch.from_numpy(IDS[1:])[:, None]).mean()))
 
 
-@pytest.mark.skipif(util.find_spec("xllamacpp") is None, reason="xllamacpp is not installed")
-@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
-def test_llama_cpp_has_the_same_perplexity(llama, tmp_path, scheme):
-    """Within half a per cent, as was asked for: it rounds activations to eight bits."""
+def agree(out, file):
+    """Within half a per cent, as was asked for: llama.cpp rounds activations to eight bits."""
     from tests.interop.llama_cpp import Model, library
 
-    out, file = written(llama, tmp_path, scheme)
     model = Model(library(), file)
     theirs = model.logits(IDS)
-    tokenizer = Tokenizer.from_file(str(llama / "tokenizer.json"))
-    text = "then he said: 12 x"
-    assert model.tokenize(text) == tokenizer.encode(text).ids
-    assert len(tokenizer.encode(text).ids) == len(text) - 2
     model.close()
     with torch.no_grad():
         ours = qframe.load(out)(torch.from_numpy(IDS)[None]).logits[0].numpy()
     assert abs(math.log(perplexity(theirs) / perplexity(ours))) < math.log(1.005)
     assert not np.array_equal(theirs, ours)
+
+
+@pytest.mark.skipif(util.find_spec("xllamacpp") is None, reason="xllamacpp is not installed")
+@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
+def test_llama_cpp_has_the_same_perplexity(llama, tmp_path, scheme):
+    out, file = written(llama, tmp_path, scheme)
+    agree(out, file)
+    from tests.interop.llama_cpp import Model, library
+
+    model = Model(library(), file)
+    tokenizer = Tokenizer.from_file(str(llama / "tokenizer.json"))
+    text = "then he said: 12 x"
+    assert model.tokenize(text) == tokenizer.encode(text).ids
+    assert len(tokenizer.encode(text).ids) == len(text) - 2
+    model.close()
+
+
+QWEN = {
+    "qwen2": ("Qwen2ForCausalLM", "Qwen2Config"),  # biases of q, k and v
+    "qwen3": ("Qwen3ForCausalLM", "Qwen3Config"),  # norms of queries and keys
+    "mistral": ("MistralForCausalLM", "MistralConfig"),
+}
+
+
+@pytest.mark.skipif(util.find_spec("xllamacpp") is None, reason="xllamacpp is not installed")
+@pytest.mark.parametrize("kind", QWEN)
+def test_llama_cpp_runs_other_architectures(llama, tmp_path, kind):
+    network, config = (getattr(transformers, name) for name in QWEN[kind])
+    fields = json.loads((llama / "config.json").read_text())
+    kept = {k: v for k, v in fields.items() if k not in ("architectures", "model_type", "dtype")}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        made = network(config(**kept, head_dim=16))
+        for name, parameter in made.named_parameters():
+            if name.endswith("bias") or "_norm" in name:
+                torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.5)
+            elif "embed" not in name:
+                torch.nn.init.normal_(parameter, std=0.2)
+    tensors = {name: t.clone() for name, t in made.state_dict().items()}
+    save_file(tensors, llama / "model.safetensors", metadata={"format": "pt"})
+    (llama / "config.json").write_text(made.config.to_json_string(use_diff=False))
+    change(llama, "config.json", lambda c: c.update(architectures=[network.__name__]))
+    agree(*written(llama, tmp_path, SCHEMES["W8"]))
+
+
+CUTS = {  # as tokenizer.json has them
+    "gpt-2": [],
+    "smollm": [{"type": "Digits", "individual_digits": True}],
+    "llama-bpe": [{"type": "Split", "pattern": {"Regex": LLAMA_3}, "behavior": "Isolated"}],
+    "qwen2": [{"type": "Split", "pattern": {"Regex": QWEN_2}, "behavior": "Isolated"}],
+}
+TEXTS = [
+    "hello he's 12345 ab  12 \n\n x",
+    "  spaces   and\ttabs\r\n\r\nthen 1a2b3 ... !!!?? he'LL we'Ve",
+    "a\n b \n\n\n c1234567890 (he)he-he_he",
+]
+
+
+@pytest.mark.skipif(util.find_spec("xllamacpp") is None, reason="xllamacpp is not installed")
+@pytest.mark.parametrize("cut", CUTS)
+def test_llama_cpp_cuts_text_as_the_tokenizer_does(llama, tmp_path, cut):
+    """With a merge of every two letters that stand beside one another, cuts show."""
+    from tests.interop.llama_cpp import Model, library
+
+    plain = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    last = {**plain, "use_regex": cut in ("gpt-2", "smollm")}
+    steps = [{**step, "invert": False} if step["type"] == "Split" else step for step in CUTS[cut]]
+    file = llama / "tokenizer.json"
+    content = json.loads(file.read_text())
+    vocabulary = content["model"]["vocab"]
+    letters = [c for text in TEXTS for piece, _ in BYTES.pre_tokenize_str(text) for c in piece]
+    pairs = list(dict.fromkeys(itertools.pairwise(letters)))
+    spare = [c for c in sorted(vocabulary, key=vocabulary.get, reverse=True) if c not in letters]
+    content["model"]["merges"] = [list(pair) for pair in pairs[: len(spare)]]
+    for (one, other), left_out in zip(pairs, spare, strict=False):
+        vocabulary["".join((one, other))] = vocabulary.pop(left_out)
+    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [*steps, last]}
+    file.write_text(json.dumps(content))
+    _, made = written(llama, tmp_path, SCHEMES["W8"])
+    tokenizer, model = Tokenizer.from_file(str(file)), Model(library(), made)
+    for text in TEXTS:
+        assert model.tokenize(text) == tokenizer.encode(text).ids
+    model.close()
 
 
 def test_the_same_file_each_time(llama, tmp_path):

@@ -24,6 +24,7 @@ from tests.interop.packed import (
     imported,
     layer_of,
     packed_layers,
+    refused_or_valued,
     said_shapes,
     same,
     words_of,
@@ -119,15 +120,7 @@ def test_a_code_that_a_restricted_grid_has_not_is_refused(bits):
 @given(data=st.data())
 def test_a_damaged_layer_is_refused_or_has_values(data):
     layout, outline, layer = data.draw(cases())
-    tensors = damaged(data.draw, layout.pack(layer))
-    try:
-        read = layout.unpack(tensors, outline)
-    except WeightsError as error:
-        said = str(error)
-    else:
-        said = "block.layer"
-        assert tuple(read.weight().shape) == (outline.info.rows, outline.info.columns)
-    assert "block.layer" in said
+    refused_or_valued(layout, damaged(data.draw, layout.pack(layer)), outline)
 
 
 # Folders ----------------------------------------------------------------------------------------
@@ -163,7 +156,7 @@ def test_a_folder_is_loaded_and_verified_with_and_without_its_manifest(
 ):
     recipe, out = RECIPES[name], tmp_path / "out"
     result = qframe.quantize(tiny_llama, recipe, out=out, format=version)
-    assert result.report.storage.startswith(f"{version}, for GPTQModel") or name == "actorder"
+    assert result.report.storage.startswith(f"{version}, for GPTQModel")
     assert qframe.verify(out, tiny_llama).problems == []
     section = json.loads((out / "config.json").read_text())["quantization_config"]
     assert section == json.loads((out / "quantize_config.json").read_text())

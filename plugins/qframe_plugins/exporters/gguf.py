@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from qframe import LayerOutline, Scheme, hookimpl
 from qframe.errors import UnsupportedError, WeightsError
-from qframe.layouts import in_groups, said_of_extras
+from qframe.layouts import objections_of, said_of_extras
 
 if TYPE_CHECKING:
     import numpy as np
@@ -66,11 +66,7 @@ class GGUF:
 
     def objections(self, layers: Sequence[LayerOutline], config: Mapping[str, Any]) -> list[str]:
         """Return what blocks of 32 cannot hold, and what is not known of the network."""
-        said: dict[str, list[str]] = {}
-        for layer in layers:
-            for reason in _objections(layer):
-                said.setdefault(reason, []).append(layer.info.name)
-        return [*_objections_to_network(config), *in_groups(said)]
+        return [*_objections_to_network(config), *objections_of(layers, _objections)]
 
     def write(self, model: StoredModel, file: Path) -> None:
         """Write the network, tensor by tensor.

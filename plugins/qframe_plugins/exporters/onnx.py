@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from qframe import LayerOutline, Scheme, hookimpl
 from qframe.errors import MissingExtraError, UnsupportedError, WeightsError
-from qframe.layouts import in_groups, said_of_extras
+from qframe.layouts import objections_of, said_of_extras
 from qframe_plugins.layouts.zero_points import codes_and_zeros
 
 if TYPE_CHECKING:
@@ -54,11 +54,7 @@ class ONNX:
 
     def objections(self, layers: Sequence[LayerOutline], config: Mapping[str, Any]) -> list[str]:
         """Return what MatMulNBits cannot hold, and what is not known of the network."""
-        said: dict[str, list[str]] = {}
-        for layer in layers:
-            for reason in _objections(layer):
-                said.setdefault(reason, []).append(layer.info.name)
-        return [*_objections_to_network(config), *in_groups(said)]
+        return [*_objections_to_network(config), *objections_of(layers, _objections)]
 
     def write(self, model: StoredModel, file: Path) -> None:
         """Write the network as one file.

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from qframe import LayerInfo, LayerOutline, Scheme, hookimpl
 from qframe.errors import RecipeError, WeightsError
-from qframe.layouts import SCALE_NAMES, in_groups
+from qframe.layouts import SCALE_NAMES, objections_of
+from qframe.strict import by_layers
 from qframe_plugins.layouts.reading import tensor_of
 from qframe_plugins.layouts.zero_points import (
     codes_and_zeros,
@@ -54,16 +55,13 @@ class AWQ:
 
     def objections(self, layers: Sequence[LayerOutline]) -> list[str]:
         """Return what the format has no words for."""
-        said: dict[str, list[str]] = {}
-        for layer in layers:
-            for reason in _objections(layer):
-                said.setdefault(reason, []).append(layer.info.name)
+        said = objections_of(layers, _objections)
         sizes = {layer.scheme.group_size or -1: layer.info.name for layer in layers}
         if len(sizes) > 1:
-            some = " and ".join(str(size) for size in sorted(sizes))
-            reason = f"group_size is {some}; it has one for all layers"
-            said[reason] = [name for _, name in sorted(sizes.items())]
-        return in_groups(said)
+            found = " and ".join(str(size) for size in sorted(sizes))
+            reason = f"group_size is {found}; it has one for all layers"
+            said += by_layers((name, reason) for _, name in sorted(sizes.items()))
+        return said
 
     def shapes(self, layer: LayerOutline) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Return dtype and shape of all that `pack` returns."""

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 
 from qframe import Grid, LayerInfo, LayerOutline, Scheme, hookimpl
 from qframe.errors import RecipeError, WeightsError
-from qframe.layouts import SCALE_NAMES, in_groups, own_config, said_of_extras
+from qframe.layouts import SCALE_NAMES, objections_of, own_config, said_of_extras
 from qframe.scheme import ActivationScheme
 from qframe_plugins.layouts.reading import tensor_of
 
@@ -74,11 +74,7 @@ class CompressedTensors:
 
     def objections(self, layers: Sequence[LayerOutline]) -> list[str]:
         """Return what the format has no words for; see `format_of`."""
-        said: dict[str, list[str]] = {}
-        for layer in layers:
-            for reason in _objections(layer):
-                said.setdefault(reason, []).append(layer.info.name)
-        return in_groups(said)
+        return objections_of(layers, _objections)
 
     def shapes(self, layer: LayerOutline) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Return dtype and shape of all that `pack` returns."""

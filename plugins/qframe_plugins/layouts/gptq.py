@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 import qframe
 from qframe import LayerInfo, LayerOutline, Scheme, hookimpl
 from qframe.errors import RecipeError, WeightsError
-from qframe.layouts import SCALE_NAMES, in_groups
+from qframe.layouts import SCALE_NAMES, objections_of
 from qframe_plugins.layouts.reading import tensor_of
 from qframe_plugins.layouts.zero_points import (
     codes_and_zeros,
@@ -74,11 +74,7 @@ class GPTQ:
 
     def objections(self, layers: Sequence[LayerOutline]) -> list[str]:
         """Return what the format has no words for, or what its readers do not agree on."""
-        said: dict[str, list[str]] = {}
-        for layer in layers:
-            for reason in self._objections(layer):
-                said.setdefault(reason, []).append(layer.info.name)
-        return in_groups(said)
+        return objections_of(layers, self._objections)
 
     def _objections(self, layer: LayerOutline) -> list[str]:
         said = said_of_integers(layer, BITS, known=_INDEX)
