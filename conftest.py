@@ -3,8 +3,8 @@
 Each document is one session in a temporary folder that holds a tiny model, MODEL.
 
 * ```python   is executed; names last until the end of the document.
-* ```bash     lines that start with qframe are run; "# exit code 2" says what to expect. Other
-              commands (pip, ...) are not run here; of PARSED_ONLY the options are checked.
+* ```bash     lines that start with qframe or torchrun are run; "# exit code 2" says what to expect.
+              Other commands (pip, ...) are not run here; of PARSED_ONLY the options are checked.
 * ```text     right after commands: what they print, line by line; "..." stands for any lines, or
               for the rest of a line.
 * <!-- file: NAME --> writes the block that follows to that file.
@@ -16,6 +16,8 @@ import io
 import os
 import re
 import shlex
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from functools import cache
@@ -84,8 +86,8 @@ def run_commands(example: Example) -> str | None:
     for line in example.parsed.replace("\\\n", " ").splitlines():
         expected = _EXIT_CODE.search(line)
         words = shlex.split(line, comments=True)
-        if words and words[0] == "qframe":
-            code, output = run(words[1:])
+        if words and words[0] in ("qframe", "torchrun"):
+            code, output = (run if words[0] == "qframe" else launch)(words[1:])
             said += output.splitlines()
             if code != int(expected[1] if expected else 0):
                 return f"{line}\nexit code {code}\n{output}"
@@ -109,6 +111,13 @@ def run(args: list[str]) -> tuple[int, str]:
         except SystemExit as stop:
             return int(stop.code or 0), output.getvalue()
     return 0, output.getvalue()
+
+
+def launch(args: list[str]) -> tuple[int, str]:
+    """Return the exit code and the output of what torchrun is to start."""
+    command = [sys.executable, "-m", "torch.distributed.run", *args]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout + done.stderr
 
 
 def compare_output(example: Example) -> str | None:

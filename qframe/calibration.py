@@ -265,12 +265,21 @@ class Lockstep:
     module    the network; `watch` names the modules at whose doors chunks stop
     threads   how many chunks run at the same time
     dtype     torch.bfloat16 lets matrix products run in bfloat16 (autocast), else float32
+    agree     given the place of the stop where this process' chunks wait, in the order of `watch`,
+              None where all have ended: returns the one whose turn it is
     before    layer name -> what is done to its input before it runs; may change while chunks wait
     """
 
-    def __init__(self, module: nn.Module, *, threads: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        threads: int,
+        dtype: torch.dtype,
+        agree: Callable[[int | None], int | None] = lambda own: own,
+    ) -> None:
         self._module = module
-        self._dtype = dtype
+        self._dtype, self._agree = dtype, agree
         self._permits = threading.Semaphore(threads)
         self._changed = threading.Condition()
         self._here = threading.local()
@@ -320,12 +329,12 @@ class Lockstep:
 
     def run(
         self,
-        inputs: Sequence[tuple[Any, ...]],
+        inputs: Mapping[int, tuple[Any, ...]],
         kwargs: Mapping[str, Any],
         on_stop: Callable[[Stop, Mapping[int, Arrival]], bool],
         passes: Callable[[Stop, int, Arrival], bool] | None = None,
     ) -> None:
-        """Run all inputs to the end, or until `on_stop` returns False.
+        """Run all inputs, by number, to the end, or until `on_stop` returns False.
 
         on_stop   called with the stop and the arrivals by input number, while they wait
         passes    called with the stop, the input number and its arrival, on that input's thread:
@@ -340,7 +349,7 @@ class Lockstep:
 
     def meetings(
         self,
-        inputs: Sequence[tuple[Any, ...]],
+        inputs: Mapping[int, tuple[Any, ...]],
         kwargs: Mapping[str, Any],
         passes: Callable[[Stop, int, Arrival], bool] | None = None,
     ) -> Generator[tuple[Stop, dict[int, Arrival]], None, None]:
@@ -353,7 +362,7 @@ class Lockstep:
         self._running, self._passes = len(inputs), passes or _never
         threads = [
             threading.Thread(target=self._chunk, args=(i, x, kwargs), daemon=True)
-            for i, x in enumerate(inputs)
+            for i, x in inputs.items()
         ]
         begun: list[threading.Thread] = []
         try:
@@ -427,9 +436,14 @@ class Lockstep:
         """Wait until every chunk waits or has ended; return the first stop and who is there."""
         with self._changed:
             self._changed.wait_for(lambda: self._running == 0)
-            if self._failure is not None or not self._waiting:
+            if self._failure is not None:
                 return None
-            stop = min((s for s, _, _ in self._waiting.values()), key=self._rank.__getitem__)
+            stops = list(self._rank)
+            own = min((self._rank[stop] for stop, _, _ in self._waiting.values()), default=None)
+            place = self._agree(own)
+            if place is None:
+                return None
+            stop = stops[place]
             return stop, {i: w for i, w in sorted(self._waiting.items()) if w[0] == stop}
 
     def _abandon(self) -> None:

@@ -75,6 +75,10 @@ class UnfinishedError(OutputError):
     """An unfinished run is in the way, or is not one that can be gone on with as asked."""
 
 
+class RanksError(QframeError):
+    """Processes that do a run together cannot go on: one is gone, has failed, or is elsewhere."""
+
+
 class NonFiniteError(QframeError):
     """A NaN or an infinity where numbers are needed: in weights, activations or results."""
 

@@ -6,7 +6,7 @@ And what is to be known of its calibration beforehand: whether one token outweig
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -104,28 +104,38 @@ class Fallbacks:
         log.warning("%s: %s", event.layer, event.message)
 
 
-def massive_token(layer: str, chunks: Sequence[torch.Tensor]) -> list[Event]:
+def energies(chunks: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """Return of each chunk of inputs [tokens, columns] what `massive_token` looks at, [4] float64.
+
+    The energy of all its tokens, that of the one with most, which one that is, and how many tokens.
+    """
+    found = []
+    for x in chunks:
+        each = x.square().sum(1, dtype=torch.float64)
+        token = int(each.argmax()) if len(each) else 0
+        total, most = (each.cumsum(0)[-1], each[token]) if len(each) else (0.0, 0.0)
+        found.append(torch.tensor([total, most, token, len(each)], dtype=torch.float64))
+    return found
+
+
+def massive_token(layer: str, found: Sequence[torch.Tensor]) -> list[Event]:
     """Return an event where one token has most of the energy that a layer is calibrated on.
 
-    layer    the first of those that read the input
-    chunks   its inputs, [tokens, columns] each
+    layer   the first of those that read the input
+    found   the `energies` of all chunks
 
     That energy is trace(H). Attention sinks are such tokens (Sun et al., Massive Activations,
     arXiv:2402.17762); the layer is then fitted to one token, and hardly to the others.
     """
-    total, most, where = 0.0, 0.0, ""
-    for number, x in enumerate(chunks):
-        energies = x.square().sum(1, dtype=torch.float64)
-        if not len(energies):
-            continue
-        total += float(energies.cumsum(0)[-1])
-        token = int(energies.argmax())
-        if float(energies[token]) > most:
-            most, where = float(energies[token]), f"token {token} of chunk {number}"
+    total, most, tokens, where = 0.0, 0.0, 0, ""
+    for number, (energy, largest, token, count) in enumerate(map(torch.Tensor.tolist, found)):
+        total, tokens = total + energy, tokens + round(count)
+        if largest > most:
+            most, where = largest, f"token {round(token)} of chunk {number}"
     if most <= total / 2:
         return []
     message = (
-        f"{where} has {most / total:.0%} of the energy of all {sum(map(len, chunks))} calibration "
+        f"{where} has {most / total:.0%} of the energy of all {tokens} calibration "
         f"tokens: the layer is fitted to it, and hardly to the others"
     )
     return [Event(kind="massive token", layer=layer, message=message)]

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from qframe.certificates import Certificate
 from qframe.contracts import Event, InputGroup, LayerOutline
 from qframe.errors import UnfinishedError
 from qframe.folds import Division, Folded
+from qframe.ranks import ALONE, Ranks
 from qframe.report.layers import LayerReport
 from qframe.solve import Solved
 from qframe.stored import StoredLayer
@@ -63,10 +63,16 @@ class Ledger:
 
     kept       where it is kept; None for nowhere
     outlines   layer name -> what it is
+    ranks      those that are given it back; the first has it
     """
 
-    def __init__(self, kept: Unfinished | None, outlines: Mapping[str, LayerOutline]) -> None:
-        self._kept, self._outlines = kept, outlines
+    def __init__(
+        self,
+        kept: Unfinished | None,
+        outlines: Mapping[str, LayerOutline],
+        ranks: Ranks = ALONE,
+    ) -> None:
+        self._kept, self._outlines, self._ranks = kept, outlines, ranks
         self._found: DoneBlock | None = None  # the block that was given back last
 
     def learned(self, layer: str) -> list[Event] | None:
@@ -110,8 +116,10 @@ class Ledger:
             return found
         self._found = found = None  # let it go before the next one is read
         there = None if self._kept is None else self._kept.block(layer)
-        if there is not None:
-            self._found = _read(*there, self._outlines)
+        tensors, record = ({}, None) if there is None else there
+        tensors, record = self._ranks.exchange(f"kept of {layer}", tensors, record)[0]
+        if record is not None:
+            self._found = _read(tensors, record, self._outlines)
         return self._found
 
 
@@ -121,23 +129,13 @@ class Ledger:
 def _written(block: DoneBlock) -> tuple[Tensors, dict[str, Any]]:
     """Return the tensors of a block, and everything else that `_read` makes it of."""
     tensors: Tensors = {}
-    groups = []
-    for group in block.groups.values():
-        groups.append(
-            {
-                "layers": {name: _layer(tensors, each) for name, each in group.layers.items()},
-                "statistics": _put(tensors, "statistics", group.statistics),
-                "folded": _fold(tensors, group),
-                "left": group.left,
-                "events": _events(group.events),
-            }
-        )
+    groups = [plain_group(tensors, group) for group in block.groups.values()]
     return tensors, {
         "name": block.name,
         "layers": [name for group in block.groups.values() for name in group.layers],
         "groups": groups,
-        "learned": _events(block.learned),
-        "judged": _events(block.judged),
+        "learned": plain_events(block.learned),
+        "judged": plain_events(block.judged),
     }
 
 
@@ -146,19 +144,36 @@ def _read(
 ) -> DoneBlock:
     """Return the block that `_written` has made these of."""
     block = DoneBlock(
-        record["name"], learned=_as_events(record["learned"]), judged=_as_events(record["judged"])
+        record["name"], learned=as_events(record["learned"]), judged=as_events(record["judged"])
     )
-    for group in record["groups"]:
-        layers = {n: _solved(tensors, each, outlines[n]) for n, each in group["layers"].items()}
-        folded = None if group["folded"] is None else _folded(tensors, group["folded"], outlines)
-        block.groups[next(iter(layers))] = DoneGroup(
-            layers=layers,
-            statistics=_get(tensors, group["statistics"]),
-            folded=folded,
-            left=group["left"],
-            events=_as_events(group["events"]),
-        )
+    for each in record["groups"]:
+        group = as_group(tensors, each, outlines)
+        block.groups[next(iter(group.layers))] = group
     return block
+
+
+def plain_group(tensors: Tensors, group: DoneGroup) -> dict[str, Any]:
+    """Add the tensors of a group to others; return everything else that `as_group` makes it of."""
+    return {
+        "layers": {name: _layer(tensors, each) for name, each in group.layers.items()},
+        "statistics": _put(tensors, "statistics", group.statistics),
+        "folded": _fold(tensors, group),
+        "left": group.left,
+        "events": plain_events(group.events),
+    }
+
+
+def as_group(
+    tensors: Tensors, record: Mapping[str, Any], outlines: Mapping[str, LayerOutline]
+) -> DoneGroup:
+    """Return the group that `plain_group` has made these of."""
+    return DoneGroup(
+        layers={n: _solved(tensors, each, outlines[n]) for n, each in record["layers"].items()},
+        statistics=_get(tensors, record["statistics"]),
+        folded=None if record["folded"] is None else _folded(tensors, record["folded"], outlines),
+        left=record["left"],
+        events=as_events(record["events"]),
+    )
 
 
 def _layer(tensors: Tensors, solved: Solved) -> dict[str, Any]:
@@ -173,16 +188,13 @@ def _layer(tensors: Tensors, solved: Solved) -> dict[str, Any]:
 
 def _solved(tensors: Tensors, record: Mapping[str, Any], outline: LayerOutline) -> Solved:
     running = _stored(tensors, record["running"], outline)
-    same, multiplied, report = record["stored"] is None, running.weight(), record["report"]
-    certificates = tuple(
-        Certificate(**{**each, "place": tuple(each["place"])}) for each in report["certificates"]
-    )
+    same, multiplied = record["stored"] is None, running.weight()
     return Solved(
         running if same else _stored(tensors, record["stored"], outline),
         running,
         multiplied,
         running.plain(multiplied),
-        LayerReport(**{**report, "certificates": certificates}),
+        LayerReport.of(record["report"]),
     )
 
 
@@ -262,9 +274,11 @@ def _get(tensors: Tensors, places: Mapping[str, str]) -> Tensors:
     return {name: tensors[key] for name, key in places.items()}
 
 
-def _events(events: Sequence[Event]) -> list[dict[str, str]]:
+def plain_events(events: Sequence[Event]) -> list[dict[str, str]]:
+    """Return events as plain values."""
     return [dataclasses.asdict(event) for event in events]
 
 
-def _as_events(records: Sequence[Mapping[str, str]]) -> list[Event]:
+def as_events(records: Sequence[Mapping[str, str]]) -> list[Event]:
+    """Return the events that `plain_events` has made these of."""
     return [Event(**record) for record in records]

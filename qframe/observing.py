@@ -11,12 +11,14 @@ from typing import Any
 import torch
 
 from qframe.activations import InputQuantizer
-from qframe.contracts import InputGroup, Observer, Statistic
+from qframe.contracts import InputGroup, Statistic
 from qframe.errors import UncalibratedLayerError
 from qframe.grids import input_grid_of, reach_observer
 from qframe.hessian import MISMATCH, SECOND_MOMENTS
 from qframe.host import Host
-from qframe.inputs import GroupInputs
+from qframe.inputs import Chunks, GroupInputs
+from qframe.merging import observed
+from qframe.ranks import ALONE, Ranks
 from qframe.report.measure import Drift, OutputErrors
 from qframe.scheme import ActivationScheme, Scheme
 from qframe.weights import check_finite
@@ -26,10 +28,13 @@ Known = dict[str, Statistic]
 
 
 class Watch:
-    """Observes the inputs of groups with the observers of a host."""
+    """Observes the inputs of groups with the observers of a host.
 
-    def __init__(self, host: Host) -> None:
-        self._host = host
+    ranks   those that share the inputs; all look at the same time
+    """
+
+    def __init__(self, host: Host, ranks: Ranks = ALONE) -> None:
+        self._host, self._ranks = host, ranks
 
     def look(
         self, group: InputGroup, inputs: GroupInputs, beside: GroupInputs
@@ -44,9 +49,9 @@ class Watch:
         names = self._host.names("observer")
         both = (inputs.fitted, beside.fitted), (inputs.held_out, beside.held_out)
         for known, (chunks, pairs) in zip(found, both, strict=True):
-            if chunks and SECOND_MOMENTS in names:
+            if chunks.lengths and SECOND_MOMENTS in names:
                 known[SECOND_MOMENTS] = self._observe(SECOND_MOMENTS, group, chunks)
-                if pairs and MISMATCH in names:
+                if pairs.lengths and MISMATCH in names:
                     known[MISMATCH] = self._observe(MISMATCH, group, pairs)
         return found
 
@@ -59,7 +64,7 @@ class Watch:
             if SECOND_MOMENTS in known:
                 moments.append(known[SECOND_MOMENTS].value().to(torch.float32))
             if MISMATCH in known:
-                gaps = tuple(y - x for x, y in (pair.split(group.columns, 1) for pair in chunks))
+                gaps = chunks.map(lambda pair: torch.sub(*reversed(pair.split(group.columns, 1))))
                 moved = self._observe(SECOND_MOMENTS, group, gaps).value()
                 cross = known[MISMATCH].value()
                 drifts.append(Drift(cross.to(torch.float32), moved.to(torch.float32)))
@@ -69,8 +74,8 @@ class Watch:
         self,
         needs: Iterable[str],
         group: InputGroup,
-        chunks: tuple[torch.Tensor, ...],
-        pairs: tuple[torch.Tensor, ...],
+        chunks: Chunks,
+        pairs: Chunks,
         known: Known,
     ) -> dict[str, Any]:
         """Return the values of the statistics that are needed, each observed once.
@@ -102,24 +107,17 @@ class Watch:
                 continue
             reach: torch.Tensor | None = None
             if scheme.static_observer is not None:
-                if not inputs.tokens:
+                if not inputs.fitted.tokens:
                     raise UncalibratedLayerError(
                         f"layer {layer.name!r}: no calibration token reached it, and its "
                         f"activations have a scale that is stored (dynamic: false); quantize them "
                         f"with dynamic: true, or ignore the layer"
                     )
                 observer = reach_observer(self._host, scheme, grid)
-                reach = _observe(observer, group, inputs.fitted).value()
+                reach = observed(observer, group, inputs.fitted, self._ranks).value()
                 check_finite(reach, f"observer {observer.name!r}: the inputs of {group.name!r}")
             found[scheme] = InputQuantizer.calibrated(scheme, grid, reach)
         return found
 
-    def _observe(self, name: str, group: InputGroup, chunks: tuple[torch.Tensor, ...]) -> Statistic:
-        return _observe(self._host.get("observer", name), group, chunks)
-
-
-def _observe(observer: Observer, group: InputGroup, chunks: tuple[torch.Tensor, ...]) -> Statistic:
-    statistic = observer.start(group)
-    for x in chunks:
-        statistic.update(x)
-    return statistic
+    def _observe(self, name: str, group: InputGroup, chunks: Chunks) -> Statistic:
+        return observed(self._host.get("observer", name), group, chunks, self._ranks)

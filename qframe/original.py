@@ -9,7 +9,7 @@ second forward pass, and the memory of its activations.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -27,7 +27,7 @@ class OriginalPass:
     """
 
     def __init__(
-        self, steps: Lockstep, inputs: Sequence[tuple[Any, ...]], kwargs: Mapping[str, Any]
+        self, steps: Lockstep, inputs: Mapping[int, tuple[Any, ...]], kwargs: Mapping[str, Any]
     ) -> None:
         self._meetings: Generator[tuple[Stop, dict[int, Arrival]], None, None]
         self._meetings = steps.meetings(inputs, kwargs, self._passes)

@@ -21,10 +21,18 @@ R = TypeVar("R")
 
 
 def default_threads() -> int:
-    """Return how many threads to use: QFRAME_THREADS, else the cores this process may use."""
+    """Return how many threads to use: QFRAME_THREADS, else the cores this process may use.
+
+    Processes that a launcher has started on one machine share its cores.
+    """
     asked = os.environ.get("QFRAME_THREADS", "")
     if asked.isdigit() and int(asked) > 0:
         return int(asked)
+    beside = os.environ.get("LOCAL_WORLD_SIZE", "")  # as torchrun says it
+    return max(1, _cores() // (int(beside) if beside.isdigit() and int(beside) else 1))
+
+
+def _cores() -> int:
     try:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # not every system has affinities

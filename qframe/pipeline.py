@@ -25,7 +25,7 @@ from qframe.calibration import CalibrationData, prepare
 from qframe.candidates import Candidates, candidates_of
 from qframe.checkpoint import CheckpointWriter, check_output, quantized_config
 from qframe.contracts import Event, LayerOutline, Layout
-from qframe.errors import CalibrationError, FallbackError, RecipeError
+from qframe.errors import CalibrationError, FallbackError, RecipeError, UnsupportedError
 from qframe.host import Host
 from qframe.kept_blocks import Ledger
 from qframe.kept_decision import as_decision, plain_decision
@@ -35,6 +35,7 @@ from qframe.memory import calibrates
 from qframe.mixed import decide
 from qframe.model import Network, left_weights
 from qframe.out_of_memory import Where, memory_named
+from qframe.ranks import Ranks, check_same, first, together
 from qframe.recipe import Method, Plan, Recipe, check_supported, kv_quantizer, parse_method, resolve
 from qframe.report.layers import Coverage, RunReport
 from qframe.scheme import Scheme
@@ -177,35 +178,41 @@ def quantize(
     threads       how many; the result does not depend on it. Default: all cores
     progress      called after each block
 
+    Where a launcher such as torchrun has started several processes, each of which calls this, they
+    do one run together (`qframe.ranks`): the first one writes the folder, to the same bytes as one
+    process alone.
+
     Raises RecipeError, UnsupportedError, PluginError, WeightsError, ModelError, CalibrationError
     or OutputError before any work is done, MemoryLimitError before sensitivities are measured or
     when memory runs out; NonFiniteError, FallbackError or CertificateError when numbers go wrong;
-    VerifyError when files are not what was written. No output is left behind then; blocks that
+    VerifyError when files are not what was written; RanksError when another process of the run has
+    failed. No output is left behind then; blocks that
     were done are kept beside it (`qframe.unfinished`).
     """
     started = time.perf_counter()
-    job = plan_job(model, recipe, host, format=format)
-    in_memory = job.network.folder is None
-    if not in_memory and out is None:
-        raise RecipeError("quantizing a folder needs a folder for the result: out=...")
-    threads = threads or parallel.default_threads()
+    with together() as ranks:
+        job = plan_job(model, recipe, host, format=format)
+        in_memory = job.network.folder is None
+        if not in_memory and out is None:
+            raise RecipeError("quantizing a folder needs a folder for the result: out=...")
+        threads = threads or parallel.default_threads()
 
-    def run() -> _Run:
-        return _Run(job, calibration, threads, progress, started)
+        def run() -> _Run:
+            return _Run(job, calibration, threads, progress, started, ranks)
 
-    sizes: Mapping[str, int] = {}
-    if out is None:
-        report = run().walk(None, None)
-    else:
-        if state != "resume":
-            check_output(Path(out), overwrite=overwrite)
-        with unfinished(Path(out), state) as kept:
-            overwrite = overwrite or kept.placed
-            check_output(Path(out), overwrite=overwrite)
-            strict = format is not None
-            report, sizes = run().write(
-                Path(out), kept, strict=strict, overwrite=overwrite, verify=verify
-            )
+        sizes: Mapping[str, int] = {}
+        if out is None or ranks.rank > 0:
+            report = run().walk(None, None)
+        else:
+            if state != "resume":
+                check_output(Path(out), overwrite=overwrite)
+            with unfinished(Path(out), state) as kept:
+                overwrite = overwrite or kept.placed
+                check_output(Path(out), overwrite=overwrite)
+                strict = format is not None
+                report, sizes = run().write(
+                    Path(out), kept, strict=strict, overwrite=overwrite, verify=verify
+                )
     return Result(
         report=report,
         folder=Path(out) if out else None,
@@ -224,12 +231,20 @@ class _Run:
         threads: int,
         progress: Callable[[Progress], None] | None,
         started: float,
+        ranks: Ranks,
     ) -> None:
+        check_ranks(job, ranks)
         self._shown = calibration is not None or calibrates(job)
         if calibration is None and (self._shown or job.candidates is not None):
             calibration = _default_calibration(job)
         self._job, self._data, self._threads = job, calibration, threads
-        self._progress, self._started = progress, started
+        self._progress, self._started, self._ranks = progress, started, ranks
+        self._identity: dict[str, Any] | None = None
+        if ranks.size > 1:
+            from qframe.run_identity import run_identity
+
+            self._identity = run_identity(job, calibration, threads)
+            check_same(ranks, "what the run depends on", self._identity)
 
     def write(
         self, out: Path, kept: Unfinished, *, strict: bool, overwrite: bool, verify: bool
@@ -237,9 +252,10 @@ class _Run:
         """Walk through the network and write the folder; return its files' sizes in bytes."""
         from qframe.run_identity import run_identity
 
-        job = self._job
+        job, identity = self._job, self._identity
         blocks = {job.network.block_of(layer) for layer in job.plan.schemes}
-        identity = run_identity(job, self._data, self._threads) if kept.wanted else None
+        if identity is None and kept.wanted:
+            identity = run_identity(job, self._data, self._threads)
         kept.begin(identity, len(blocks))
         with CheckpointWriter(
             out, job.layout, strict=strict, overwrite=overwrite, work=kept.work
@@ -262,11 +278,11 @@ class _Run:
         with memory_named(where):
             allocation = self._decide(events, kept)
         data, job = self._data if self._shown else None, self._job
-        solver = Solver(job.recipe, job.method, job.host, self._threads)
+        solver = Solver(job.recipe, job.method, job.host, self._threads, self._ranks)
         solver.events.extend(events)
         solver.where.calibrated = data is not None
         outlines = job.outlines()
-        ledger = Ledger(kept, outlines)
+        ledger = Ledger(kept, outlines, self._ranks)
         way = Walk(job.network, job.plan, outlines, solver, writer, self._progress, ledger)
         with memory_named(solver.where), parallel.one_torch_thread(), solver:
             if data is None:
@@ -292,15 +308,36 @@ class _Run:
         job, data = self._job, self._data
         if job.candidates is None or data is None:
             return None
-        decision = None if kept is None or kept.decision is None else as_decision(kept.decision)
-        if decision is None:
-            decision = decide(job, job.candidates, data, self._threads)
-            if kept is not None:
-                kept.decide(plain_decision(*decision))
-        plan, allocation, said = decision
+        candidates = job.candidates
+
+        def plain() -> dict[str, Any]:
+            found = None if kept is None else kept.decision
+            if found is None:
+                found = plain_decision(*decide(job, candidates, data, self._threads))
+                if kept is not None:
+                    kept.decide(found)
+            return found
+
+        plan, allocation, said = as_decision(first(self._ranks, "the schemes of layers", plain))
         self._job = dataclasses.replace(job, plan=plan)
         events.extend(said)
         return allocation
+
+
+def check_ranks(job: Job, ranks: Ranks) -> None:
+    """Raise UnsupportedError for what several ranks cannot do together."""
+    if ranks.size == 1:
+        return
+    if job.method.learns:
+        raise UnsupportedError(
+            f"method {job.recipe.method!r} learns whole blocks on all of the text, which ranks "
+            f"cannot share yet: run it in one process, or use a method that solves layer by layer"
+        )
+    if job.network.folder is None:
+        raise UnsupportedError(
+            "a module in memory cannot be quantized by several ranks, each of which has its own; "
+            "give the folder of the model"
+        )
 
 
 def measure_coverage(network: Network, plan: Plan) -> Coverage:

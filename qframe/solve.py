@@ -10,7 +10,8 @@ import dataclasses
 import logging
 import time
 import zlib
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Self
@@ -32,7 +33,7 @@ from qframe.errors import (
     PluginError,
     UncalibratedLayerError,
 )
-from qframe.fallbacks import FALLBACK, OVERFIT, Fallbacks, massive_token
+from qframe.fallbacks import FALLBACK, OVERFIT, Fallbacks, energies, massive_token
 from qframe.folds import Divider, Folded
 from qframe.grids import grid_of, input_grid_of
 from qframe.host import Host
@@ -43,9 +44,10 @@ from qframe.manifest import ORDER
 from qframe.observing import Known, Watch
 from qframe.out_of_memory import Where, memory_named
 from qframe.packing import PackedWeight
+from qframe.ranks import ALONE, Ranks
 from qframe.recipe import Method, Recipe
 from qframe.report.layers import LayerReport
-from qframe.report.measure import input_errors
+from qframe.report.measure import TOKENS, input_errors
 from qframe.scheme import Scheme
 from qframe.stored import StoredLayer, kept_weight
 from qframe.transforms import InputTransform
@@ -83,29 +85,37 @@ class _Rewrites:
 
 @dataclass(frozen=True, slots=True)
 class SolvedGroup:
-    """The layers of an input group by name, and what is kept of their statistics by name.
+    """Those layers of an input group, by name, that this rank has solved.
 
-    folded   what divides by the scale of their input, None where nothing does
+    statistics   what is kept of those of the group, by name
+    orders       layer -> in which order its columns were rounded, where that is kept
+    events       layer -> what there is to tell of its rounding
+    scaled       whether handlers scaled the input
+    folded       what divides by that scale, None where nothing does
     """
 
     layers: Mapping[str, Solved]
     statistics: Mapping[str, torch.Tensor]
+    orders: Mapping[str, torch.Tensor]
+    events: Mapping[str, Sequence[Event]]
+    scaled: bool
     folded: Folded | None = None
-
-    @property
-    def scaled(self) -> bool:
-        """Whether handlers scaled the input."""
-        transforms = [solved.running.transform for solved in self.layers.values()]
-        return any(t is not None and t.scale is not None for t in transforms)
 
 
 class Solver:
-    """Quantizes input groups by the recipe, and keeps the events; use as a context manager."""
+    """Quantizes input groups by the recipe, and keeps the events; use as a context manager.
 
-    def __init__(self, recipe: Recipe, method: Method, host: Host, threads: int) -> None:
+    ranks   those that share inputs and layers; all solve the same groups, in the same order
+    """
+
+    def __init__(
+        self, recipe: Recipe, method: Method, host: Host, threads: int, ranks: Ranks = ALONE
+    ) -> None:
         self._recipe, self._method, self._host, self.threads = recipe, method, host, threads
+        self.ranks = ranks
         self.folds = recipe.fold_scales and method.scales  # whether it is worth looking into what
-        self._watch, self._court = Watch(host), Court(threads)
+        self._watch, self._court = Watch(host, ranks), Court(threads)
+        self._due: deque[tuple[LayerReport, int | None]] = deque()  # as `wait_for` has them
         self.where = Where()
         self.events: list[Event] = []
         self._falls = Fallbacks(recipe, self.events)
@@ -132,16 +142,19 @@ class Solver:
         schemes: Mapping[str, Scheme],
         inputs: GroupInputs,
         divider: Divider | None = None,
+        others: Container[str] = (),
     ) -> SolvedGroup:
-        """Quantize the layers of a group; their reports are complete after `settle`.
+        """Quantize the layers of a group; `wait_for` their reports, which `settle` completes.
 
         weights   layer name -> [rows, columns] float32
         inputs    empty for a data-free run
         divider   what takes up a scale of the input; None for nothing
+        others    layers that are other ranks'
         """
         clock = time.perf_counter()
         self.where.at(group.name, "taking statistics of its inputs")
-        plain, beside = inputs, inputs.pairs()
+        beside = inputs.pairs()
+        example = self._example(group, schemes, inputs)
         seen = self._watch.look(group, inputs, beside)
         errors = self._watch.output_errors(group, beside, seen)
         rewritten, transform, rewrites = self._rewrite(
@@ -155,12 +168,15 @@ class Solver:
         known = seen if transform is None else ({}, {})
         statistics = self._watch.statistics(needs, group, inputs.fitted, beside.fitted, known[0])
         held_out: dict[str, Any] = {}
-        if inputs.held_out:
+        if inputs.held_out.lengths:
             held_out = self._watch.statistics(
                 needs, group, inputs.held_out, beside.held_out, known[1]
             )
         quantizers = self._watch.quantizers(group, schemes, inputs)
-        self.events.extend(massive_token(group.name, inputs.fitted))
+        energy = inputs.fitted.everywhere(
+            self.ranks, f"the energy of {group.name}", energies(inputs.fitted)
+        )
+        self.events.extend(massive_token(group.name, energy))
         shared_seconds = (time.perf_counter() - clock) / len(group.layers)
 
         solved: dict[str, Solved] = {}
@@ -172,7 +188,12 @@ class Solver:
                 for name, value in statistics.items()
                 if isinstance(value, torch.Tensor)
             }
+        orders: dict[str, torch.Tensor] = {}
+        events: dict[str, list[Event]] = {}
         for layer in group.layers:
+            if layer.name in others:
+                continue
+            shared_events = len(self.events)
             scheme, original = schemes[layer.name], weights[layer.name]
             problem = RoundingProblem(
                 name=layer.name,
@@ -181,7 +202,7 @@ class Solver:
                 grid=grid_of(self._host, scheme),
                 input_grid=input_grid_of(self._host, scheme),
                 statistics=statistics,
-                tokens=inputs.tokens,
+                tokens=inputs.fitted.tokens,
                 held_out=held_out,
             )
             clock = time.perf_counter()
@@ -228,11 +249,11 @@ class Solver:
                 columns=layer.columns,
                 bits_per_weight=stored.bits / max(layer.size, 1),
                 tokens=problem.tokens,
-                tokens_held_out=inputs.tokens_held_out,
+                tokens_held_out=inputs.held_out.tokens,
                 info=dict(quantized.info),
                 inputs={
                     **rewrites.info,
-                    **input_errors(running, original, multiplied, plain.fitted),
+                    **input_errors(running, original, multiplied, example),
                 },
                 input_group=group.name,
                 folded=None if rewrites.folded is None else rewrites.folded.name,
@@ -246,27 +267,47 @@ class Solver:
             judged = Judged(evidence, original, effective, running, errors, report)
             self._court.hear(partial(self._judge, judged))
             if kept and quantized.order is not None:
-                kept[f"{layer.name}.{ORDER}"] = quantized.order.to(torch.int32)
-            self.events.extend(quantized.events)
+                orders[f"{layer.name}.{ORDER}"] = quantized.order.to(torch.int32)
+            events[layer.name] = [*self.events[shared_events:], *quantized.events]
+            del self.events[shared_events:]
             solved[layer.name] = Solved(stored, running, multiplied, effective, report)
-        return SolvedGroup(solved, kept, rewrites.folded)
+        scaled = transform is not None and transform.scale is not None
+        return SolvedGroup(solved, kept, orders, events, scaled, rewrites.folded)
 
-    def take_over(self, layers: int, events: Sequence[Event], judged: Sequence[Event]) -> None:
+    def _example(
+        self, group: InputGroup, schemes: Mapping[str, Scheme], inputs: GroupInputs
+    ) -> torch.Tensor | None:
+        """Return some of the inputs, where layers quantize theirs; None where there are none."""
+        quantize = any(schemes[layer.name].input_activations for layer in group.layers)
+        if not quantize or not inputs.fitted.tokens:
+            return None
+        return inputs.fitted.sample(TOKENS, self.ranks, f"inputs of {group.name}")
+
+    def wait_for(self, report: LayerReport, owner: int) -> None:
+        """Say which rank completes the report of a layer of the group that was solved last."""
+        self._due.append((report, owner))
+        if owner != self.ranks.rank:
+            self._court.hear(list)
+
+    def take_over(
+        self, reports: Sequence[LayerReport], events: Sequence[Event], judged: Sequence[Event]
+    ) -> None:
         """Take over the events of a group that an earlier run has solved.
 
-        layers   how many the group has
-        judged   events of verdicts, which are told when it is the turn of those on its layers
+        reports   of its layers, complete
+        judged    events of verdicts, which are told when it is the turn of those on its layers
         """
         self.events.extend(events)
-        for number in range(layers):
+        for number, report in enumerate(reports):
+            self._due.append((report, None))
             self._court.hear(partial(list, () if number else judged))
 
     def judged(self, count: int) -> list[Event] | None:
         """Return the events of verdicts on the first layers whose reports are not settled.
 
-        None unless these reports are complete.
+        None unless these reports are complete, and this rank knows it.
         """
-        return self._court.known(count)
+        return self._court.known(count) if self.ranks.size == 1 else None
 
     def settle(self, still_waiting: int = 0) -> list[Event]:
         """Wait until the reports of all layers but the last few are complete; return new events.
@@ -274,10 +315,36 @@ class Solver:
         Raises CertificateError when a layer breaks a bound that its method claims to keep.
         """
         events = self._court.settle(still_waiting)
+        due = [self._due.popleft() for _ in range(len(self._due) - still_waiting)]
+        if self.ranks.size > 1 and due:
+            events = self._exchanged(due, events)
         for event in events:
             log.warning("%s: %s", event.layer, event.message)
         self.events.extend(events)
         return events
+
+    def _exchanged(
+        self, due: Sequence[tuple[LayerReport, int | None]], events: Sequence[Event]
+    ) -> list[Event]:
+        """Complete the reports of other ranks' layers; return the events of all, in their order."""
+        told: dict[str, list[Event]] = {}
+        for event in events:
+            told.setdefault(event.layer, []).append(event)
+        own = {
+            report.name: {
+                "report": dataclasses.asdict(report),
+                "events": [dataclasses.asdict(each) for each in told.get(report.name, ())],
+            }
+            for report, owner in due
+            if owner == self.ranks.rank
+        }
+        every = self.ranks.exchange(f"verdicts up to {due[-1][0].name}", {}, own)
+        for report, owner in due:
+            if owner is not None and owner != self.ranks.rank:
+                found = every[owner][1][report.name]
+                report.become(LayerReport.of(found["report"]))
+                told[report.name] = [Event(**each) for each in found["events"]]
+        return [event for report, _ in due for event in told.get(report.name, ())]
 
     def _judge(self, judged: Judged) -> list[Event]:
         """Complete the report of a layer, beside whatever the run is at."""
@@ -307,7 +374,7 @@ class Solver:
         total: InputTransform | None = None
         aside = _Rewrites()
         for handler in self._method.handlers:
-            if handler.needs and not inputs.tokens:
+            if handler.needs and not inputs.fitted.tokens:
                 for name in weights:
                     self._falls.record(
                         UncalibratedLayerError(
@@ -336,7 +403,7 @@ class Solver:
                         grid=grid_of(self._host, schemes[name]),
                         input_grid=input_grid_of(self._host, schemes[name]),
                         statistics=statistics,
-                        tokens=seen.tokens,
+                        tokens=seen.fitted.tokens,
                     )
                     for name, weight in weights.items()
                 },

@@ -85,7 +85,7 @@ class Unfinished:
         """
         if self._state:
             before, now = self._state["fingerprint"], _plain(fingerprint)
-            found = list(_differences(before, now))
+            found = list(differences(before, now))
             if found:
                 (place, old, new), others = found[0], [place for place, _, _ in found[1:]]
                 also = f" (also another: {', '.join(others[:SHOWN])})" if others else ""
@@ -290,12 +290,12 @@ def _plain(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
-def _differences(before: Any, now: Any, place: str = "") -> Iterator[tuple[str, str, str]]:
+def differences(before: Any, now: Any, place: str = "") -> Iterator[tuple[str, str, str]]:
     """Yield where two fingerprints differ, what was there, and what is, in their order."""
     if isinstance(before, dict) and isinstance(now, dict):
         for key in [*now, *(key for key in before if key not in now)]:
             old, new = before.get(key, _MISSING), now.get(key, _MISSING)
-            yield from _differences(old, new, f"{place}.{key}".lstrip("."))
+            yield from differences(old, new, f"{place}.{key}".lstrip("."))
     elif before != now:
         yield place, _short(before), _short(now)
 

@@ -10,29 +10,32 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby, islice
 from typing import Any
 
 import torch
 from torch import nn
 
-from qframe import feeder_search, fold_search
 from qframe.calibration import Arrival, CalibrationData, Lockstep, Stop, layer_input
 from qframe.checkpoint import CheckpointWriter
 from qframe.contracts import Event, InputGroup, LayerOutline
 from qframe.errors import ModelError
 from qframe.feeders import Feeder
-from qframe.fold_search import Source
-from qframe.folds import Divider, Division, Fold, Folded
-from qframe.inputs import GroupInputs
+from qframe.fold_search import UNSEEN, Source
+from qframe.folds import Divider, Division, Folded
+from qframe.grouping import Groups
+from qframe.inputs import GroupInputs, Split
 from qframe.kept_blocks import DoneBlock, DoneGroup, Ledger
 from qframe.model import Network, replace_module, set_weight
 from qframe.original import OriginalPass, check_pairs
 from qframe.parts import PARTS
+from qframe.ranks import shares
 from qframe.recipe import Plan
 from qframe.report.layers import Folding, LayerReport
+from qframe.sharing import Part, whole_groups
 from qframe.solve import Solved, Solver
 from qframe.stored import QuantizedLinear, StoredLayer
 
@@ -73,6 +76,7 @@ class Walk:
         ledger: Ledger | None = None,
     ) -> None:
         self._network, self._plan, self._solver = network, plan, solver
+        self._ranks = solver.ranks
         self._outlines = outlines
         self._ledger = ledger or Ledger(None, outlines)
         self._done = DoneBlock("")
@@ -88,11 +92,8 @@ class Walk:
         self._dtype = torch.float32
         self._original: OriginalPass | None = None
         self._clock = time.perf_counter()
-        self._groups: dict[str, InputGroup] = {}
-        self._makes: dict[tuple[Any, ...], list[tuple[tuple[str, ...], Source]]] = {}
-        self._searched: set[str] = set()  # blocks whose groups are known
-        # name of a group -> its norm, or the layer before it, or why it has none
-        self._folds: dict[str, Fold | Source | str] = {}
+        self._groups = Groups(network, plan.schemes, folds=solver.folds, ranks=self._ranks)
+        self._solved_groups = 0
         self._folding = Folding(folded={}, left={})
         self.divisions: dict[str, Division] = {}  # of layers whose rows are divided
         self._divided_at_last: dict[str, torch.Tensor] = {}
@@ -101,9 +102,10 @@ class Walk:
         self._before: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
 
     def without_data(self) -> None:
-        """Quantize every layer on its weights alone."""
-        for layer in self._plan.schemes:
-            self._quantize_alone(layer)
+        """Quantize every layer on its weights alone: ranks do one each at a time."""
+        for block, layers in groupby(self._plan.schemes, self._network.block_of):
+            while batch := list(islice(layers, self._ranks.size)):
+                self._quantize_alone(block, batch)
         self._finish()
 
     def with_data(self, data: CalibrationData, *, threads: int, dtype: torch.dtype) -> None:
@@ -113,8 +115,9 @@ class Walk:
         """
         module, blocks = self._network.module, self._network.blocks
         self._dtype = dtype
-        steps = Lockstep(module, threads=threads, dtype=dtype)
-        ahead = Lockstep(module, threads=threads, dtype=dtype) if self._solver.pairs else None
+        split = Split(len(data.inputs), len(data.held_out), self._ranks)
+        make = partial(Lockstep, module, threads=threads, dtype=dtype, agree=self._agree)
+        steps, ahead = make(), make() if self._solver.pairs else None
         self._before = steps.before
         by_block: dict[str, list[str]] = {name: [] for name in blocks}
         for layer in self._plan.schemes:
@@ -129,7 +132,7 @@ class Walk:
         def on_stop(stop: Stop, arrivals: Mapping[int, Arrival]) -> bool:
             if stop.kind == "block":
                 self._enter(stop.name)
-                self._find_groups(stop.name, steps, arrivals)
+                self._groups.find(stop.name, steps, arrivals)
                 if self._original is not None:
                     originals = self._original.arrivals(stop, arrivals)
                     self._learn(stop.name, arrivals, originals, fitted=len(data.inputs))
@@ -137,12 +140,13 @@ class Walk:
             elif stop.name in self.reports:
                 self._check_shared(stop.name, arrivals)
             else:
-                self._quantize_waiting(stop.name, arrivals, fitted=len(data.inputs))
+                self._quantize_waiting(stop.name, arrivals, split)
             return len(self.reports) < len(self._plan.schemes)
 
         # A cache would grow whenever a block is looked at, and the next run would read from it.
         options = accepted(module, {"use_cache": False}, by_name=self._network.folder is None)
-        inputs = [*data.inputs, *data.held_out]
+        every = [*data.inputs, *data.held_out]
+        inputs = {number: every[number] for number in split.own}
         loaders = load_on_demand(self._network)
         try:
             if ahead is not None:
@@ -155,7 +159,7 @@ class Walk:
                 handle.remove()
         for layer in self._plan.schemes:
             if layer not in self.reports:  # no token reached it
-                self._quantize_alone(layer)
+                self._quantize_alone(self._network.block_of(layer), [layer])
         self._finish()
 
     def folding(self) -> Folding | None:
@@ -192,19 +196,20 @@ class Walk:
 
     # Layers ------------------------------------------------------------------------------------
 
-    def _quantize_alone(self, layer: str) -> None:
-        self._enter(self._network.block_of(layer))
-        self._solve(InputGroup(layers=(self._network.layers[layer],)), GroupInputs)
+    def _quantize_alone(self, block: str, layers: Sequence[str]) -> None:
+        """Quantize layers of a block on their weights, each on a rank."""
+        self._enter(block)
+        groups = [InputGroup(layers=(self._network.layers[layer],)) for layer in layers]
+        owners = {layer: place % self._ranks.size for place, layer in enumerate(layers)}
+        self._solve(groups, GroupInputs, owners)
 
-    def _quantize_waiting(
-        self, layer: str, arrivals: Mapping[int, Arrival], *, fitted: int
-    ) -> None:
+    def _quantize_waiting(self, layer: str, arrivals: Mapping[int, Arrival], split: Split) -> None:
         """Quantize the group of a layer before which all chunks wait."""
         block = self._network.block_of(layer)
         if block not in self._network.blocks:
             self._enter(block)
-            self._folds[layer] = fold_search.OUTSIDE
-        group = self._groups.get(layer) or InputGroup(layers=(self._network.layers[layer],))
+            self._groups.outside(layer)
+        group = self._groups.of(layer)
         inputs = {i: layer_input(a.args, a.kwargs) for i, a in arrivals.items()}
         self._expected = {m.name: dict(inputs) for m in group.layers if m.name != layer}
         originals: dict[int, torch.Tensor] | None = None
@@ -212,11 +217,15 @@ class Walk:
             there = self._original.arrivals(Stop("layer", layer), arrivals)
             originals = {i: layer_input(a.args, a.kwargs) for i, a in there.items()}
             check_pairs(layer, inputs, originals)
+        # Ranks that waited for this group's last layer begin with the next one's first.
+        costs = [member.rows * member.columns**2 for member in group.layers]
+        ranks = shares(costs, self._ranks.size, self._solved_groups % self._ranks.size)
+        owners = {m.name: rank for m, rank in zip(group.layers, ranks, strict=True)}
         threads = self._solver.threads
-        self._solve(
-            group,
-            partial(GroupInputs.collect, group, inputs, fitted, self._dtype, threads, originals),
+        collect = partial(
+            GroupInputs.collect, group, inputs, split, self._dtype, threads, originals
         )
+        self._solve([group], collect, owners)
         del originals
         if self._original is not None and len(self.reports) < len(self._plan.schemes):
             self._original.advance(member.name for member in group.layers)
@@ -229,32 +238,74 @@ class Walk:
                 set_weight(module, solved.multiplied)
                 self._before[member.name] = solved.running.inputs_of
 
-    def _solve(self, group: InputGroup, inputs: Callable[[], GroupInputs]) -> None:
-        """Quantize a group, or take what an earlier run made of it."""
-        found = self._ledger.group(group)
-        if found is None:
+    def _solve(
+        self,
+        groups: Sequence[InputGroup],
+        inputs: Callable[[], GroupInputs],
+        owners: Mapping[str, int],
+    ) -> None:
+        """Quantize groups, or take what an earlier run made of them.
+
+        inputs   of all of them: of several groups there are none
+        owners   layer -> the rank that quantizes it
+        """
+        known = [self._ledger.group(group) for group in groups]
+        anew = [group for group, found in zip(groups, known, strict=True) if found is None]
+        made: Iterator[DoneGroup] = iter(())
+        if anew:
             self._keep_left()
-            done = self._solve_anew(group, inputs())
-        else:
-            done, judged = found
-            self._solver.take_over(len(done.layers), done.events, judged)
-        self._solver.where.at(self._block or group.name, "running the network")
-        self._done.groups[group.name] = done
+            made = iter(self._solve_anew(anew, inputs(), owners))
+        for group, found in zip(groups, known, strict=True):
+            if found is None:
+                done = next(made)
+                for name, result in done.layers.items():
+                    self._solver.wait_for(result.report, owners[name])
+                self._solver.events.extend(done.events)
+            else:
+                done, judged = found
+                reports = [result.report for result in done.layers.values()]
+                self._solver.take_over(reports, done.events, judged)
+            self._solver.where.at(self._block or group.name, "running the network")
+            self._solved_groups += 1
+            self._book(group.name, done)
+
+    def _book(self, group: str, done: DoneGroup) -> None:
+        """Take down what came of a group."""
+        self._done.groups[group] = done
         self._pending.update(done.layers)
         if done.folded is not None:
-            self._fold(group.name, done.folded)
+            self._fold(group, done.folded)
         elif done.left is not None:
-            self._folding.left[group.name] = done.left
+            self._folding.left[group] = done.left
         self.reports.update({name: result.report for name, result in done.layers.items()})
         if self._writer is not None:
             self._writer.add_statistics(done.statistics)
 
-    def _solve_anew(self, group: InputGroup, inputs: GroupInputs) -> DoneGroup:
-        before = len(self._solver.events)
+    def _solve_anew(
+        self, groups: Sequence[InputGroup], inputs: GroupInputs, owners: Mapping[str, int]
+    ) -> list[DoneGroup]:
+        """Quantize groups, whose events are yet to be told.
+
+        Without inputs a rank is concerned with its own layers alone; else all take part.
+        """
+        others = {layer for layer, rank in owners.items() if rank != self._ranks.rank}
+        own = {
+            group.name: self._part(group, inputs, others)
+            for group in groups
+            if inputs.fitted.lengths or any(m.name not in others for m in group.layers)
+        }
+        if self._ranks.size > 1:
+            return whole_groups(self._ranks, groups, owners, own, self._outlines)
+        return [own[group.name].whole() for group in groups]
+
+    def _part(self, group: InputGroup, inputs: GroupInputs, others: Container[str]) -> Part:
+        """Quantize those layers of a group that are not other ranks'."""
+        events = self._solver.events
+        before = len(events)
         weights = {}
         for layer in group.layers:
             if self._network.is_tied(layer.name):
-                self._solver.events.append(
+                events.append(
                     Event(
                         kind="untied",
                         layer=layer.name,
@@ -264,23 +315,30 @@ class Walk:
             weights[layer.name] = self._network.weight(layer.name)
         divider = self._divider(group.name)
         given = None if isinstance(divider, str) else divider
-        solved = self._solver.solve(group, weights, self._plan.schemes, inputs, given)
-        return DoneGroup(
+        solved = self._solver.solve(group, weights, self._plan.schemes, inputs, given, others)
+        done = DoneGroup(
             layers=solved.layers,
             statistics=solved.statistics,
             folded=solved.folded,
             left=str(divider) if solved.scaled and solved.folded is None else None,
-            events=self._solver.events[before:],
+            events=events[before:],
         )
+        del events[before:]
+        return Part(done, solved.events, solved.orders)
+
+    def _agree(self, own: int | None) -> int | None:
+        """Return the first stop at which chunks of any rank wait."""
+        every = self._ranks.exchange("the next stop", {}, own)
+        return min((place for _, place in every if place is not None), default=None)
 
     def _divider(self, group: str) -> Divider | str:
         """Return what can divide by a scale of a group's input, or why nothing can."""
-        fold = self._folds.pop(group, fold_search.UNSEEN)
+        fold = self._groups.candidate(group)
         if not isinstance(fold, Source):
             return fold
         solved = self._pending.get(fold.name)
         if solved is None or fold.rows is None:
-            return fold_search.UNSEEN
+            return UNSEEN
         bias = self._network.module.get_submodule(fold.name)._parameters.get("bias")
         own = None if bias is None else self._network.own(f"{fold.name}.bias")
         feeder = Feeder(fold.name, fold.rows, solved.stored, own)
@@ -294,76 +352,6 @@ class Walk:
             before = self._pending[folded.name]
             self._pending[folded.name] = dataclasses.replace(before, stored=folded.stored)
             self.divisions[folded.name] = folded.division
-
-    def _find_groups(self, name: str, steps: Lockstep, arrivals: Mapping[int, Arrival]) -> None:
-        """Learn which layers of a block share an input, by watching the block run once.
-
-        Blocks of the same make have the same groups, so one of each make is watched. Where their
-        inputs come from norms, every block is tried: what folds must be right for each.
-        """
-        if name in self._searched:
-            return
-        self._searched.add(name)
-        prefix = f"{name}." if name else ""
-        block, arrival = self._network.blocks[name], next(iter(arrivals.values()))
-        inside = {
-            layer.removeprefix(prefix): self._network.layers[layer]
-            for layer in self._plan.schemes
-            if layer.startswith(prefix)
-        }
-        shapes = ((short, i.rows, i.columns) for short, i in inside.items())
-        parts = ((short, type(part)) for short, part in block.named_modules())
-        make = (type(block), *shapes, *parts)
-        run: fold_search.Run | None = None
-        if make not in self._makes:
-            run = fold_search.look(steps, block, arrival, digests=self._solver.folds)
-            # `run` keeps the inputs alive, so identities are distinct.
-            shared: dict[int, tuple[str, list[str]]] = {}
-            for layer, x in run.inputs:
-                _, users = shared.setdefault(id(x), (run.source(x), []))
-                users.append(layer.removeprefix(prefix))
-            seen: set[str] = set()
-            groups = []
-            for norm, users in shared.values():  # one that runs twice belongs to its first
-                fresh = tuple(m for m in dict.fromkeys(users) if m not in seen)
-                seen.update(fresh)
-                groups.append((fresh, Source(norm)))
-            self._makes[make] = [(group, source) for group, source in groups if group]
-            if self._solver.folds:
-                self._makes[make] = [
-                    (members, source)
-                    if source.name
-                    else (members, self._feeder(name, steps, arrival, run, members))
-                    for members, source in self._makes[make]
-                ]
-        found = []
-        for members, source in self._makes[make]:
-            group = InputGroup(layers=tuple(inside[short] for short in members))
-            found.append((group, source))
-            for short in members:
-                self._groups[f"{prefix}{short}"] = group
-        if self._solver.folds:
-            self._folds |= fold_search.find(self._network, name, steps, arrival, found, run)
-
-    def _feeder(
-        self,
-        name: str,
-        steps: Lockstep,
-        arrival: Arrival,
-        run: fold_search.Run,
-        members: Sequence[str],
-    ) -> Source:
-        """Return the layer of a block whose rows are the channels of a group's input."""
-        prefix = f"{name}." if name else ""
-        return feeder_search.feeder(
-            steps,
-            self._network.blocks[name],
-            arrival,
-            run,
-            [f"{prefix}{short}" for short in members],
-            list(self._plan.schemes),
-            prefix,
-        )
 
     def _passes(self, stop: Stop, number: int, arrival: Arrival) -> bool:
         """Return whether a chunk may run a layer: it was quantized with its group, on this input.

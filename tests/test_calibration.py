@@ -71,6 +71,10 @@ class Routed(nn.Module):
         return self.last(self.left(x) if x[0, 0] > 0 else self.right(x))
 
 
+def copies(count):
+    return dict.fromkeys(range(count), (torch.ones(1, 4),))
+
+
 def steps_of(module, names, threads=2):
     steps = Lockstep(module, threads=threads, dtype=torch.float32)
     for name in names:
@@ -92,7 +96,7 @@ def test_all_chunks_meet_before_every_layer_and_see_the_new_weight(threads):
         net[int(stop.name)].weight.data = torch.zeros(4, 4)
         return True
 
-    steps_of(net, ["0", "1"], threads).run(inputs, {}, on_stop)
+    steps_of(net, ["0", "1"], threads).run(dict(enumerate(inputs)), {}, on_stop)
     assert met == [("0", [0, 1, 2, 3, 4]), ("1", [0, 1, 2, 3, 4])]
 
 
@@ -105,7 +109,7 @@ def test_chunks_that_take_different_ways_meet_where_they_can():
         met.append((stop.name, sorted(arrivals)))
         return True
 
-    steps_of(net, ["left", "right", "last"]).run(inputs, {}, on_stop)
+    steps_of(net, ["left", "right", "last"]).run(dict(enumerate(inputs)), {}, on_stop)
     assert met == [("left", [0, 2]), ("right", [1]), ("last", [0, 1, 2])]
 
 
@@ -121,7 +125,7 @@ def test_a_chunk_that_may_pass_does_not_wait_for_the_others():
         asked.add((stop.name, number))
         return stop.name == "1" and number != 2
 
-    steps_of(net, ["0", "1", "2"]).run([(torch.ones(1, 4),)] * 4, {}, on_stop, passes)
+    steps_of(net, ["0", "1", "2"]).run(copies(4), {}, on_stop, passes)
     assert met == [("0", [0, 1, 2, 3]), ("1", [2]), ("2", [0, 1, 2, 3])]
     assert asked == {(name, number) for name in "012" for number in range(4)}
 
@@ -130,14 +134,14 @@ def test_the_pass_ends_as_soon_as_nothing_more_is_wanted():
     reached = []
     net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     net[1].register_forward_hook(lambda *_: reached.append(True))
-    steps_of(net, ["0", "1"]).run([(torch.ones(1, 4),)] * 3, {}, lambda stop, _: stop.name != "1")
+    steps_of(net, ["0", "1"]).run(copies(3), {}, lambda stop, _: stop.name != "1")
     assert reached == []
 
 
 def test_an_error_in_the_network_ends_all_chunks_and_is_told():
     net = nn.Sequential(nn.Linear(4, 4), nn.Linear(5, 4))
     with pytest.raises(ModelError, match="forward pass of Sequential failed"):
-        steps_of(net, ["0"]).run([(torch.ones(1, 4),)] * 3, {}, lambda *_: True)
+        steps_of(net, ["0"]).run(copies(3), {}, lambda *_: True)
 
 
 def test_an_error_at_a_stop_ends_all_chunks_and_is_raised_as_it_is():
@@ -148,7 +152,7 @@ def test_an_error_at_a_stop_ends_all_chunks_and_is_raised_as_it_is():
 
     steps = steps_of(net, ["0"])
     with pytest.raises(KeyboardInterrupt):
-        steps.run([(torch.ones(1, 4),)] * 3, {}, on_stop)
+        steps.run(copies(3), {}, on_stop)
     assert net(torch.ones(1, 4)).shape == (1, 4)  # no hook is left behind
 
 

@@ -12,7 +12,7 @@ import qframe
 from qframe import Capabilities, Host, claims, hookimpl
 from qframe.calibration import CalibrationData
 from qframe.errors import OverfitError
-from qframe.fallbacks import HOST_EVENTS, OVERFIT, massive_token
+from qframe.fallbacks import HOST_EVENTS, OVERFIT, energies, massive_token
 
 W3 = {"num_bits": 3, "group_size": 8, "symmetric": False}
 
@@ -125,17 +125,17 @@ def test_a_rewritten_layer_is_judged_by_what_it_does_to_plain_inputs():
 
 def test_a_token_with_most_of_the_energy_is_named():
     chunks = [torch.ones(3, 4), torch.ones(2, 4)]
-    assert massive_token("up", chunks) == []
+    assert massive_token("up", energies(chunks)) == []
     chunks[1][1] = 5
-    [event] = massive_token("up", chunks)
+    [event] = massive_token("up", energies(chunks))
     assert (event.kind, event.layer) == ("massive token", "up")
     assert event.message.startswith("token 1 of chunk 1 has 86% of the energy of all 5 ")
 
 
 def test_half_of_the_energy_is_not_most_of_it():
-    assert massive_token("up", [torch.tensor([[2.0], [2.0]])]) == []
-    assert massive_token("up", [torch.zeros(2, 3)]) == []
-    assert massive_token("up", [torch.zeros(0, 3)]) == []
+    assert massive_token("up", energies([torch.tensor([[2.0], [2.0]])])) == []
+    assert massive_token("up", energies([torch.zeros(2, 3)])) == []
+    assert massive_token("up", energies([torch.zeros(0, 3)])) == []
     assert massive_token("up", []) == []
 
 

@@ -100,7 +100,7 @@ def test_a_float32_sum_of_the_stagnating_kind_stagnates(rng):
 
 def test_of_an_observer_without_claims_only_the_contract_is_asked():
     found = statuses(check_plugin(Watcher(MeanMagnitude, claims=())))
-    assert found["statistic_pickles"] == {"held", "not applicable"}
+    assert found["statistic_travels"] == {"held", "not applicable"}
     for name in ("merge_sees_both", "order_of_tokens", "token_signs", "statistic_value"):
         assert found[name] == {"not applicable"}
 

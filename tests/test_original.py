@@ -106,7 +106,8 @@ def test_pairs_are_the_inputs_of_both_networks(tiny_llama, tmp_path):
     original = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype="float32").eval()
     quantized = qframe.load(tmp_path / "out", dequantize=True)
     fitted = [tokens(1), tokens(2)]
-    for number, batches in enumerate((fitted, [tokens(3)])):
+    # A statistic for each slot, here a batch; the first of them takes in the others.
+    for number, batches in ((0, fitted), (len(fitted), [tokens(3)])):
         there = inputs_of_layers(original, batches, groups)
         here = inputs_of_layers(quantized, batches, groups)
         for name in groups:

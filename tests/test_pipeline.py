@@ -36,6 +36,7 @@ from qframe.errors import (
     UncalibratedLayerError,
 )
 from qframe.model import find_layers
+from qframe.ranks import SLOTS
 from qframe.stored import QuantizedLinear
 from tests.folds.nets import Stack
 from tests.needy import host_needing
@@ -188,8 +189,10 @@ def test_layers_that_read_one_input_are_observed_together(llama, tmp_path):
         ("gate_proj", "up_proj"),
         ("down_proj",),
     ]
-    # Once on the tokens that are fitted, once on those held out.
-    assert started == [group for group in block for _ in range(2)] * 3
+    # Once for each slot of the chunks that are fitted, and of those held out.
+    data = token_data()
+    slots = sum(min(SLOTS, len(chunks)) for chunks in (data.inputs, data.held_out))
+    assert started == [group for group in block for _ in range(slots)] * 3
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

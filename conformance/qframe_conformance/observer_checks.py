@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from qframe.claims import Counts, LeastError, Mergeable, Reach, Reproducible, SignBlind, has_claim
 from qframe.claims.observers import StatisticClaim
 from qframe.errors import QframeError
+from qframe.merging import restore, taken_down
 from qframe_conformance.checks import SKIPPED, Outcome, check, require, same_bits
 from qframe_conformance.observer_cases import ObserverCase, certify, show, tensors
 from qframe_conformance.observer_draws import scenarios
@@ -241,17 +243,19 @@ def threads_do_not_show(case: ObserverCase) -> Outcome:
 
 
 @check(KIND, "serialization", unless=_FINITE)
-def statistic_pickles(case: ObserverCase) -> Outcome:
-    """A statistic can be pickled and goes on as if nothing had happened."""
+def statistic_travels(case: ObserverCase) -> Outcome:
+    """A statistic can be sent to another rank, and goes on there as if nothing had happened."""
     half = len(case.batches) // 2
-    statistic = case.observed(*case.batches[:half])
-    # The bytes are our own. Whether they can be made at all is the promise.
-    stored = pickle.dumps(statistic)
-    show(statistic, *case.batches[half:])
-    same_value(case.wanted, statistic.value(), "the value after pickling")
-    restored = pickle.loads(stored)
-    show(restored, *case.batches[half:])
-    same_value(case.wanted, restored.value(), "the value of what was pickled half-way")
+    here = case.observed(*case.batches[:half])
+    tensors: dict[str, torch.Tensor] = {}
+    record = taken_down(here, case.observed(), tensors, "half", case.observer.name)
+    sent = {name: tensor.clone() for name, tensor in tensors.items()}
+    show(here, *case.batches[half:])
+    same_value(case.wanted, here.value(), "the value after it was sent")
+    there = case.observed()
+    restore(there, json.loads(json.dumps(record)), sent)
+    show(there, *case.batches[half:])
+    same_value(case.wanted, there.value(), "the value of what was sent half-way")
     return None
 
 

@@ -15,9 +15,11 @@ import typer
 from typer.core import TyperCommand
 
 from qframe.cli.screen import note, print_error
-from qframe.errors import QframeError
+from qframe.errors import QframeError, RanksError
+from qframe.launcher import launched
 
 INTERNAL_ERROR = 1
+TOGETHER = "quantize"  # the command that several processes can do together
 _WORDS = "qframe.words"
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
@@ -49,6 +51,7 @@ class Command(TyperCommand):
         """Run the command; it may have the parameters `debug` and `threads`."""
         debug = bool(ctx.params.get("debug"))
         try:
+            check_launched(ctx.command.name)
             limit_threads(ctx.params.get("threads"))
             with _quiet(debug):
                 return super().invoke(ctx)
@@ -56,17 +59,39 @@ class Command(TyperCommand):
             raise
         except KeyboardInterrupt as error:
             notes = _notes(error)
-            print_error("interrupted" if notes else "interrupted; no output was left behind", notes)
+            print_error(
+                _by_rank("interrupted" if notes else "interrupted; no output was left behind"),
+                notes,
+            )
             raise typer.Exit(INTERRUPTED) from None
         except QframeError as error:
             _show_trace(debug)
-            print_error(str(error), _notes(error))
+            print_error(_by_rank(str(error)), _notes(error))
             raise typer.Exit(error.exit_code) from None
         except Exception as error:
             _show_trace(debug)
             message, hint = _unforeseen(error, debug)
-            print_error(message, "\n       ".join(filter(None, (hint, _notes(error)))))
+            print_error(_by_rank(message), "\n       ".join(filter(None, (hint, _notes(error)))))
             raise typer.Exit(INTERNAL_ERROR) from None
+
+
+def check_launched(command: str | None) -> None:
+    """Raise RanksError where several processes were started for a command that is one's work."""
+    _, size = launched()
+    if size > 1 and command != TOGETHER:
+        raise RanksError(
+            f"qframe {command} was started as {size} processes, which can share the work of "
+            f"qframe {TOGETHER} alone; start it without torchrun"
+        )
+
+
+def _by_rank(message: str) -> str:
+    """Return a message with the number of the process, where there are several."""
+    try:
+        rank, size = launched()
+    except RanksError:
+        return message
+    return f"rank {rank} of {size}: {message}" if size > 1 else message
 
 
 def limit_threads(threads: int | None) -> None:
@@ -75,7 +100,11 @@ def limit_threads(threads: int | None) -> None:
     numba reads its limit when it is imported, so this comes before anything imports it.
     """
     if threads is None:
-        return
+        if launched()[1] == 1:
+            return
+        from qframe.parallel import default_threads  # with torch, which is slow
+
+        threads = default_threads()
     if "numba" not in sys.modules:
         os.environ["NUMBA_NUM_THREADS"] = str(threads)
         return

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qframe.errors import LockedError, UnfinishedError
+from qframe.launcher import launched
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -52,7 +53,8 @@ def resumable(out: Path, command: Sequence[str]) -> Iterator[None]:
     except (LockedError, UnfinishedError):  # say what to do on their own
         raise
     except BaseException as error:
-        if "qframe.pipeline" in sys.modules:  # else nothing has begun
+        # Else nothing has begun, or it is the first process that keeps it.
+        if "qframe.pipeline" in sys.modules and launched()[0] == 0:
             from qframe.unfinished import kept_blocks
 
             kept = kept_blocks(out)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 from qframe.cli.screen import note, stderr
+from qframe.launcher import launched
 
 if TYPE_CHECKING:
     from qframe.walk import Progress
@@ -30,7 +31,12 @@ def progress_shown(*, every: int = 1) -> Iterator[Display]:
     """Show progress until the end of the context.
 
     every   elsewhere than on a terminal, blocks for which there is one line
+
+    Of several processes the first one shows it.
     """
+    if launched()[0] > 0:
+        yield Silence()
+        return
     console = stderr()
     if not console.is_terminal:
         yield Lines(every)
@@ -84,6 +90,16 @@ class Bar:
             description=done.block,
             state=f"{done.done} of {done.blocks} blocks, {self._clock.left(done)}",
         )
+
+
+class Silence:
+    """Nothing."""
+
+    def step(self, line: str) -> None:
+        """Do nothing."""
+
+    def block(self, done: Progress) -> None:
+        """Do nothing."""
 
 
 class Lines:

@@ -14,6 +14,7 @@ from qframe.cli.interrupts import interruptible, resumable, said
 from qframe.cli.progress import progress_shown
 from qframe.cli.screen import note, print_json, print_result
 from qframe.errors import OutputError, RecipeError
+from qframe.launcher import launched
 
 if TYPE_CHECKING:
     from qframe.host import Host
@@ -97,10 +98,16 @@ def quantize(
     The output is a folder in the layout of the Hugging Face Hub, with the recipe, the report and
     the hashes of its files; qframe.load reads it. A run that fails leaves no output; the blocks
     that it had finished are kept beside OUT, and --resume goes on from there.
+
+    Several processes do it together, to the same bytes: torchrun --nproc-per-node 2 -m qframe
+    quantize ...
     """
     if resume and restart:
         raise RecipeError("--resume and --restart are both given; choose one")
     recipe, host = flags.to_recipe(), flags.to_host()
+    is_first = launched()[0] == 0
+    if dry_run and not is_first:
+        return
     if dry_run:
         _dry_run(
             model,
@@ -141,6 +148,8 @@ def quantize(
             threads=threads,
             progress=progress.block,
         )
+    if not is_first:
+        return
     if report is not None:
         (report / "report.json").write_text(result.report.to_json(), encoding="utf-8")
         (report / "report.csv").write_text(result.report.to_csv(), encoding="utf-8")

@@ -88,7 +88,8 @@ def observe(
     loaders = load_on_demand(network)
     try:
         with parallel.one_torch_thread():
-            steps.run(chunks, accepted(network.module, {"use_cache": False}), on_stop)
+            options = accepted(network.module, {"use_cache": False})
+            steps.run(dict(enumerate(chunks)), options, on_stop)
     finally:
         for handle in loaders:
             handle.remove()

@@ -74,6 +74,20 @@ class LayerReport:
     folded: str | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> LayerReport:
+        """Return the report whose fields, as plain values, came back from JSON."""
+        certificates = tuple(
+            Certificate(**{**each, "place": tuple(each["place"])})
+            for each in fields["certificates"]
+        )
+        return cls(**{**fields, "certificates": certificates})
+
+    def become(self, other: LayerReport) -> None:
+        """Take over all fields of another report."""
+        for each in dataclasses.fields(self):
+            setattr(self, each.name, getattr(other, each.name))
+
     @property
     def gain(self) -> float | None:
         """How many times smaller the error is than RTN's, on the calibration tokens."""

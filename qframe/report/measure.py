@@ -75,13 +75,13 @@ def input_errors(
     stored: StoredLayer,
     original: torch.Tensor,
     multiplied: torch.Tensor,
-    inputs: Sequence[torch.Tensor],
+    x: torch.Tensor | None,
 ) -> dict[str, float | int | str]:
     """Return what quantizing the inputs of a layer does, for its report; {} where they are not.
 
     original     W, [rows, columns]
     multiplied   what the layer multiplies with
-    inputs       [tokens, columns] each; of all of them, `TOKENS` at even distances are looked at
+    x            some inputs, [tokens, columns]; None where there are none
 
     A dynamic scale that is one for all tokens, and a threshold, are those of this sample.
     """
@@ -90,9 +90,8 @@ def input_errors(
         return found
     if stored.inputs.scale is not None:
         found["step"] = float(stored.inputs.scale)
-    if not inputs or not sum(map(len, inputs)):
+    if x is None:
         return found
-    x = _sample(inputs)
     z = x if stored.transform is None else stored.transform.move(x)
     change = stored.quantized(z) - z
     lost, whole = (total((a @ w.T).square()) for a, w in ((change, multiplied), (x, original)))
@@ -101,15 +100,6 @@ def input_errors(
         rest = z if stored.transform is None else stored.transform.rest(z)
         found["clipped"] = stored.inputs.clipped(rest)
     return found
-
-
-def _sample(inputs: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return at most `TOKENS` of all tokens, at even distances."""
-    step, begun, chosen = -(-sum(map(len, inputs)) // TOKENS), 0, []
-    for x in inputs:
-        chosen.append(x[-begun % step :: step])
-        begun += len(x)
-    return torch.cat(chosen)
 
 
 def sqnr_db(weight: torch.Tensor, change: torch.Tensor) -> float:

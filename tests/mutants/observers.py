@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -251,9 +252,16 @@ class HoldsALambda(Moments):
         self.scale = lambda tokens: 2 / max(tokens, 1)
 
 
-class PicklesWithoutTokens(Moments):
-    def __getstate__(self):
-        return {**self.__dict__, "tokens": 0}
+class CountsElsewhere(Moments):
+    counts: ClassVar = weakref.WeakKeyDictionary()
+
+    @property
+    def tokens(self):
+        return self.counts.get(self, 0)
+
+    @tokens.setter
+    def tokens(self, tokens):
+        self.counts[self] = tokens
 
 
 class Subsamples(Moments):
@@ -485,14 +493,14 @@ MUTANTS = (
     _wrong(
         "holds_a_lambda",
         HoldsALambda,
-        "statistic_pickles",
-        "Cannot be pickled, so no other process can collect it.",
+        "statistic_travels",
+        "Cannot be sent, so no other process can collect it.",
     ),
     _wrong(
-        "pickles_without_tokens",
-        PicklesWithoutTokens,
-        "statistic_pickles",
-        "A field is left out of the pickled state.",
+        "counts_elsewhere",
+        CountsElsewhere,
+        "statistic_travels",
+        "How many tokens there were is no attribute, and is not sent.",
     ),
     _wrong(
         "subsamples",

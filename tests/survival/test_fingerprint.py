@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import qframe
 from qframe import run_identity
 from qframe.errors import UnfinishedError
-from qframe.unfinished import _differences, kept_blocks
+from qframe.unfinished import differences, kept_blocks
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +159,7 @@ PLAIN = st.recursive(
 
 @given(before=st.dictionaries(st.text(max_size=3), PLAIN), data=st.data())
 def test_a_difference_is_found_wherever_it_is_and_nowhere_else(before, data):
-    assert list(_differences(before, json.loads(json.dumps(before)))) == []
+    assert list(differences(before, json.loads(json.dumps(before)))) == []
     now = json.loads(json.dumps(before))
     at, path = now, []
     while isinstance(at, dict) and at:
@@ -169,5 +169,5 @@ def test_a_difference_is_found_wherever_it_is_and_nowhere_else(before, data):
             at[key] = ["another", inner]
             break
         at = inner
-    found = list(_differences(before, now))
+    found = list(differences(before, now))
     assert [place for place, _, _ in found] == ([".".join(path).lstrip(".")] if path else [])

@@ -1,0 +1,230 @@
+"""What ranks share: who has which chunks and layers, what they send, and where they meet."""
+
+from __future__ import annotations
+
+import os
+from itertools import groupby
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from qframe import ranks
+from qframe.calibration import Lockstep, Stop
+from qframe.contracts import InputGroup, LayerInfo
+from qframe.errors import PluginError, RanksError
+from qframe.host import Host
+from qframe.inputs import GroupInputs, Split
+from qframe.launcher import launched
+from qframe.merging import observed, restore, taken_down
+from qframe.ranks import ALONE, SLOTS, _packed, _unpacked, rank_of, shares, slot_of
+from qframe.weights import DTYPE_NAMES
+from tests.ranks.threads import together
+
+COLUMNS = 6
+HOST = Host.discover()
+GROUP = InputGroup(layers=(LayerInfo(name="up", rows=4, columns=COLUMNS),))
+
+
+# Who has what ---------------------------------------------------------------------------------
+
+
+@given(chunks=st.integers(1, 70), size=st.integers(1, 12))
+def test_every_chunk_is_in_one_slot_and_every_slot_is_one_ranks(chunks, size):
+    slots = [slot_of(number, chunks) for number in range(chunks)]
+    assert slots == sorted(slots)
+    assert set(slots) == set(range(min(SLOTS, chunks)))
+    counts = [len(list(members)) for _, members in groupby(slots)]
+    assert max(counts) - min(counts) <= 1
+    owners = [rank_of(number, chunks, size) for number in range(chunks)]
+    assert owners == sorted(owners)
+    assert set(owners) <= set(range(size))
+    for slot in set(slots):
+        assert len({o for o, s in zip(owners, slots, strict=True) if s == slot}) == 1
+    if size <= min(SLOTS, chunks):
+        assert set(owners) == set(range(size))
+
+
+@given(fitted=st.integers(0, 20), held_out=st.integers(0, 9), size=st.integers(1, 5))
+def test_ranks_have_all_chunks_between_them(fitted, held_out, size):
+    class Rank:
+        def __init__(self, rank):
+            self.rank, self.size = rank, size
+
+    own = [Split(fitted, held_out, Rank(rank)).own for rank in range(size)]
+    assert sorted(number for each in own for number in each) == list(range(fitted + held_out))
+
+
+@given(
+    costs=st.lists(st.integers(1, 9).map(float), max_size=9),
+    size=st.integers(1, 4),
+    first=st.integers(0, 3),
+)
+def test_layers_are_shared_so_that_no_rank_could_hand_one_on_for_the_better(costs, size, first):
+    owners = shares(costs, size, first % size)
+    loads = [sum(c for c, o in zip(costs, owners, strict=True) if o == r) for r in range(size)]
+    assert len(owners) == len(costs)
+    for rank in range(size):
+        own = [c for c, o in zip(costs, owners, strict=True) if o == rank]
+        assert not own or loads[rank] - min(own) <= min(loads)
+    if costs:
+        assert owners[costs.index(max(costs))] == first % size
+
+
+# What they send -------------------------------------------------------------------------------
+
+
+@given(data=st.data())
+def test_what_is_sent_arrives(data):
+    shapes = st.lists(st.integers(0, 3), max_size=3)
+    tensors = {}
+    for name in data.draw(st.sets(st.text(max_size=3), max_size=4)):
+        shape, dtype = data.draw(shapes), data.draw(st.sampled_from(list(DTYPE_NAMES)))
+        size = torch.Size(shape).numel() * torch.empty((), dtype=dtype).element_size()
+        data_bytes = data.draw(st.binary(min_size=size, max_size=size))
+        raw = torch.tensor(list(data_bytes), dtype=torch.uint8)
+        if dtype is torch.bool:
+            raw &= 1
+        tensors[name] = raw.view(dtype).reshape(shape)
+    plain = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
+    record = data.draw(st.lists(plain) | st.dictionaries(st.text(), plain))
+    found, said = _unpacked(_packed(tensors, record))
+    assert said == record
+    assert list(found) == list(tensors)
+    for name, tensor in tensors.items():
+        assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape)
+        bits = [each.contiguous().reshape(-1).view(torch.uint8) for each in (tensor, found[name])]
+        assert torch.equal(*bits), name
+
+
+@pytest.mark.parametrize("name", HOST.names("observer"))
+def test_a_statistic_goes_on_elsewhere_as_if_nothing_had_happened(name):
+    observer = HOST.get("observer", name)
+    width = COLUMNS * (1 + HOST.wants_pairs(name))
+    x = torch.randn(40, width, generator=torch.Generator().manual_seed(0))
+    here, tensors = observer.start(GROUP), {}
+    here.update(x[:15])
+    record = taken_down(here, observer.start(GROUP), tensors, "0", name)
+    sent, said = _unpacked(_packed(tensors, record))
+    there = observer.start(GROUP)
+    restore(there, said, sent)
+    for each in (here, there):
+        each.update(x[15:])
+    assert torch.equal(torch.as_tensor(here.value()), torch.as_tensor(there.value()))
+
+
+def test_what_cannot_be_sent_is_named():
+    class Odd:
+        def __init__(self):
+            self.seen = {1}
+
+    with pytest.raises(PluginError, match=r"observer 'odd'.* 'seen' of type set.*on one rank"):
+        taken_down(Odd(), object(), {}, "0", "odd")
+
+
+# What they find together ----------------------------------------------------------------------
+
+
+@given(data=st.data())
+def test_statistics_have_the_same_bits_on_any_number_of_ranks(data):
+    """Whichever chunks reach the layer, on whichever ranks; none may."""
+    name = data.draw(st.sampled_from(["hessian", "absmax", "sample", "histogram", "minmax"]))
+    observer = HOST.get("observer", name)
+    fitted, held_out = data.draw(st.integers(1, 20)), data.draw(st.integers(0, 5))
+    reach = data.draw(st.sets(st.integers(0, fitted + held_out - 1)))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 9)))
+    lengths = {n: data.draw(st.integers(0, 5)) for n in sorted(reach)}
+    inputs = {
+        n: torch.randn(length, COLUMNS, generator=generator) * 10.0 ** (n % 7)
+        for n, length in lengths.items()
+    }
+
+    def look(rank):
+        split = Split(fitted, held_out, rank)
+        own = {n: x for n, x in inputs.items() if n in split.own}
+        group = GroupInputs.collect(GROUP, own, split)
+        found = [observed(observer, GROUP, part, rank).value() for part in _parts(group)]
+        some = [part.sample(4, rank, "some") for part in _parts(group) if part.tokens]
+        return [*found, *some], group.fitted.tokens, group.held_out.tokens
+
+    alone, *counts = look(ALONE)
+    assert counts == [
+        sum(length for n, length in lengths.items() if n < fitted),
+        sum(length for n, length in lengths.items() if n >= fitted),
+    ]
+    for found, *others in together(data.draw(st.integers(2, 4)), look):
+        assert others == counts
+        for one, other in zip(alone, found, strict=True):
+            assert torch.equal(one, other)
+
+
+def _parts(group):
+    return (group.fitted, group.held_out)
+
+
+class Routed(nn.Module):
+    """Sends each input to one of two layers, as a mixture of experts does."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right, self.last = (nn.Linear(1, 1) for _ in range(3))
+
+    def forward(self, x):
+        return self.last(self.left(x) if x[0, 0] > 0 else self.right(x))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("signs", ["+-+", "---", "++-", "-"])
+def test_ranks_stop_together_where_chunks_of_any_of_them_wait(size, signs):
+    def walk(rank):
+        net, met = Routed(), []
+
+        def agree(own):
+            every = [place for _, place in rank.exchange("next", {}, own)]
+            return min((place for place in every if place is not None), default=None)
+
+        steps = Lockstep(net, threads=1, dtype=torch.float32, agree=agree)
+        for name in ("left", "right", "last"):
+            steps.watch(Stop("layer", name), net.get_submodule(name))
+        inputs = {
+            number: (torch.full((1, 1), 1.0 if sign == "+" else -1.0),)
+            for number, sign in enumerate(signs)
+            if rank_of(number, len(signs), rank.size) == rank.rank
+        }
+
+        def on_stop(stop, arrivals):
+            met.append((stop.name, sorted(arrivals)))
+            return True
+
+        steps.run(inputs, {}, on_stop)
+        return met
+
+    found = together(size, walk)
+    names = [[name for name, _ in met] for met in found]
+    assert all(each == names[0] for each in names)
+    for place, name in enumerate(names[0]):
+        there = sorted(number for met in found for number in met[place][1])
+        wanted = {"left": "+", "right": "-", "last": "+-"}[name]
+        assert there == [number for number, sign in enumerate(signs) if sign in wanted]
+
+
+# A launcher -----------------------------------------------------------------------------------
+
+
+def test_there_is_one_process_without_a_launcher(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    assert launched() == (0, 1)
+    with ranks.together() as found:
+        assert found is ALONE
+
+
+@pytest.mark.parametrize(("rank", "size"), [("2", "2"), ("x", "2"), ("-1", "2"), ("0", "")])
+def test_an_environment_that_no_launcher_makes_is_refused(monkeypatch, rank, size):
+    environment = {"MASTER_ADDR": "localhost", "MASTER_PORT": "1", "RANK": rank}
+    for name, value in {**environment, "WORLD_SIZE": size}.items():
+        monkeypatch.setitem(os.environ, name, value)
+    with pytest.raises(RanksError, match="torchrun"):
+        launched()
