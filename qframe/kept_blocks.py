@@ -173,15 +173,13 @@ def _layer(tensors: Tensors, solved: Solved) -> dict[str, Any]:
 
 def _solved(tensors: Tensors, record: Mapping[str, Any], outline: LayerOutline) -> Solved:
     running = _stored(tensors, record["running"], outline)
-    same, multiplied, report = record["stored"] is None, running.weight(), record["report"]
+    same, report = record["stored"] is None, record["report"]
     certificates = tuple(
         Certificate(**{**each, "place": tuple(each["place"])}) for each in report["certificates"]
     )
     return Solved(
         running if same else _stored(tensors, record["stored"], outline),
         running,
-        multiplied,
-        running.plain(multiplied),
         LayerReport(**{**report, "certificates": certificates}),
     )
 

@@ -26,6 +26,7 @@ from qframe.candidates import Candidates, candidates_of
 from qframe.checkpoint import CheckpointWriter, check_output, quantized_config
 from qframe.contracts import Event, LayerOutline, Layout
 from qframe.errors import CalibrationError, FallbackError, RecipeError
+from qframe.freed import tidy_up
 from qframe.host import Host
 from qframe.kept_blocks import Ledger
 from qframe.kept_decision import as_decision, plain_decision
@@ -268,6 +269,7 @@ class _Run:
         outlines = job.outlines()
         ledger = Ledger(kept, outlines)
         way = Walk(job.network, job.plan, outlines, solver, writer, self._progress, ledger)
+        tidy_up()
         with memory_named(solver.where), parallel.one_torch_thread(), solver:
             if data is None:
                 way.without_data()

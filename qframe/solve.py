@@ -34,6 +34,7 @@ from qframe.errors import (
 )
 from qframe.fallbacks import FALLBACK, OVERFIT, Fallbacks, massive_token
 from qframe.folds import Divider, Folded
+from qframe.freed import hand_back
 from qframe.grids import grid_of, input_grid_of
 from qframe.host import Host
 from qframe.inputs import GroupInputs
@@ -57,18 +58,14 @@ log = logging.getLogger("qframe")
 
 @dataclass(frozen=True, slots=True)
 class Solved:
-    """A layer after quantization: what is stored, what it computes with, what is reported.
+    """A layer after quantization: what is stored, and what is reported.
 
-    running      the same as `stored` for the input as it comes in the calibration pass, where no
-                 module before it divides by a scale
-    multiplied   what the layer multiplies with, [rows, columns] float32
-    effective    the same for plain inputs, were they not rounded
+    running   the same as `stored` for the input as it comes in the calibration pass, where no
+              module before it divides by a scale
     """
 
     stored: StoredLayer
     running: StoredLayer
-    multiplied: torch.Tensor
-    effective: torch.Tensor
     report: LayerReport
 
 
@@ -139,6 +136,9 @@ class Solver:
         inputs    empty for a data-free run
         divider   what takes up a scale of the input; None for nothing
         """
+        # What verdicts hold is let go before more comes; without inputs rounding goes on meanwhile.
+        self._court.catch_up(0 if inputs.fitted else 1)
+        hand_back()
         clock = time.perf_counter()
         self.where.at(group.name, "taking statistics of its inputs")
         plain, beside = inputs, inputs.pairs()
@@ -159,6 +159,7 @@ class Solver:
             held_out = self._watch.statistics(
                 needs, group, inputs.held_out, beside.held_out, known[1]
             )
+        del seen, known  # their sums are as large as the statistics
         quantizers = self._watch.quantizers(group, schemes, inputs)
         self.events.extend(massive_token(group.name, inputs.fitted))
         shared_seconds = (time.perf_counter() - clock) / len(group.layers)
@@ -248,7 +249,7 @@ class Solver:
             if kept and quantized.order is not None:
                 kept[f"{layer.name}.{ORDER}"] = quantized.order.to(torch.int32)
             self.events.extend(quantized.events)
-            solved[layer.name] = Solved(stored, running, multiplied, effective, report)
+            solved[layer.name] = Solved(stored, running, report)
         return SolvedGroup(solved, kept, rewrites.folded)
 
     def take_over(self, layers: int, events: Sequence[Event], judged: Sequence[Event]) -> None:

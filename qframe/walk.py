@@ -26,6 +26,7 @@ from qframe.errors import ModelError
 from qframe.feeders import Feeder
 from qframe.fold_search import Source
 from qframe.folds import Divider, Division, Fold, Folded
+from qframe.freed import hand_back
 from qframe.inputs import GroupInputs
 from qframe.kept_blocks import DoneBlock, DoneGroup, Ledger
 from qframe.model import Network, replace_module, set_weight
@@ -86,6 +87,7 @@ class Walk:
         self._block: str | None = None
         self._left: _Left | None = None
         self._dtype = torch.float32
+        self._shown = False  # whether the network runs
         self._original: OriginalPass | None = None
         self._clock = time.perf_counter()
         self._groups: dict[str, InputGroup] = {}
@@ -112,7 +114,7 @@ class Walk:
         Where the method asks for them, also on those that it has in the original one.
         """
         module, blocks = self._network.module, self._network.blocks
-        self._dtype = dtype
+        self._dtype, self._shown = dtype, True
         steps = Lockstep(module, threads=threads, dtype=dtype)
         ahead = Lockstep(module, threads=threads, dtype=dtype) if self._solver.pairs else None
         self._before = steps.before
@@ -222,12 +224,10 @@ class Walk:
             self._original.advance(member.name for member in group.layers)
         for member in group.layers:
             module = self._network.module.get_submodule(member.name)
-            solved = self._pending[member.name]
-            if solved.running.inputs is None:
-                set_weight(module, solved.effective)
-            else:
-                set_weight(module, solved.multiplied)
-                self._before[member.name] = solved.running.inputs_of
+            running = self._pending[member.name].running
+            set_weight(module, running.weight_in_network())
+            if running.inputs is not None:
+                self._before[member.name] = running.inputs_of
 
     def _solve(self, group: InputGroup, inputs: Callable[[], GroupInputs]) -> None:
         """Quantize a group, or take what an earlier run made of it."""
@@ -409,7 +409,10 @@ class Walk:
         self._block, self._clock = block, time.perf_counter()
         self._done = DoneBlock(block)
         self._solver.where.at(block, "running the network")
-        if block:
+        if block and self._shown:
+            # The embeddings, say: modules that run again are loaded again.
+            self._network.release_others(keep=self._plan.schemes)
+            hand_back()
             self._network.load(self._network.blocks[block], recurse=True)
 
     def _leave(self) -> None:
@@ -424,7 +427,10 @@ class Walk:
         self._pending, self._divided, self._expected = {}, {}, {}
         self._write_left(still_waiting=len(left.layers))
         self._left = left
-        self._keep_left()
+        if self._shown:
+            self._keep_left()
+        else:  # its codes need not wait
+            self._write_left()
 
     def _write_left(self, still_waiting: int = 0) -> None:
         """Write the layers of the block that was left last; those of later ones are waiting."""
@@ -506,8 +512,9 @@ class Walk:
         if self._network.folder is not None:
             for name in self._network.folder.tensors:
                 if name not in self._written:
-                    found = self._network.folder.read(name)
-                    self._writer.add({name: self._network.carried(name, found)})
+                    dtype, pieces = self._network.carry(name)
+                    shape = self._network.folder.tensors[name].shape
+                    self._writer.add_pieces(name, dtype, shape, pieces)
             return
         packed = {
             f"{name}.{key}".lstrip(".")

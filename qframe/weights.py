@@ -7,7 +7,7 @@ and be whole, and pickle files are never opened.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from qframe.errors import NonFiniteError, WeightsError
 
 LONGEST_NAME = 255  # of a file
+PIECE_BYTES = 1 << 26  # of a tensor that is read in pieces
 MODEL = "model"  # the stem of the files with weights
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _WEIGHT_SUFFIXES = {
@@ -154,6 +155,24 @@ class ModelFolder:
             check_finite(tensor, f"{self.tensors[name].file}: tensor {name!r}")
         return tensor
 
+    def pieces(self, name: str) -> Iterator[torch.Tensor]:
+        """Yield a tensor as stored, some of its rows at a time; the same errors as for `read`.
+
+        The file is opened for each, so that pages of the one before need not stay in memory.
+        """
+        there = self.tensors[name]
+        if not there.shape or there.bytes <= PIECE_BYTES:
+            yield self.read(name)
+            return
+        rows = there.shape[0]
+        step = max(1, PIECE_BYTES * rows // there.bytes)
+        for top in range(0, rows, step):
+            with _open(there.file) as handle:
+                piece: torch.Tensor = handle.get_slice(name)[top : top + step]
+            if piece.is_floating_point() and piece.element_size() > 1 and not _sound(piece):
+                self.read(name)  # raises, and says where
+            yield piece
+
     def side_files(self) -> list[Path]:
         """Return every file that is not a weight: config, tokenizer, licence, ..."""
         return sorted(
@@ -214,9 +233,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def check_finite(tensor: torch.Tensor, what: str) -> None:
     """Raise NonFiniteError naming `what` and the first index that is NaN or infinite."""
-    # A sum is NaN or inf where any term is; only then is it worth looking at each one (a sum of
-    # finite terms may overflow too).
-    if bool(torch.isfinite(tensor.sum())):
+    if _sound(tensor):
         return
     bad = (~torch.isfinite(tensor)).nonzero()
     if len(bad):
@@ -225,6 +242,15 @@ def check_finite(tensor: torch.Tensor, what: str) -> None:
             f"{what} holds {float(tensor[index])} at index {list(index)} "
             f"({len(bad)} non-finite of {tensor.numel()})"
         )
+
+
+def _sound(tensor: torch.Tensor) -> bool:
+    """Whether it is clear at a glance that all numbers are finite.
+
+    A sum is NaN or inf where any term is; only then is it worth looking at each one (a sum of
+    finite terms may overflow too).
+    """
+    return bool(torch.isfinite(tensor.sum()))
 
 
 def _open(file: Path) -> Any:
