@@ -102,6 +102,11 @@ class CheckpointWriter:
         if not self._done:
             shutil.rmtree(self._folder, ignore_errors=True)
 
+    @property
+    def folder(self) -> Path:
+        """Where the files are made; what else is put there has to be gone before `finish`."""
+        return self._folder
+
     def add(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Take in tensors of the model by name."""
         for name, tensor in tensors.items():

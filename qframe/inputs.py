@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import torch
 
@@ -11,6 +12,35 @@ from qframe import parallel
 from qframe.contracts import InputGroup
 from qframe.transforms import InputTransform
 from qframe.weights import check_finite
+
+Read = Callable[[int, torch.Tensor], torch.Tensor]
+"""Returns an activation, given the number of its chunk: from the disk where it is there."""
+
+
+class Later(Sequence[torch.Tensor]):
+    """Chunks that are made whenever they are asked for, so that one at a time is in memory.
+
+    made     makes chunk i
+    tokens   rows of each
+    """
+
+    def __init__(self, made: Callable[[int], torch.Tensor], tokens: Sequence[int]) -> None:
+        self._made, self.tokens = made, tuple(tokens)
+
+    def __len__(self) -> int:
+        """How many chunks there are."""
+        return len(self.tokens)
+
+    @overload
+    def __getitem__(self, place: int) -> torch.Tensor: ...
+    @overload
+    def __getitem__(self, place: slice) -> Later: ...
+    def __getitem__(self, place: int | slice) -> torch.Tensor | Later:
+        """Make a chunk, or say which of them are meant."""
+        chosen = range(len(self.tokens))[place]
+        if isinstance(chosen, int):
+            return self._made(chosen)
+        return Later(lambda i: self._made(chosen[i]), [self.tokens[i] for i in chosen])
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,8 +50,8 @@ class GroupInputs:
     original   those of the same tokens in the network that is not quantized, where asked for
     """
 
-    fitted: tuple[torch.Tensor, ...] = ()
-    held_out: tuple[torch.Tensor, ...] = ()
+    fitted: Sequence[torch.Tensor] = ()
+    held_out: Sequence[torch.Tensor] = ()
     original: GroupInputs | None = None
 
     @classmethod
@@ -51,11 +81,48 @@ class GroupInputs:
             None if originals is None else cls.collect(group, originals, fitted, dtype, threads),
         )
 
+    @classmethod
+    def later(
+        cls,
+        group: InputGroup,
+        inputs: Mapping[int, torch.Tensor],
+        fitted: int,
+        dtype: torch.dtype,
+        read: Read,
+        originals: tuple[Mapping[int, torch.Tensor], Read] | None = None,
+    ) -> GroupInputs:
+        """Return the same as `collect`, of activations that are read when they are asked for.
+
+        They are checked then, too.
+
+        originals   those of the network that is not quantized, and what reads them
+        """
+
+        def chunks(numbers: Sequence[int]) -> Later:
+            def made(i: int) -> torch.Tensor:
+                x = inputs[numbers[i]]
+                found = _tokens(read(numbers[i], x), group, dtype)
+                # What numpy has seen can never be emptied.
+                same = found.untyped_storage()._cdata == x.untyped_storage()._cdata
+                return found.clone() if same else found
+
+            return Later(made, [inputs[i].numel() // max(group.columns, 1) for i in numbers])
+
+        numbers = sorted(inputs)
+        beside = None
+        if originals is not None:
+            beside = cls.later(group, originals[0], fitted, dtype, originals[1])
+        return cls(
+            chunks([i for i in numbers if i < fitted]),
+            chunks([i for i in numbers if i >= fitted]),
+            beside,
+        )
+
     def transformed(self, transform: InputTransform) -> GroupInputs:
         """Return what a rewritten layer sees."""
         return GroupInputs(
-            tuple(transform.apply(x) for x in self.fitted),
-            tuple(transform.apply(x) for x in self.held_out),
+            _mapped(transform.apply, self.fitted),
+            _mapped(transform.apply, self.held_out),
             None if self.original is None else self.original.transformed(transform),
         )
 
@@ -79,9 +146,9 @@ class GroupInputs:
         return count(self.held_out)
 
 
-def count(chunks: tuple[torch.Tensor, ...]) -> int:
+def count(chunks: Sequence[torch.Tensor]) -> int:
     """Return the tokens of all chunks."""
-    return sum(len(x) for x in chunks)
+    return sum(chunks.tokens if isinstance(chunks, Later) else map(len, chunks))
 
 
 def _tokens(x: torch.Tensor, group: InputGroup, dtype: torch.dtype) -> torch.Tensor:
@@ -91,7 +158,15 @@ def _tokens(x: torch.Tensor, group: InputGroup, dtype: torch.dtype) -> torch.Ten
     return flat.to(dtype).to(torch.float32).contiguous()
 
 
-def _beside(
-    here: tuple[torch.Tensor, ...], there: tuple[torch.Tensor, ...]
-) -> tuple[torch.Tensor, ...]:
+def _mapped(
+    work: Callable[[torch.Tensor], torch.Tensor], chunks: Sequence[torch.Tensor]
+) -> Sequence[torch.Tensor]:
+    if isinstance(chunks, Later):
+        return Later(lambda i: work(chunks[i]), chunks.tokens)
+    return tuple(work(x) for x in chunks)
+
+
+def _beside(here: Sequence[torch.Tensor], there: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    if isinstance(here, Later):
+        return Later(lambda i: torch.cat((here[i], there[i]), 1), here.tokens)
     return tuple(torch.cat(both, 1) for both in zip(here, there, strict=True))

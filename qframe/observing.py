@@ -5,7 +5,7 @@ Each statistic is collected once, however many ask for it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -59,7 +59,7 @@ class Watch:
             if SECOND_MOMENTS in known:
                 moments.append(known[SECOND_MOMENTS].value().to(torch.float32))
             if MISMATCH in known:
-                gaps = tuple(y - x for x, y in (pair.split(group.columns, 1) for pair in chunks))
+                gaps = (y - x for x, y in (pair.split(group.columns, 1) for pair in chunks))
                 moved = self._observe(SECOND_MOMENTS, group, gaps).value()
                 cross = known[MISMATCH].value()
                 drifts.append(Drift(cross.to(torch.float32), moved.to(torch.float32)))
@@ -69,8 +69,8 @@ class Watch:
         self,
         needs: Iterable[str],
         group: InputGroup,
-        chunks: tuple[torch.Tensor, ...],
-        pairs: tuple[torch.Tensor, ...],
+        chunks: Sequence[torch.Tensor],
+        pairs: Sequence[torch.Tensor],
         known: Known,
     ) -> dict[str, Any]:
         """Return the values of the statistics that are needed, each observed once.
@@ -114,11 +114,11 @@ class Watch:
             found[scheme] = InputQuantizer.calibrated(scheme, grid, reach)
         return found
 
-    def _observe(self, name: str, group: InputGroup, chunks: tuple[torch.Tensor, ...]) -> Statistic:
+    def _observe(self, name: str, group: InputGroup, chunks: Iterable[torch.Tensor]) -> Statistic:
         return _observe(self._host.get("observer", name), group, chunks)
 
 
-def _observe(observer: Observer, group: InputGroup, chunks: tuple[torch.Tensor, ...]) -> Statistic:
+def _observe(observer: Observer, group: InputGroup, chunks: Iterable[torch.Tensor]) -> Statistic:
     statistic = observer.start(group)
     for x in chunks:
         statistic.update(x)

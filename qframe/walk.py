@@ -35,6 +35,7 @@ from qframe.parts import PARTS
 from qframe.recipe import Plan
 from qframe.report.layers import Folding, LayerReport
 from qframe.solve import Solved, Solver
+from qframe.spilling import Spill
 from qframe.stored import QuantizedLinear, StoredLayer
 
 
@@ -87,6 +88,7 @@ class Walk:
         self._block: str | None = None
         self._left: _Left | None = None
         self._dtype = torch.float32
+        self._spills: tuple[Spill | None, Spill | None] = (None, None)
         self._shown = False  # whether the network runs
         self._original: OriginalPass | None = None
         self._clock = time.perf_counter()
@@ -108,15 +110,28 @@ class Walk:
             self._quantize_alone(layer)
         self._finish()
 
-    def with_data(self, data: CalibrationData, *, threads: int, dtype: torch.dtype) -> None:
+    def with_data(
+        self,
+        data: CalibrationData,
+        *,
+        threads: int,
+        dtype: torch.dtype,
+        spills: tuple[Spill | None, Spill | None] = (None, None),
+    ) -> None:
         """Quantize every layer on the inputs that it gets in the quantized network.
 
         Where the method asks for them, also on those that it has in the original one.
+
+        spills   of the activations of both, the quantized network first
         """
         module, blocks = self._network.module, self._network.blocks
         self._dtype, self._shown = dtype, True
-        steps = Lockstep(module, threads=threads, dtype=dtype)
-        ahead = Lockstep(module, threads=threads, dtype=dtype) if self._solver.pairs else None
+        own, others = spills
+        steps = Lockstep(module, threads=threads, dtype=dtype, spill=own)
+        ahead: Lockstep | None = None
+        if self._solver.pairs:
+            ahead = Lockstep(module, threads=threads, dtype=dtype, spill=others)
+        self._spills = spills
         self._before = steps.before
         by_block: dict[str, list[str]] = {name: [] for name in blocks}
         for layer in self._plan.schemes:
@@ -214,11 +229,16 @@ class Walk:
             there = self._original.arrivals(Stop("layer", layer), arrivals)
             originals = {i: layer_input(a.args, a.kwargs) for i, a in there.items()}
             check_pairs(layer, inputs, originals)
-        threads = self._solver.threads
-        self._solve(
-            group,
-            partial(GroupInputs.collect, group, inputs, fitted, self._dtype, threads, originals),
+        threads, (own, others) = self._solver.threads, self._spills
+        collect = partial(
+            GroupInputs.collect, group, inputs, fitted, self._dtype, threads, originals
         )
+        if own is not None:
+            beside = None if originals is None or others is None else (originals, others.read)
+            collect = partial(
+                GroupInputs.later, group, inputs, fitted, self._dtype, own.read, beside
+            )
+        self._solve(group, collect)
         del originals
         if self._original is not None and len(self.reports) < len(self._plan.schemes):
             self._original.advance(member.name for member in group.layers)
