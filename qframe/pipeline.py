@@ -29,7 +29,7 @@ from qframe.candidates import Candidates, candidates_of
 from qframe.checkpoint import CheckpointWriter, check_output, quantized_config
 from qframe.contracts import Event, LayerOutline, Layout
 from qframe.errors import CalibrationError, FallbackError, RecipeError
-from qframe.freed import tidy_up
+from qframe.freed import hand_back_large, tidy_up
 from qframe.host import Host
 from qframe.kept_blocks import Ledger
 from qframe.kept_decision import as_decision, plain_decision
@@ -192,6 +192,7 @@ def quantize(
     were done are kept beside it (`qframe.unfinished`).
     """
     started = time.perf_counter()
+    hand_back_large()
     job = plan_job(model, recipe, host, format=format)
     in_memory = job.network.folder is None
     if not in_memory and out is None:
