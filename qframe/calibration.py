@@ -18,7 +18,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -27,9 +27,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from qframe.errors import CalibrationError, MissingExtraError, ModelError
+from qframe.errors import CalibrationError, MissingExtraError, ModelError, OutputError
 from qframe.positions import CALIBRATION_WINDOW, window_length
 from qframe.recipe import CalibrationSettings
+from qframe.spilling import Spill
 
 CHUNK_TOKENS = 2048  # tokens of one chunk: large enough for full speed, small enough to spread
 
@@ -267,6 +268,7 @@ class Lockstep:
     dtype     torch.bfloat16 lets matrix products run in bfloat16 (autocast), else float32
     agree     given the place of the stop where this process' chunks wait, in the order of `watch`,
               None where all have ended: returns the one whose turn it is
+    spill     where chunks that wait put their activations, when there are too many; None: nowhere
     before    layer name -> what is done to its input before it runs; may change while chunks wait
     """
 
@@ -277,9 +279,10 @@ class Lockstep:
         threads: int,
         dtype: torch.dtype,
         agree: Callable[[int | None], int | None] = lambda own: own,
+        spill: Spill | None = None,
     ) -> None:
         self._module = module
-        self._dtype, self._agree = dtype, agree
+        self._dtype, self._agree, self._spill = dtype, agree, spill
         self._permits = threading.Semaphore(threads)
         self._changed = threading.Condition()
         self._here = threading.local()
@@ -321,7 +324,7 @@ class Lockstep:
         """
         self._recording = []
         try:
-            with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            with torch.no_grad(), torch.autocast("cpu", enabled=False), self._watched(None):
                 result = module(*arrival.args, **arrival.kwargs)
             return self._recording, result
         finally:
@@ -371,6 +374,8 @@ class Lockstep:
                 thread.start()
             while (meeting := self._gather()) is not None:
                 stop, arrived = meeting
+                if self._spill is not None and stop.kind == "block" and arrived:
+                    self._spill.wake(min(arrived))  # of blocks the first chunk is looked at
                 yield stop, {i: a for i, (_, a, _) in arrived.items()}
                 with self._changed:
                     for i, (_, _, go) in arrived.items():
@@ -383,6 +388,8 @@ class Lockstep:
                 _join(thread)
             for handle in self._handles:
                 handle.remove()
+        if isinstance(self._failure, OutputError):
+            raise self._failure  # activations could not be put on the disk
         if self._failure is not None:
             raise ModelError(
                 f"the forward pass of {type(self._module).__name__} failed: "
@@ -394,7 +401,7 @@ class Lockstep:
         self._permits.acquire()
         try:
             torch.set_num_threads(1)
-            with self._context():
+            with self._context(), self._watched(number):
                 self._module(*args, **kwargs)
         except _AbandonedError:
             pass
@@ -415,8 +422,13 @@ class Lockstep:
         with torch.no_grad(), torch.autocast("cpu", dtype, enabled=enabled):
             yield
 
+    def _watched(self, number: int | None) -> AbstractContextManager[None]:
+        return nullcontext() if self._spill is None else self._spill.running(number)
+
     def _wait(self, stop: Stop, arrival: Arrival) -> None:
         go = threading.Event()
+        if self._spill is not None:
+            self._spill.park(self._here.chunk)
         self._permits.release()
         with self._changed:
             if self._abandoned:  # no one is left to say go
@@ -429,6 +441,8 @@ class Lockstep:
         self._permits.acquire()
         if self._abandoned:
             raise _AbandonedError
+        if self._spill is not None:
+            self._spill.wake(self._here.chunk)
 
     def _gather(
         self,

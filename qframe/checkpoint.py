@@ -18,13 +18,12 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from qframe.contracts import Kernel, LayerInfo, LayerOutline, Layout
@@ -35,78 +34,17 @@ from qframe.host import Host
 from qframe.kernel_layer import on_kernels, without_kernels
 from qframe.kv_scheme import KVCacheScheme
 from qframe.layouts import OTHERS_SIDE_FILES, OWN, OwnLayout, refusal
-from qframe.manifest import MANIFEST, STATISTICS, fingerprint, own_hash, sha256
+from qframe.manifest import MANIFEST, STATISTICS, own_hash, sha256
 from qframe.model import replace_module, set_weight, stored_names
+from qframe.shards import Shards
 from qframe.stored import QuantizedLinear, StoredLayer
 from qframe.stored_model import StoredModel
-from qframe.weights import DTYPE_NAMES, MODEL, ModelFolder, index_name
+from qframe.weights import MODEL, ModelFolder
 from qframe.writing import to_disk, write_json, written
 
-MAX_SHARD_BYTES = 1 << 30  # what waits in memory to be written
+MAX_SHARD_BYTES = 1 << 30  # of a file
 
 log = logging.getLogger("qframe")
-
-
-class Shards:
-    """Tensors on their way into one or several safetensors files of a folder.
-
-    stem      of the names: STEM.safetensors, or STEM-00001-of-0000N.safetensors and an index
-    records   tensor name -> dtype, shape and sha256 of what has come so far
-    """
-
-    def __init__(self, folder: Path, stem: str, limit: int) -> None:
-        self._folder, self._stem, self._limit = folder, stem, limit
-        self._pending: dict[str, torch.Tensor] = {}
-        self._shards: list[list[str]] = []
-        self._bytes = 0
-        self.records: dict[str, dict[str, Any]] = {}
-
-    def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Take in a tensor; a file is written when enough have come."""
-        tensor = tensor.detach().contiguous()
-        if self._pending and self._pending_bytes() + tensor.nbytes > self._limit:
-            self._flush()
-        self._pending[name] = tensor
-        self.records[name] = {
-            "dtype": DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "sha256": fingerprint(tensor),
-        }
-
-    def finish(self) -> None:
-        """Write what is pending, and give the files their names; no file for no tensors."""
-        self._flush()
-        total = len(self._shards)
-        if total == 1:
-            self._shard(1).rename(self._folder / f"{self._stem}.safetensors")
-        if total <= 1:
-            return
-        weight_map = {}
-        for number, names in enumerate(self._shards, 1):
-            final = f"{self._stem}-{number:05d}-of-{total:05d}.safetensors"
-            self._shard(number).rename(self._folder / final)
-            weight_map.update(dict.fromkeys(names, final))
-        index = {
-            "metadata": {"total_size": self._bytes},
-            "weight_map": dict(sorted(weight_map.items())),
-        }
-        write_json(self._folder / index_name(self._stem), index)
-
-    def _shard(self, number: int) -> Path:
-        return self._folder / f"{self._stem}-shard-{number}"
-
-    def _pending_bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self._pending.values())
-
-    def _flush(self) -> None:
-        if not self._pending:
-            return
-        file, size = self._shard(len(self._shards) + 1), self._pending_bytes()
-        self._bytes += size
-        with written(file, size):
-            save_file(self._pending, str(file), metadata={"format": "pt"})
-        self._shards.append(sorted(self._pending))
-        self._pending = {}
 
 
 class CheckpointWriter:
@@ -159,13 +97,26 @@ class CheckpointWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._model.close()
+        self._statistics.close()
         if not self._done:
             shutil.rmtree(self._folder, ignore_errors=True)
+
+    @property
+    def folder(self) -> Path:
+        """Where the files are made; what else is put there has to be gone before `finish`."""
+        return self._folder
 
     def add(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Take in tensors of the model by name."""
         for name, tensor in tensors.items():
             self._model.add(name, tensor)
+
+    def add_pieces(
+        self, name: str, dtype: torch.dtype, shape: tuple[int, ...], pieces: Iterable[torch.Tensor]
+    ) -> None:
+        """Take in a tensor of the model that comes in pieces, as `Shards.add_pieces`."""
+        self._model.add_pieces(name, dtype, shape, pieces)
 
     def add_layer(self, outline: LayerOutline, layer: StoredLayer) -> None:
         """Take in a quantized layer.
@@ -232,11 +183,15 @@ class CheckpointWriter:
 
     def _write_manifest(self, manifest: Mapping[str, Any] | None) -> None:
         if manifest is not None:
+            known = {**self._model.files, **self._statistics.files}  # hashed while written
             content = {
                 **manifest,
                 "tensors": self._model.records,
                 "statistics": self._statistics.records,
-                "files": {file.name: sha256(file) for file in sorted(self._folder.iterdir())},
+                "files": {
+                    file.name: known.get(file.name) or sha256(file)
+                    for file in sorted(self._folder.iterdir())
+                },
             }
             write_json(self._folder / MANIFEST, {**content, "sha256": own_hash(content)})
 

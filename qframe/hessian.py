@@ -120,11 +120,12 @@ class Feedback:
         if int(failed):
             return None
         upper = lower.flip(0, 1)
+        del lower  # each of these is as large as the Hessian
         spread = inverse_spread(upper, threads)
         if not math.isfinite(spread):
             return None
-        pivots = upper.diagonal()
-        unit = upper / pivots
+        pivots = upper.diagonal().clone()
+        unit = upper.div_(pivots)
         above = unit.triu(1).square_().sum(0).sqrt().numpy()
         diagonal = pivots.square().numpy()
         moved = bounds.gptq_moved(spread, len(upper), factorization)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import overload
 
 import torch
 
@@ -12,6 +13,66 @@ from qframe.contracts import InputGroup
 from qframe.ranks import ALONE, Ranks, rank_of, slot_of
 from qframe.transforms import InputTransform
 from qframe.weights import check_finite
+
+Read = Callable[[int, torch.Tensor], torch.Tensor]
+"""Returns an activation, given the number of its chunk: from the disk where it is there."""
+
+
+class Later(Sequence[torch.Tensor]):
+    """Chunks that are made whenever they are asked for, so that one at a time is in memory.
+
+    made    makes chunk i
+    count   how many there are
+    """
+
+    def __init__(self, made: Callable[[int], torch.Tensor], count: int) -> None:
+        self._made, self._count = made, count
+
+    def __len__(self) -> int:
+        """How many chunks there are."""
+        return self._count
+
+    @overload
+    def __getitem__(self, place: int) -> torch.Tensor: ...
+    @overload
+    def __getitem__(self, place: slice) -> Later: ...
+    def __getitem__(self, place: int | slice) -> torch.Tensor | Later:
+        """Make a chunk, or say which of them are meant."""
+        chosen = range(self._count)[place]
+        if isinstance(chosen, int):
+            return self._made(chosen)
+        return Later(lambda i: self._made(chosen[i]), len(chosen))
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """What chunks that wait bring to a layer, by their numbers.
+
+    read   reads what may be on the disk; None where all of it is in memory
+    """
+
+    inputs: Mapping[int, torch.Tensor]
+    read: Read | None = None
+
+    def chunks(self, group: InputGroup, dtype: torch.dtype, threads: int) -> Sequence[torch.Tensor]:
+        """Return them by rising number, [tokens, columns] float32 each, checked when they are read.
+
+        dtype   to which they are rounded
+        """
+        numbers, read = sorted(self.inputs), self.read
+        if read is None:
+            return parallel.spread(
+                lambda i: _tokens(self.inputs[i], group, dtype), numbers, threads
+            )
+
+        def made(i: int) -> torch.Tensor:
+            x = self.inputs[numbers[i]]
+            found = _tokens(read(numbers[i], x), group, dtype)
+            # What numpy has seen can never be emptied.
+            same = found.untyped_storage()._cdata == x.untyped_storage()._cdata
+            return found.clone() if same else found
+
+        return Later(made, len(numbers))
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +85,7 @@ class Chunks:
     lengths   number of a chunk -> its tokens, rising; of the chunks of all ranks
     """
 
-    tensors: tuple[torch.Tensor, ...] = ()
+    tensors: Sequence[torch.Tensor] = ()
     numbers: tuple[int, ...] = ()
     slots: tuple[int, ...] = ()
     lengths: Mapping[int, int] = field(default_factory=dict)
@@ -47,12 +108,21 @@ class Chunks:
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Chunks:
         """Return the same chunks, each changed."""
-        return Chunks(tuple(map(change, self.tensors)), self.numbers, self.slots, self.lengths)
+        tensors: Sequence[torch.Tensor]
+        if isinstance(self.tensors, Later):
+            tensors = Later(lambda i: change(self.tensors[i]), len(self.tensors))
+        else:
+            tensors = tuple(map(change, self.tensors))
+        return Chunks(tensors, self.numbers, self.slots, self.lengths)
 
     def beside(self, other: Chunks) -> Chunks:
         """Return [tokens, 2 columns] of each chunk and the same one of another network."""
-        both = zip(self.tensors, other.tensors, strict=True)
-        tensors = tuple(torch.cat(each, 1) for each in both)
+        here, there = self.tensors, other.tensors
+        tensors: Sequence[torch.Tensor]
+        if isinstance(here, Later):
+            tensors = Later(lambda i: torch.cat((here[i], there[i]), 1), len(here))
+        else:
+            tensors = tuple(torch.cat(each, 1) for each in zip(here, there, strict=True))
         return Chunks(tensors, self.numbers, self.slots, self.lengths)
 
     def everywhere(
@@ -75,10 +145,11 @@ class Chunks:
         There must be a token.
         """
         step, begun, chosen = -(-self.tokens // most), 0, []
-        own = dict(zip(self.numbers, self.tensors, strict=True))
+        places = {number: place for place, number in enumerate(self.numbers)}
         for number, length in self.lengths.items():
-            if number in own:
-                chosen.append(own[number][-begun % step :: step].contiguous())
+            if number in places:
+                x = self.tensors[places[number]]
+                chosen.append(x[-begun % step :: step].clone())
             begun += length
         return torch.cat(self.everywhere(ranks, place, chosen))
 
@@ -98,13 +169,13 @@ class GroupInputs:
     def collect(
         cls,
         group: InputGroup,
-        inputs: Mapping[int, torch.Tensor],
+        waiting: Waiting,
         split: Split,
         dtype: torch.dtype = torch.float32,
         threads: int = 1,
-        originals: Mapping[int, torch.Tensor] | None = None,
+        originals: Waiting | None = None,
     ) -> GroupInputs:
-        """Flatten and check activations by input number.
+        """Flatten and check activations.
 
         split       which of all chunks are whose, and for what
         dtype       in which the layers' products take them: what a layer is fitted on is its input
@@ -113,15 +184,15 @@ class GroupInputs:
 
         Raises NonFiniteError naming the layer.
         """
-        numbers = sorted(inputs)
-        checked = parallel.spread(lambda i: _tokens(inputs[i], group, dtype), numbers, threads)
-        flat = dict(zip(numbers, checked, strict=True))
-        lengths = {str(number): len(x) for number, x in flat.items()}
-        every = split.ranks.exchange(f"the inputs of {group.name}", {}, lengths)
-        known = sorted((int(n), length) for _, each in every for n, length in each.items())
+        numbers = sorted(waiting.inputs)
+        tokens = {n: waiting.inputs[n].numel() // max(group.columns, 1) for n in numbers}
+        every = split.ranks.exchange(f"the inputs of {group.name}", {}, list(tokens.items()))
+        known = sorted((n, length) for _, each in every for n, length in each)
+        chunks = waiting.chunks(group, dtype, threads)
+        first, last = split.fitted, split.fitted + split.held_out
         return cls(
-            _chunks(flat, known, range(split.fitted)),
-            _chunks(flat, known, range(split.fitted, split.fitted + split.held_out)),
+            _part(chunks, numbers, known, range(first)),
+            _part(chunks, numbers, known, range(first, last)),
             None if originals is None else cls.collect(group, originals, split, dtype, threads),
         )
 
@@ -166,15 +237,23 @@ class Split:
         ]
 
 
-def _chunks(
-    flat: Mapping[int, torch.Tensor], known: Sequence[tuple[int, int]], part: range
+def _part(
+    chunks: Sequence[torch.Tensor],
+    numbers: Sequence[int],
+    known: Sequence[tuple[int, int]],
+    part: range,
 ) -> Chunks:
-    """Return those chunks whose numbers are in a part of all."""
-    numbers = tuple(number for number in flat if number in part)
+    """Return those chunks whose numbers are in a part of all.
+
+    numbers   of the chunks, rising
+    known     number and tokens of each chunk of all ranks
+    """
+    places = [place for place, number in enumerate(numbers) if number in part]
+    first, last = (places[0], places[-1] + 1) if places else (0, 0)
     return Chunks(
-        tuple(flat[number] for number in numbers),
-        numbers,
-        tuple(slot_of(number - part.start, len(part)) for number in numbers),
+        chunks[first:last],
+        tuple(numbers[first:last]),
+        tuple(slot_of(number - part.start, len(part)) for number in numbers[first:last]),
         {number: length for number, length in known if number in part},
     )
 

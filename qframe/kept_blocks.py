@@ -188,12 +188,10 @@ def _layer(tensors: Tensors, solved: Solved) -> dict[str, Any]:
 
 def _solved(tensors: Tensors, record: Mapping[str, Any], outline: LayerOutline) -> Solved:
     running = _stored(tensors, record["running"], outline)
-    same, multiplied = record["stored"] is None, running.weight()
+    same = record["stored"] is None
     return Solved(
         running if same else _stored(tensors, record["stored"], outline),
         running,
-        multiplied,
-        running.plain(multiplied),
         LayerReport.of(record["report"]),
     )
 

@@ -34,6 +34,7 @@ def observed(observer: Observer, group: InputGroup, chunks: Chunks, ranks: Ranks
             merged = part
         else:
             merged.merge(part)
+        del part  # before the next one is made
     return observer.start(group) if merged is None else merged
 
 
@@ -45,6 +46,7 @@ def _parts(observer: Observer, group: InputGroup, chunks: Chunks) -> Iterator[St
         for _, x in members:
             statistic.update(x)
         yield statistic
+        del statistic
 
 
 def _exchanged(

@@ -13,6 +13,8 @@ from collections import Counter
 from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
+from weakref import WeakValueDictionary
 
 import torch
 from torch import nn
@@ -59,7 +61,7 @@ class Network:
         self.blocks = find_blocks(self.module, self.layers)
         self._stored = stored_names(self.module, self.folder.tensors if self.folder else {})
         self._tied = {n for n, times in Counter(self._stored.values()).items() if times > 1}
-        self._shared: dict[str, nn.Parameter] = {}
+        self._shared: WeakValueDictionary[str, nn.Parameter] = WeakValueDictionary()
         self._cast: dict[str, torch.dtype] = {}  # name in the files -> the dtype it is stored in
         self._paths = {child: name for name, child in self.module.named_modules()}
         self._lock = threading.Lock()
@@ -107,12 +109,23 @@ class Network:
 
     def release(self, module: nn.Module) -> None:
         """Free the parameters of a module and its children; `load` brings them back."""
-        if self.folder is None:
-            return
         for child in module.modules():
-            for key, parameter in child._parameters.items():
-                if parameter is not None:
-                    child._parameters[key] = _meta(parameter)
+            self._release(child)
+
+    def _release(self, child: nn.Module) -> None:
+        for key, parameter in child._parameters.items():
+            if parameter is not None and self.folder is not None and not parameter.is_meta:
+                child._parameters[key] = _meta(parameter)
+
+    def release_others(self, keep: Container[str]) -> None:
+        """Free the parameters of modules that are in no block; `load` brings them back.
+
+        keep   names of layers whose weights are not those of the folder any more
+        """
+        inside = {child for block in self.blocks.values() for child in block.modules()}
+        for child, name in self._paths.items():
+            if child not in inside and name not in keep:
+                self._release(child)
 
     def parameter_names(self, module: nn.Module) -> dict[str, str]:
         """Return full parameter name -> name in the files, for a module and its children."""
@@ -125,10 +138,11 @@ class Network:
         return {name: self._stored[name] for name in names}
 
     def _materialize(self, child: nn.Module, key: str, expected: nn.Parameter) -> nn.Parameter:
-        """Return the values of a parameter; tied ones stay one object."""
+        """Return the values of a parameter; tied ones stay one object while any has them."""
         name = self._stored[f"{self._paths[child]}.{key}".lstrip(".")]
-        if name in self._shared:
-            return self._shared[name]
+        there = self._shared.get(name)
+        if there is not None:
+            return there
         values = self.read(name)
         if values.shape != expected.shape:
             raise ModelError(
@@ -187,12 +201,16 @@ class Network:
         return self.carried(name, self.folder.read(name)).to(torch.float32)
 
     def weight(self, layer: str) -> torch.Tensor:
-        """Return the weight of a layer, [rows, columns] float32, checked to be finite."""
+        """Return the weight of a layer, [rows, columns] float32, checked to be finite.
+
+        One that is not loaded is read, and not kept.
+        """
         module = self.module.get_submodule(layer)
         weight = get_weight(module)
         if weight.is_meta:
-            self.load(module, recurse=True)
-            weight = get_weight(module)
+            with self._lock:
+                read = self._materialize(module, "weight", get_parameter(module)).data
+            weight = read.T if _is_conv1d(module) else read
         if self.folder is None:
             check_finite(weight, f"weight of layer {layer!r}")
         return weight.to(torch.float32).contiguous()
@@ -208,6 +226,17 @@ class Network:
     def is_shared(self, parameter: str) -> bool:
         """Return whether a parameter, given by its full name, has another name as well."""
         return self._stored[parameter] in self._tied
+
+    def carry(self, name: str) -> tuple[torch.dtype, Iterator[torch.Tensor]]:
+        """Return the dtype that a tensor of the folder is stored in, and its pieces one by one.
+
+        name   in the files
+        """
+        if self.folder is None:
+            raise ModelError("this network lives in memory and has no folder to read from")
+        pieces = (self.carried(name, piece) for piece in self.folder.pieces(name))
+        first = next(pieces)
+        return first.dtype, chain((first,), pieces)
 
     def own(self, parameter: str) -> torch.Tensor:
         """Return a parameter in the dtype that it is stored in.

@@ -1,77 +1,136 @@
-"""What a run takes in memory at its peak, from headers alone: before anything is loaded."""
+"""What a run takes in memory at its peak, from headers alone: before anything is loaded.
+
+The numbers of copies follow from what the code holds at the places that are named; what libraries
+and the C library add is measured, by benchmarks/memory.py, whose table is docs/memory.md.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from qframe.memory import all_stored_bits, calibrates, most_statistics_bytes, window_of
+from torch import nn
+
+from qframe.memory import all_stored_bits, calibrates, window_of
 
 if TYPE_CHECKING:
+    from qframe.calibration import CalibrationData
+    from qframe.contracts import LayerInfo
     from qframe.model import Network
     from qframe.pipeline import Job
 
-PROGRAM_BYTES = 500_000_000  # Python with torch, transformers and numba; measured on Linux
-BLOCK_COPIES = 6  # of a block's weights: original, quantized, to nearest, codes, and in between
-LEARNING_COPIES = 10  # besides: weights and slopes of two chunks, and what is kept of each weight
-WRITING_COPIES = 2  # of what is written: safetensors makes its own
-KEPT_SHARE = 0.25  # of all that: freed memory that the allocator keeps; measured with glibc
-STATISTICS_BYTES = 64  # for a pair of columns: sums and factors in float64, calibration, held out
+PROGRAM_BYTES = 425_000_000  # Python with torch, transformers, numba and kernels; on Linux
+TEXT_BYTES = 100_000_000  # more: a tokenizer, the text, and what a pass through the network needs
+ROUNDING_BYTES = 21  # for a weight of the largest layer: itself, quotients, scales, and in between
+JUDGING_BYTES = 15  # itself, what became of it, the difference, codes; beside the next rounding
+CODED_BYTES = 1.1  # for a stored byte of a block: its codes wait until the block is done
+LEARNING_BYTES = 40  # for a weight of a block: weights and slopes of two chunks, and what is kept
+STATISTICS_BYTES = 72  # for a pair of columns: what is held when a layer is certified
 MEASURED_TOKENS = 512  # of a window on which sensitivities are measured, at most
 MEASURING_LANES = 2  # windows that are measured at the same time
 PASS_COPIES = 2  # of inputs and outputs of layers, between a pass forward and one backward
 LOGIT_COPIES = 4  # of logits: they, their gradient, and what a softmax makes in between
-ACTIVATION_COPIES = 3  # of a layer's input at the peak: in the network, flattened, and in products
+CHUNK_COPIES = 2  # of inputs and outputs of layers of a block, while a chunk runs
+WAITING = "activations"
 
 
-def peak_memory(job: Job) -> dict[str, int]:
+def peak_memory(
+    job: Job, threads: int = 1, budget: int | None = None, *, data: CalibrationData | None = None
+) -> dict[str, int]:
     """Return about how many bytes a run takes at its peak, by what takes them.
 
-    Everything that is there at the same time is added: the largest block in float32 with its
-    quantized copies, the statistics of its widest input, the activations of all calibration
-    tokens, and what waits to be written. Measuring sensitivities comes before all that, where it
-    is asked for: what takes more is the peak.
-    """
-    from qframe.checkpoint import MAX_SHARD_BYTES
+    budget   bytes of activations that wait in memory; None for all of them
+    data     the calibration inputs, where they are known
 
-    network, settings = job.network, job.recipe.calibration
-    folder_tensors = network.folder.tensors if network.folder is not None else {}
-    blocks: dict[str, int] = {}
-    widest = 0
-    for layer in job.plan.schemes:
-        info = network.layers[layer]
-        block = network.block_of(layer)
-        blocks[block] = blocks.get(block, 0) + 4 * info.size
-        widest = max(widest, info.columns)
-    largest = max(blocks.values())
-    size = all_stored_bits(job) // 8
-    carried = sum(t.bytes for t in folder_tensors.values()) - sum(
-        folder_tensors[name].bytes
-        for name in (network.stored_name(f"{layer}.weight") for layer in job.plan.schemes)
-        if name in folder_tensors
-    )
-    learns = job.method.learns
-    peak = {
-        "program": PROGRAM_BYTES,
-        "largest block": (BLOCK_COPIES + LEARNING_COPIES * learns) * largest,
-        "being written": WRITING_COPIES
-        * (min(size + carried, MAX_SHARD_BYTES) + min(most_statistics_bytes(job), MAX_SHARD_BYTES)),
-    }
-    if calibrates(job):
-        samples = settings.num_calibration_samples * (1 + settings.held_out_fraction)
-        tokens = round(samples) * window_of(job)
-        inputs = sum({network.layers[n].columns for n in job.plan.schemes})
-        peak["embeddings"] = carried
-        # One more of the original network, and where blocks are learned their outputs in it.
-        passes = 1 + (learns or any(map(job.host.wants_pairs, job.method.needs)))
-        kept = inputs + (ACTIVATION_COPIES - 1 + learns) * widest
-        peak["activations"] = 4 * passes * tokens * kept
-        peak["statistics"] = passes * STATISTICS_BYTES * widest * widest
-    peak |= {"kept by the allocator": round(KEPT_SHARE * sum(peak.values()))}
+    Everything that is there at the same time is added. Measuring sensitivities comes before all
+    that, where it is asked for: what takes more is the peak.
+    """
+    if calibrates(job) or data is not None:
+        peak = _calibrated(job, threads, budget, data)
+    else:
+        peak = _weights_alone(job, threads)
     if job.candidates is not None:
-        measuring = measuring_memory(network, job.plan.schemes)
+        measuring = measuring_memory(job.network, job.plan.schemes)
         peak = max(peak, measuring, key=lambda parts: sum(parts.values()))
     return peak
+
+
+def _weights_alone(job: Job, threads: int) -> dict[str, int]:
+    """Layers are read, rounded and written one by one; the one before is judged beside it."""
+    largest = max(job.network.layers[name].size for name in job.plan.schemes)
+    return {
+        "program": PROGRAM_BYTES,
+        "largest layer": ROUNDING_BYTES * largest,
+        "layer before it": JUDGING_BYTES * largest if threads > 1 else 0,
+        "codes of a block": _codes(job),
+    }
+
+
+def _calibrated(
+    job: Job, threads: int, budget: int | None, data: CalibrationData | None
+) -> dict[str, int]:
+    """All chunks wait while a group of the largest block is observed, rounded and judged."""
+    network, settings = job.network, job.recipe.calibration
+    if data is None:
+        samples = settings.num_calibration_samples * (1 + settings.held_out_fraction)
+        window = window_of(job)
+        tokens, chunk = round(samples) * window, max(2048 // window, 1) * window
+    else:
+        counts = [x.numel() for each in (*data.inputs, *data.held_out) for x in each[:1]]
+        tokens, chunk = sum(counts), max(counts, default=0)
+    by_block: dict[str, list[LayerInfo]] = {}
+    for name in job.plan.schemes:
+        by_block.setdefault(network.block_of(name), []).append(network.layers[name])
+    blocks = list(by_block.values())
+    weights = max(sum(layer.size for layer in layers) for layers in blocks)
+    largest = max(layer.size for layers in blocks for layer in layers)
+    widest = max(layer.columns for layers in blocks for layer in layers)
+    narrow = min(layer.columns for layers in blocks for layer in layers)
+    passes = 1 + (job.method.learns or any(map(job.host.wants_pairs, job.method.needs)))
+    waiting = 4 * tokens * (passes * (narrow + widest) + job.method.learns * narrow)
+    rewritten = bool(job.method.handlers)
+    seen = 4 * widest * (tokens if budget is None else chunk) * (passes + rewritten)
+    kept = waiting if budget is None else min(waiting, budget)
+    running = 4 * CHUNK_COPIES * threads * chunk * (narrow + widest)
+    program = PROGRAM_BYTES + TEXT_BYTES
+    beginning = {
+        "program": program,
+        "embeddings": _embeddings(network),
+        WAITING: min(kept, passes * 4 * tokens * narrow),
+    }
+    block = {
+        "program": program,
+        "largest block": 4 * weights + LEARNING_BYTES * weights * job.method.learns,
+        "codes of blocks": 2 * _codes(job),
+        "rounding": (ROUNDING_BYTES + JUDGING_BYTES * (threads > 1)) * largest,
+        "statistics": passes * STATISTICS_BYTES * widest * widest,
+        "inputs of a layer": seen,
+        "chunks that run": running,
+        WAITING: kept,
+    }
+    return max(block, beginning, key=lambda parts: sum(parts.values()))
+
+
+def _embeddings(network: Network) -> int:
+    """Return the bytes of embeddings in float32, and of what they are read from."""
+    stored = {} if network.folder is None else network.folder.tensors
+    total = 0
+    for name, module in network.module.named_modules():
+        if isinstance(module, nn.Embedding):
+            there = stored.get(network.stored_name(f"{name}.weight"))
+            total += 4 * module.weight.numel()
+            total += 0 if there is None or there.dtype == "F32" else there.bytes
+    return total
+
+
+def _codes(job: Job) -> int:
+    """Return the bytes of the largest block as it is stored."""
+    sizes: dict[str, int] = {}
+    for name in job.plan.schemes:
+        block = job.network.block_of(name)
+        sizes[block] = sizes.get(block, 0) + job.network.layers[name].size
+    share = max(sizes.values()) / max(sum(sizes.values()), 1)
+    return round(CODED_BYTES * share * all_stored_bits(job) / 8)
 
 
 def measuring_memory(network: Network, layers: Iterable[str]) -> dict[str, int]:
@@ -85,10 +144,10 @@ def measuring_memory(network: Network, layers: Iterable[str]) -> dict[str, int]:
     outside = [i.rows for name, i in network.layers.items() if not network.block_of(name)]
     tokens = MEASURING_LANES * MEASURED_TOKENS
     return {
-        "program": PROGRAM_BYTES,
+        "program": PROGRAM_BYTES + TEXT_BYTES,
         "network": 4 * parameters,
         "squared gradients": 4 * MEASURING_LANES * sum(layer.size for layer in measured),
         "activations": 4 * PASS_COPIES * tokens * width,
         "logits": 4 * LOGIT_COPIES * tokens * max(outside, default=0),
-        "rounding": 4 * BLOCK_COPIES * max(layer.size for layer in measured),
+        "rounding": ROUNDING_BYTES * max(layer.size for layer in measured),
     }

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,11 +23,13 @@ from torch import nn
 import qframe
 from qframe import parallel
 from qframe.allocation import Allocation
+from qframe.budget import activation_budget
 from qframe.calibration import CalibrationData, prepare
 from qframe.candidates import Candidates, candidates_of
 from qframe.checkpoint import CheckpointWriter, check_output, quantized_config
 from qframe.contracts import Event, LayerOutline, Layout
 from qframe.errors import CalibrationError, FallbackError, RecipeError, UnsupportedError
+from qframe.freed import hand_back_large, tidy_up
 from qframe.host import Host
 from qframe.kept_blocks import Ledger
 from qframe.kept_decision import as_decision, plain_decision
@@ -40,6 +44,7 @@ from qframe.recipe import Method, Plan, Recipe, check_supported, kv_quantizer, p
 from qframe.report.layers import Coverage, RunReport
 from qframe.scheme import Scheme
 from qframe.solve import Solver
+from qframe.spilling import Spill
 from qframe.stored_model import outline_of
 from qframe.unfinished import State, Unfinished, unfinished
 from qframe.verification import check_written
@@ -156,6 +161,7 @@ def quantize(
     state: State = "new",
     verify: bool = True,
     threads: int | None = None,
+    max_memory: int | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Result:
     """Quantize a network.
@@ -176,6 +182,8 @@ def quantize(
     verify        read the folder once more before it gets its name, and compare it with what was
                   to be written
     threads       how many; the result does not depend on it. Default: all cores
+    max_memory    bytes that the run may take, libraries included: activations that wait go to the
+                  disk where they would take more. The result does not depend on it. None: no limit
     progress      called after each block
 
     Where a launcher such as torchrun has started several processes, each of which calls this, they
@@ -183,13 +191,14 @@ def quantize(
     process alone.
 
     Raises RecipeError, UnsupportedError, PluginError, WeightsError, ModelError, CalibrationError
-    or OutputError before any work is done, MemoryLimitError before sensitivities are measured or
+    or OutputError before any work is done, MemoryLimitError then where max_memory is too little, or
     when memory runs out; NonFiniteError, FallbackError or CertificateError when numbers go wrong;
     VerifyError when files are not what was written; RanksError when another process of the run has
     failed. No output is left behind then; blocks that
     were done are kept beside it (`qframe.unfinished`).
     """
     started = time.perf_counter()
+    hand_back_large()
     with together() as ranks:
         job = plan_job(model, recipe, host, format=format)
         in_memory = job.network.folder is None
@@ -197,8 +206,12 @@ def quantize(
             raise RecipeError("quantizing a folder needs a folder for the result: out=...")
         threads = threads or parallel.default_threads()
 
+        if max_memory is not None:
+            # Raises before any work is done.
+            activation_budget(job, calibration, max_memory, threads)
+
         def run() -> _Run:
-            return _Run(job, calibration, threads, progress, started, ranks)
+            return _Run(job, calibration, threads, max_memory, progress, started, ranks)
 
         sizes: Mapping[str, int] = {}
         if out is None or ranks.rank > 0:
@@ -229,11 +242,13 @@ class _Run:
         job: Job,
         calibration: CalibrationData | None,
         threads: int,
+        max_memory: int | None,
         progress: Callable[[Progress], None] | None,
         started: float,
         ranks: Ranks,
     ) -> None:
         check_ranks(job, ranks)
+        self._max_memory = max_memory
         self._shown = calibration is not None or calibrates(job)
         if calibration is None and (self._shown or job.candidates is not None):
             calibration = _default_calibration(job)
@@ -284,12 +299,14 @@ class _Run:
         outlines = job.outlines()
         ledger = Ledger(kept, outlines, self._ranks)
         way = Walk(job.network, job.plan, outlines, solver, writer, self._progress, ledger)
+        tidy_up()
         with memory_named(solver.where), parallel.one_torch_thread(), solver:
             if data is None:
                 way.without_data()
             else:
                 dtype = compute_dtype(job.recipe.calibration.compute_dtype)
-                way.with_data(data, threads=self._threads, dtype=dtype)
+                with self._spills(data, writer, solver.pairs) as spills:
+                    way.with_data(data, threads=self._threads, dtype=dtype, spills=spills)
         report = RunReport(
             layers=[way.reports[name] for name in job.plan.schemes],
             events=solver.events,
@@ -302,6 +319,21 @@ class _Run:
         )
         check_fallbacks(report, job.recipe)
         return report
+
+    @contextmanager
+    def _spills(
+        self, data: CalibrationData, writer: CheckpointWriter | None, pairs: bool
+    ) -> Iterator[tuple[Spill | None, Spill | None]]:
+        """Have files for activations where they may not all wait in memory; for both passes."""
+        budget = None
+        if self._max_memory is not None:
+            budget = activation_budget(self._job, data, self._max_memory, self._threads)
+        if budget is None:
+            yield None, None
+            return
+        folder = Path(tempfile.gettempdir()) if writer is None else writer.folder
+        with Spill(budget >> pairs, folder) as own, Spill(budget >> 1, folder) as others:
+            yield own, others
 
     def _decide(self, events: list[Event], kept: Unfinished | None) -> Allocation | None:
         """Choose the schemes of layers where the recipe has a target of bits."""

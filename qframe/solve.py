@@ -35,6 +35,7 @@ from qframe.errors import (
 )
 from qframe.fallbacks import FALLBACK, OVERFIT, Fallbacks, energies, massive_token
 from qframe.folds import Divider, Folded
+from qframe.freed import hand_back
 from qframe.grids import grid_of, input_grid_of
 from qframe.host import Host
 from qframe.inputs import GroupInputs
@@ -59,18 +60,14 @@ log = logging.getLogger("qframe")
 
 @dataclass(frozen=True, slots=True)
 class Solved:
-    """A layer after quantization: what is stored, what it computes with, what is reported.
+    """A layer after quantization: what is stored, and what is reported.
 
-    running      the same as `stored` for the input as it comes in the calibration pass, where no
-                 module before it divides by a scale
-    multiplied   what the layer multiplies with, [rows, columns] float32
-    effective    the same for plain inputs, were they not rounded
+    running   the same as `stored` for the input as it comes in the calibration pass, where no
+              module before it divides by a scale
     """
 
     stored: StoredLayer
     running: StoredLayer
-    multiplied: torch.Tensor
-    effective: torch.Tensor
     report: LayerReport
 
 
@@ -151,6 +148,9 @@ class Solver:
         divider   what takes up a scale of the input; None for nothing
         others    layers that are other ranks'
         """
+        # What verdicts hold is let go before more comes; without inputs rounding goes on meanwhile.
+        self._court.catch_up(0 if inputs.fitted.lengths else 1)
+        hand_back()
         clock = time.perf_counter()
         self.where.at(group.name, "taking statistics of its inputs")
         beside = inputs.pairs()
@@ -172,6 +172,7 @@ class Solver:
             held_out = self._watch.statistics(
                 needs, group, inputs.held_out, beside.held_out, known[1]
             )
+        del seen, known  # their sums are as large as the statistics
         quantizers = self._watch.quantizers(group, schemes, inputs)
         energy = inputs.fitted.everywhere(
             self.ranks, f"the energy of {group.name}", energies(inputs.fitted)
@@ -270,7 +271,7 @@ class Solver:
                 orders[f"{layer.name}.{ORDER}"] = quantized.order.to(torch.int32)
             events[layer.name] = [*self.events[shared_events:], *quantized.events]
             del self.events[shared_events:]
-            solved[layer.name] = Solved(stored, running, multiplied, effective, report)
+            solved[layer.name] = Solved(stored, running, report)
         scaled = transform is not None and transform.scale is not None
         return SolvedGroup(solved, kept, orders, events, scaled, rewrites.folded)
 

@@ -132,6 +132,15 @@ class StoredLayer:
         """Return the weight that does to plain inputs what W_s does to z, nothing being rounded."""
         return weight if self.transform is None else self.transform.undo(weight)
 
+    def weight_in_network(self) -> torch.Tensor:
+        """Return what takes the weight's place in the network, [rows, columns] float32.
+
+        W_s where inputs are quantized, which `inputs_of` does before; else what does to plain
+        inputs what W_s does.
+        """
+        weight = self.weight()
+        return weight if self.inputs is not None else self.plain(weight)
+
     def multiply(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:

@@ -191,7 +191,7 @@ def verify(
     say("unpacking layers")
     model = StoredModel.open(source, host)
     layers = dict(_sound_layers(report, model, manifest))
-    _check_config(report, model, manifest, layers)
+    _check_config(report, model, manifest, {n: each.stored.extras for n, each in layers.items()})
     _read_certificates(report, manifest)
     if reference is None:
         report.unchecked = [
@@ -220,7 +220,8 @@ def check_written(folder: Path, host: Host, threads: int) -> None:
         _check_tensors(report, ModelFolder(folder, STATISTICS), manifest.statistics, threads)
     model = StoredModel.open(source, host)
     with parallel.one_torch_thread():  # small tensors: threads would wait for one another
-        _check_config(report, model, manifest, dict(_sound_layers(report, model, manifest)))
+        sound = _sound_layers(report, model, manifest)
+        _check_config(report, model, manifest, {n: layer.stored.extras for n, layer in sound})
     report.check()
 
 
@@ -388,9 +389,15 @@ def _divider_objection(manifest: Manifest, name: str, columns: int) -> str:
 
 
 def _check_config(
-    report: VerifyReport, model: StoredModel, manifest: Manifest, layers: Mapping[str, FoundLayer]
+    report: VerifyReport,
+    model: StoredModel,
+    manifest: Manifest,
+    extras: Mapping[str, frozenset[str]],
 ) -> None:
-    """Compare config.json, where there is one, with the layers."""
+    """Compare config.json, where there is one, with the layers.
+
+    extras   layer name -> what it has besides codes, of those that could be unpacked
+    """
     if "config.json" not in manifest.files:  # the network was given in memory
         return
     try:
@@ -398,11 +405,11 @@ def _check_config(
     except QframeError as error:
         report.add("config", "config.json", str(error))
         return
-    if layers.keys() != model.outlines.keys():
+    if extras.keys() != model.outlines.keys():
         report.notes.append("config.json was not compared with layers that could not be unpacked")
         return
     found = [
-        dataclasses.replace(outline, extras=layers[name].stored.extras)
+        dataclasses.replace(outline, extras=extras[name])
         for name, outline in model.outlines.items()
     ]
     expected = model.layout.config(found, [])

@@ -26,8 +26,9 @@ from qframe.errors import ModelError
 from qframe.feeders import Feeder
 from qframe.fold_search import UNSEEN, Source
 from qframe.folds import Divider, Division, Folded
+from qframe.freed import hand_back
 from qframe.grouping import Groups
-from qframe.inputs import GroupInputs, Split
+from qframe.inputs import GroupInputs, Split, Waiting
 from qframe.kept_blocks import DoneBlock, DoneGroup, Ledger
 from qframe.model import Network, replace_module, set_weight
 from qframe.original import OriginalPass, check_pairs
@@ -37,6 +38,7 @@ from qframe.recipe import Plan
 from qframe.report.layers import Folding, LayerReport
 from qframe.sharing import Part, whole_groups
 from qframe.solve import Solved, Solver
+from qframe.spilling import Spill
 from qframe.stored import QuantizedLinear, StoredLayer
 
 
@@ -90,6 +92,8 @@ class Walk:
         self._block: str | None = None
         self._left: _Left | None = None
         self._dtype = torch.float32
+        self._spills: tuple[Spill | None, Spill | None] = (None, None)
+        self._shown = False  # whether the network runs
         self._original: OriginalPass | None = None
         self._clock = time.perf_counter()
         self._groups = Groups(network, plan.schemes, folds=solver.folds, ranks=self._ranks)
@@ -108,16 +112,27 @@ class Walk:
                 self._quantize_alone(block, batch)
         self._finish()
 
-    def with_data(self, data: CalibrationData, *, threads: int, dtype: torch.dtype) -> None:
+    def with_data(
+        self,
+        data: CalibrationData,
+        *,
+        threads: int,
+        dtype: torch.dtype,
+        spills: tuple[Spill | None, Spill | None] = (None, None),
+    ) -> None:
         """Quantize every layer on the inputs that it gets in the quantized network.
 
         Where the method asks for them, also on those that it has in the original one.
+
+        spills   of the activations of both, the quantized network first
         """
         module, blocks = self._network.module, self._network.blocks
-        self._dtype = dtype
+        self._dtype, self._shown, self._spills = dtype, True, spills
         split = Split(len(data.inputs), len(data.held_out), self._ranks)
         make = partial(Lockstep, module, threads=threads, dtype=dtype, agree=self._agree)
-        steps, ahead = make(), make() if self._solver.pairs else None
+        own, others = spills
+        steps = make(spill=own)
+        ahead = make(spill=others) if self._solver.pairs else None
         self._before = steps.before
         by_block: dict[str, list[str]] = {name: [] for name in blocks}
         for layer in self._plan.schemes:
@@ -221,9 +236,17 @@ class Walk:
         costs = [member.rows * member.columns**2 for member in group.layers]
         ranks = shares(costs, self._ranks.size, self._solved_groups % self._ranks.size)
         owners = {m.name: rank for m, rank in zip(group.layers, ranks, strict=True)}
-        threads = self._solver.threads
+        own, others = self._spills
         collect = partial(
-            GroupInputs.collect, group, inputs, split, self._dtype, threads, originals
+            GroupInputs.collect,
+            group,
+            Waiting(inputs, None if own is None else own.read),
+            split,
+            self._dtype,
+            self._solver.threads,
+            None
+            if originals is None
+            else Waiting(originals, None if others is None else others.read),
         )
         self._solve([group], collect, owners)
         del originals
@@ -231,12 +254,10 @@ class Walk:
             self._original.advance(member.name for member in group.layers)
         for member in group.layers:
             module = self._network.module.get_submodule(member.name)
-            solved = self._pending[member.name]
-            if solved.running.inputs is None:
-                set_weight(module, solved.effective)
-            else:
-                set_weight(module, solved.multiplied)
-                self._before[member.name] = solved.running.inputs_of
+            running = self._pending[member.name].running
+            set_weight(module, running.weight_in_network())
+            if running.inputs is not None:
+                self._before[member.name] = running.inputs_of
 
     def _solve(
         self,
@@ -397,7 +418,10 @@ class Walk:
         self._block, self._clock = block, time.perf_counter()
         self._done = DoneBlock(block)
         self._solver.where.at(block, "running the network")
-        if block:
+        if block and self._shown:
+            # The embeddings, say: modules that run again are loaded again.
+            self._network.release_others(keep=self._plan.schemes)
+            hand_back()
             self._network.load(self._network.blocks[block], recurse=True)
 
     def _leave(self) -> None:
@@ -412,7 +436,10 @@ class Walk:
         self._pending, self._divided, self._expected = {}, {}, {}
         self._write_left(still_waiting=len(left.layers))
         self._left = left
-        self._keep_left()
+        if self._shown:
+            self._keep_left()
+        else:  # its codes need not wait
+            self._write_left()
 
     def _write_left(self, still_waiting: int = 0) -> None:
         """Write the layers of the block that was left last; those of later ones are waiting."""
@@ -494,8 +521,9 @@ class Walk:
         if self._network.folder is not None:
             for name in self._network.folder.tensors:
                 if name not in self._written:
-                    found = self._network.folder.read(name)
-                    self._writer.add({name: self._network.carried(name, found)})
+                    dtype, pieces = self._network.carry(name)
+                    shape = self._network.folder.tensors[name].shape
+                    self._writer.add_pieces(name, dtype, shape, pieces)
             return
         packed = {
             f"{name}.{key}".lstrip(".")

@@ -7,7 +7,8 @@ and be whole, and pickle files are never opened.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from qframe.errors import NonFiniteError, WeightsError
 
 LONGEST_NAME = 255  # of a file
+PIECE_BYTES = 1 << 26  # of a tensor that is read in pieces
 MODEL = "model"  # the stem of the files with weights
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _WEIGHT_SUFFIXES = {
@@ -63,15 +65,20 @@ DTYPE_NAMES = {
     torch.float8_e5m2: "F8_E5M2",
 }
 """torch's dtype -> the name that safetensors has for it."""
+_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """Where a tensor lies, and what the header says of it."""
+    """Where a tensor lies, and what the header says of it.
+
+    start   of its numbers in the file
+    """
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
+    start: int
 
     @property
     def bytes(self) -> int:
@@ -119,14 +126,17 @@ class ModelFolder:
         """All tensors by name, from the headers alone."""
         found: dict[str, StoredTensor] = {}
         for file in self._files():
-            with _open(file) as handle:
+            # Not "pt": that maps the file as a whole for writing, which limits of memory count.
+            with _open(file, "np") as handle:
+                starts = _starts(file)
                 for name in handle.keys():  # noqa: SIM118 - not a mapping
                     view = handle.get_slice(name)
                     if name in found:
                         raise WeightsError(
                             f"tensor {name!r} is both in {found[name].file.name} and {file.name}"
                         )
-                    found[name] = StoredTensor(file, view.get_dtype(), tuple(view.get_shape()))
+                    kind, shape = view.get_dtype(), tuple(view.get_shape())
+                    found[name] = StoredTensor(file, kind, shape, starts[name])
         index = self.path / index_name(self._stem)
         if index.is_file():
             promised = set(read_json(index)["weight_map"])
@@ -140,11 +150,14 @@ class ModelFolder:
 
     def raw(self, name: str) -> torch.Tensor:
         """Return a tensor as stored, whatever is in it."""
-        with _open(self.tensors[name].file) as handle:
+        there = self.tensors[name]
+        if there.dtype in _DTYPES:
+            return _numbers(there, there.start, there.shape)
+        with _open(there.file, "pt") as handle:
             try:
                 tensor: torch.Tensor = handle.get_tensor(name)
             except SafetensorError as error:
-                raise WeightsError(f"{self.tensors[name].file}: tensor {name!r}: {error}") from None
+                raise WeightsError(f"{there.file}: tensor {name!r}: {error}") from None
         return tensor
 
     def read(self, name: str) -> torch.Tensor:
@@ -153,6 +166,21 @@ class ModelFolder:
         if tensor.is_floating_point() and tensor.element_size() > 1:
             check_finite(tensor, f"{self.tensors[name].file}: tensor {name!r}")
         return tensor
+
+    def pieces(self, name: str) -> Iterator[torch.Tensor]:
+        """Yield a tensor as stored, some of its rows at a time; the same errors as for `read`."""
+        there = self.tensors[name]
+        if not there.shape or there.bytes <= PIECE_BYTES or there.dtype not in _DTYPES:
+            yield self.read(name)
+            return
+        rows = there.shape[0]
+        step = max(1, PIECE_BYTES * rows // there.bytes)
+        for top in range(0, rows, step):
+            start = there.start + top * (there.bytes // rows)
+            piece = _numbers(there, start, (min(step, rows - top), *there.shape[1:]))
+            if piece.is_floating_point() and piece.element_size() > 1 and not _sound(piece):
+                self.read(name)  # raises, and says where
+            yield piece
 
     def side_files(self) -> list[Path]:
         """Return every file that is not a weight: config, tokenizer, licence, ..."""
@@ -214,9 +242,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def check_finite(tensor: torch.Tensor, what: str) -> None:
     """Raise NonFiniteError naming `what` and the first index that is NaN or infinite."""
-    # A sum is NaN or inf where any term is; only then is it worth looking at each one (a sum of
-    # finite terms may overflow too).
-    if bool(torch.isfinite(tensor.sum())):
+    if _sound(tensor):
         return
     bad = (~torch.isfinite(tensor)).nonzero()
     if len(bad):
@@ -227,9 +253,47 @@ def check_finite(tensor: torch.Tensor, what: str) -> None:
         )
 
 
-def _open(file: Path) -> Any:
+def _sound(tensor: torch.Tensor) -> bool:
+    """Whether it is clear at a glance that all numbers are finite.
+
+    A sum is NaN or inf where any term is; only then is it worth looking at each one (a sum of
+    finite terms may overflow too).
+    """
+    return bool(torch.isfinite(tensor.sum()))
+
+
+def _starts(file: Path) -> dict[str, int]:
+    """Return where the numbers of each tensor begin, of a file whose header is sound."""
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))
+    return {
+        name: 8 + length + entry["data_offsets"][0]
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
+
+
+def _numbers(there: StoredTensor, start: int, shape: tuple[int, ...]) -> torch.Tensor:
+    """Read a tensor, or rows of it, from where they begin in the file. Raises WeightsError."""
+    size = SIZES[there.dtype]
+    data = torch.empty(size * math.prod(shape), dtype=torch.uint8)
+    view = memoryview(data.numpy().data)
     try:
-        return safe_open(str(file), framework="pt")
+        with there.file.open("rb", buffering=0) as stream:
+            stream.seek(start)
+            while view and (count := stream.readinto(view)):
+                view = view[count:]
+    except OSError as error:
+        raise WeightsError(f"{there.file}: cannot be read: {error.strerror}") from None
+    if view:
+        raise WeightsError(f"{there.file}: it ends within a tensor: download it again")
+    return data.view(_DTYPES[there.dtype]).reshape(shape)
+
+
+def _open(file: Path, framework: str) -> Any:
+    try:
+        return safe_open(str(file), framework=framework)
     except (SafetensorError, OSError) as error:
         raise WeightsError(
             f"{file}: not a whole safetensors file ({error}); it may be truncated: download it "

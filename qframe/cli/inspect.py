@@ -61,18 +61,20 @@ def inspect(
         else:
             print_result(stacked(titled(title, memory_table(formats)), _UNITS))
         return
+    from qframe import parallel
     from qframe.cli.plan import plan_record, plan_screen
 
+    threads = parallel.default_threads()
     job = plan_of(str(model), flags)
     layers = [job.network.layers[name] for name in job.plan.schemes]
     formats = memory_of_layers(layers)
     if as_json:
-        print_json({**plan_record(job), "memory": _memory_record(formats)})
+        print_json({**plan_record(job, threads), "memory": _memory_record(formats)})
         return
     title = f"the {sum(i.size for i in layers):,} weights of the {len(layers)} layers to quantize"
     print_result(
         stacked(
-            plan_screen(job, all_layers=all_layers),
+            plan_screen(job, threads, all_layers=all_layers),
             titled(title, memory_table(formats)),
             _UNITS,
         )

@@ -49,8 +49,13 @@ def _quantized_row(job: Job, name: str, shape: tuple[int, ...]) -> PlanRow:
     return PlanRow(name=name, shape=shape, what=what, bits_per_weight=least, most=most)
 
 
-def plan_screen(job: Job, *, all_layers: bool) -> RenderableType:
-    """Return the plan as a table, and what it covers and takes."""
+def plan_screen(
+    job: Job, threads: int, budget: int | None = None, *, all_layers: bool
+) -> RenderableType:
+    """Return the plan as a table, and what it covers and takes.
+
+    budget   bytes of activations that wait in memory; None for all of them
+    """
     lines = {"coverage": coverage_text(job.coverage)}
     if job.candidates is not None:
         lines["bits"] = (
@@ -58,7 +63,7 @@ def plan_screen(job: Job, *, all_layers: bool) -> RenderableType:
             f"known only once its sensitivity has been measured, in the run"
         )
     if job.network.folder is not None:
-        lines |= _predictions(job)
+        lines |= _predictions(job, threads, budget)
     if may_fold(job):
         lines["scales"] = (
             "those of inputs that norms or layers can divide by are not stored: bits and bytes are "
@@ -78,9 +83,9 @@ def may_fold(job: Job) -> bool:
     return job.recipe.fold_scales and job.method.scales
 
 
-def _predictions(job: Job) -> dict[str, str]:
+def _predictions(job: Job, threads: int, budget: int | None) -> dict[str, str]:
     """Return what the output will take on disk, and the run in memory."""
-    size, peak = folder_size(job), peak_memory(job)
+    size, peak = folder_size(job), peak_memory(job, threads, budget)
     parts = ", ".join(f"{readable_bytes(count)} {what}" for what, count in peak.items())
     kept = most_statistics_bytes(job)
     most = "at most " if job.candidates or may_fold(job) else ""
@@ -101,8 +106,8 @@ def _choices(job: Job, name: str) -> dict[str, Any]:
     return {"candidate_bits": [scheme.num_bits for scheme in job.candidates.schemes[name]]}
 
 
-def plan_record(job: Job) -> dict[str, Any]:
-    """Return the plan as plain values."""
+def plan_record(job: Job, threads: int, budget: int | None = None) -> dict[str, Any]:
+    """Return the plan as plain values; arguments as for `plan_screen`."""
     record: dict[str, Any] = {
         "recipe": job.recipe.model_dump(mode="json"),
         "coverage": {
@@ -126,7 +131,7 @@ def plan_record(job: Job) -> dict[str, Any]:
         "bits_per_weight": bits_per_weight(job),
     }
     if job.network.folder is not None:
-        size, peak = folder_size(job), peak_memory(job)
+        size, peak = folder_size(job), peak_memory(job, threads, budget)
         record["output_bytes"] = {
             "total": size.total,
             "weights": size.weights,

@@ -13,6 +13,7 @@ from qframe.cli.flags import RecipeFlags, takes_recipe_flags
 from qframe.cli.interrupts import interruptible, resumable, said
 from qframe.cli.progress import progress_shown
 from qframe.cli.screen import note, print_json, print_result
+from qframe.cli.sizes import parse_size
 from qframe.errors import OutputError, RecipeError
 from qframe.launcher import launched
 
@@ -32,6 +33,16 @@ Format = Annotated[
         metavar="NAME",
         help="How the folder stores layers; qframe plugins lists the layouts. Default: "
         "compressed-tensors where it can express everything, else qframe.",
+        show_default=False,
+    ),
+]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(
+        "--max-memory",
+        metavar="SIZE",
+        help="What the run may take in memory, such as 8GB: activations that wait go to the disk "
+        "where they would take more. The output does not depend on it. Default: no limit.",
         show_default=False,
     ),
 ]
@@ -87,6 +98,7 @@ def quantize(
     ] = False,
     flags: RecipeFlags,
     threads: Threads = None,
+    max_memory: MaxMemory = None,
     all_layers: AllLayers = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -105,6 +117,7 @@ def quantize(
     if resume and restart:
         raise RecipeError("--resume and --restart are both given; choose one")
     recipe, host = flags.to_recipe(), flags.to_host()
+    limit = None if max_memory is None else parse_size(max_memory, "--max-memory")
     is_first = launched()[0] == 0
     if dry_run and not is_first:
         return
@@ -116,6 +129,8 @@ def quantize(
             out,
             overwrite,
             format=format,
+            threads=threads,
+            max_memory=limit,
             all_layers=all_layers,
             as_json=as_json,
         )
@@ -146,6 +161,7 @@ def quantize(
             state="resume" if resume else "restart" if restart else "new",
             verify=not no_verify,
             threads=threads,
+            max_memory=limit,
             progress=progress.block,
         )
     if not is_first:
@@ -167,9 +183,13 @@ def _dry_run(
     overwrite: bool,
     *,
     format: str | None,
+    threads: int | None,
+    max_memory: int | None,
     all_layers: bool,
     as_json: bool,
 ) -> None:
+    from qframe import parallel
+    from qframe.budget import activation_budget
     from qframe.checkpoint import check_output
     from qframe.cli.plan import plan_record, plan_screen
     from qframe.memory import calibrates
@@ -181,10 +201,14 @@ def _dry_run(
     if calibrates(job) or job.candidates is not None:
         for dataset in recipe.calibration.datasets:
             _check_dataset(dataset)
+    threads = threads or parallel.default_threads()
+    budget = None
+    if max_memory is not None:
+        budget = activation_budget(job, None, max_memory, threads)
     if as_json:
-        print_json(plan_record(job))
+        print_json(plan_record(job, threads, budget))
         return
-    print_result(plan_screen(job, all_layers=all_layers))
+    print_result(plan_screen(job, threads, budget, all_layers=all_layers))
     note("dry run: nothing was written")
 
 

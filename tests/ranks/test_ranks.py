@@ -16,7 +16,7 @@ from qframe.calibration import Lockstep, Stop
 from qframe.contracts import InputGroup, LayerInfo
 from qframe.errors import PluginError, RanksError
 from qframe.host import Host
-from qframe.inputs import GroupInputs, Split
+from qframe.inputs import GroupInputs, Split, Waiting
 from qframe.launcher import launched
 from qframe.merging import observed, restore, taken_down
 from qframe.ranks import ALONE, SLOTS, _packed, _unpacked, rank_of, shares, slot_of
@@ -144,7 +144,7 @@ def test_statistics_have_the_same_bits_on_any_number_of_ranks(data):
     def look(rank):
         split = Split(fitted, held_out, rank)
         own = {n: x for n, x in inputs.items() if n in split.own}
-        group = GroupInputs.collect(GROUP, own, split)
+        group = GroupInputs.collect(GROUP, Waiting(own), split)
         found = [observed(observer, GROUP, part, rank).value() for part in _parts(group)]
         some = [part.sample(4, rank, "some") for part in _parts(group) if part.tokens]
         return [*found, *some], group.fitted.tokens, group.held_out.tokens

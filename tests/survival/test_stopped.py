@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 
 import qframe
-from qframe import checkpoint, pipeline, solve, unfinished
+from qframe import checkpoint, pipeline, shards, solve, unfinished
 from qframe.errors import LockedError, MemoryLimitError, OutputError, VerifyError
 from qframe.out_of_memory import Where, bytes_asked, memory_named
 from qframe.unfinished import kept_blocks, unfinished_folder
@@ -149,27 +149,29 @@ def full(*arguments, **options):
     raise SafetensorError("Error while serializing: I/O error: No space left (os error 28)")
 
 
-@pytest.mark.parametrize("module", [checkpoint, unfinished])
+@pytest.mark.parametrize(
+    ("module", "function"), [(shards, "write_safetensors"), (unfinished, "save_file")]
+)
 def test_a_full_disk_says_what_is_needed_and_keeps_what_is_done(
-    model, recipe, contents, undisturbed, tmp_path, monkeypatch, module
+    model, recipe, contents, undisturbed, tmp_path, monkeypatch, module, function
 ):
-    save, calls = module.save_file, []
+    save, calls = getattr(module, function), []
 
     def save_some(*arguments, **options):
         calls.append(arguments)
-        if module is checkpoint or len(calls) > 2:
+        if module is shards or len(calls) > 2:
             full()
-        save(*arguments, **options)
+        return save(*arguments, **options)
 
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(module, "save_file", save_some)
+        patch.setattr(module, function, save_some)
         with pytest.raises(
             OutputError, match=r"cannot write .*out.*: No space left.*takes [\d.]+ kB.* are free"
         ):
             qframe.quantize(model, recipe("gptq"), out=out)
     done, _ = kept_blocks(out)
-    assert done == (5 if module is checkpoint else 2)
+    assert done == (5 if module is shards else 2)
     assert not (unfinished_folder(out) / "folder").exists()
     qframe.quantize(model, recipe("gptq"), out=out, state="resume")
     assert contents(out) == undisturbed(recipe("gptq"))

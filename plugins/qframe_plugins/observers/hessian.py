@@ -46,7 +46,7 @@ class HessianStatistic:
 
         full = self._sum.clone()
         hessian.symmetrize(full.numpy())
-        return full * (2 / self._tokens) if self._tokens else full
+        return full.mul_(2 / self._tokens) if self._tokens else full
 
 
 @dataclass(frozen=True)

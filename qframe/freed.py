@@ -1,0 +1,54 @@
+"""Memory that was freed, and that the C library keeps for later: handed back to the system.
+
+glibc keeps what is freed in pieces, more of it the longer a run takes, so that a network of many
+layers would take more than one of few though each layer is let go before the next one comes. It can
+be told to hand back large pieces at once, and asked for all pages that are free. Other C libraries
+are left alone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import sys
+from functools import cache
+from typing import Any
+
+LARGE = 1 << 22  # bytes that are handed back at once; what is smaller is faster to use again
+_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # of mallopt(3)
+
+
+def hand_back_large() -> None:
+    """From now on, let the C library hand back large pieces as soon as they are freed.
+
+    Else it takes the size of what was freed last, up to 32 MiB, as one to keep. That is for the
+    whole process, and for its speed and size alone.
+    """
+    if _library() is not None:
+        _library().mallopt(_MMAP_THRESHOLD, LARGE)
+        _library().mallopt(_TRIM_THRESHOLD, LARGE)
+
+
+def hand_back() -> None:
+    """Hand free memory back to the system, where the C library can be asked to."""
+    if _library() is not None:
+        _library().malloc_trim(0)
+
+
+def tidy_up() -> None:
+    """Collect garbage that Python would collect some time later, and hand free memory back.
+
+    Importing libraries leaves a good deal of it.
+    """
+    gc.collect()
+    hand_back()
+
+
+@cache
+def _library() -> Any:
+    """Return glibc; None where the C library is another one."""
+    found = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if found is None or not all(hasattr(found, name) for name in ("malloc_trim", "mallopt")):
+        return None
+    found.malloc_trim.argtypes = [ctypes.c_size_t]
+    return found

@@ -1,0 +1,134 @@
+"""Files that are written as tensors come are what safetensors reads; nothing waits in memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from qframe.errors import NonFiniteError
+from qframe.manifest import fingerprint
+from qframe.shards import ALIGNMENT, Shards
+from qframe.weights import DTYPE_NAMES, SIZES, ModelFolder
+
+DTYPES = list(DTYPE_NAMES)
+names = st.text(st.characters(codec="utf-8"), min_size=1, max_size=12).filter(
+    lambda name: name != "__metadata__"
+)
+shapes = st.lists(st.integers(0, 5), max_size=3).map(tuple)
+
+
+@st.composite
+def tensors(draw):
+    """Tensors of all dtypes with any bits, empty ones and strided views among them."""
+    found = {}
+    for name in draw(st.lists(names, unique=True, max_size=8)):
+        dtype, shape = draw(st.sampled_from(DTYPES)), draw(shapes)
+        count = SIZES[DTYPE_NAMES[dtype]] * torch.Size(shape).numel()
+        raw = torch.tensor(list(draw(st.binary(min_size=count, max_size=count))), dtype=torch.uint8)
+        if dtype == torch.bool:
+            raw = raw % 2
+        tensor = raw.view(dtype).reshape(shape) if count else torch.empty(shape, dtype=dtype)
+        found[name] = tensor.T if tensor.ndim == 2 and draw(st.booleans()) else tensor
+    return found
+
+
+def bits(tensor):
+    return tensor.contiguous().reshape(-1).view(torch.uint8).tolist()
+
+
+def written(folder, found, limit):
+    shards = Shards(folder, "model", limit)
+    for name, tensor in found.items():
+        shards.add(name, tensor)
+    shards.finish()
+    return shards
+
+
+@given(found=tensors(), limit=st.sampled_from([1, 16, 100, 1 << 20]))
+def test_files_are_what_safetensors_reads(tmp_path_factory, found, limit):
+    folder = tmp_path_factory.mktemp("written")
+    shards = written(folder, found, limit)
+    files = sorted(folder.glob("*.safetensors"))
+    assert {file.name for file in folder.iterdir()} - {f.name for f in files} <= {
+        "model.safetensors.index.json"
+    }
+    read = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    assert read.keys() == found.keys()
+    for name, tensor in found.items():
+        assert (read[name].dtype, read[name].shape) == (tensor.dtype, tensor.shape)
+        assert bits(read[name]) == bits(tensor)
+        assert shards.records[name]["sha256"] == fingerprint(tensor)
+    for file in files:
+        assert shards.files[file.name] == hashlib.sha256(file.read_bytes()).hexdigest()
+        content = file.read_bytes()
+        length = int.from_bytes(content[:8], "little")
+        assert length % ALIGNMENT == 0
+        header = json.loads(content[8 : 8 + length])
+        assert header.pop("__metadata__") == {"format": "pt"}
+        for entry in header.values():
+            assert entry["data_offsets"][0] % SIZES[entry["dtype"]] == 0
+        with safe_open(file, framework="pt") as handle:
+            assert handle.metadata() == {"format": "pt"}
+
+
+@given(found=tensors(), limit=st.sampled_from([1, 16, 1 << 20]), cuts=st.integers(1, 3))
+def test_a_tensor_may_come_in_pieces(tmp_path_factory, found, limit, cuts):
+    whole, pieces = tmp_path_factory.mktemp("whole"), tmp_path_factory.mktemp("pieces")
+    written(whole, found, limit)
+    shards = Shards(pieces, "model", limit)
+    for name, tensor in found.items():
+        parts = tensor.split(cuts) if tensor.ndim else (tensor,)
+        shards.add_pieces(name, tensor.dtype, tuple(tensor.shape), parts)
+    shards.finish()
+    assert contents(whole) == contents(pieces)
+
+
+def contents(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_what_a_spool_held_is_not_in_the_next_file(tmp_path):
+    many, few = torch.arange(50), torch.arange(3)
+    written(tmp_path, {"a": many, "b": few, "c": few + 1}, limit=100)
+    read = [load_file(file) for file in sorted(tmp_path.glob("*.safetensors"))]
+    assert [sorted(each) for each in read] == [["a"], ["b", "c"]]
+    assert read[1]["c"].tolist() == [1, 2, 3]
+
+
+# Reading in pieces ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_pieces(monkeypatch):
+    monkeypatch.setattr("qframe.weights.PIECE_BYTES", 64)
+
+
+def folder_with(path: Path, tensor: torch.Tensor) -> ModelFolder:
+    path.mkdir(exist_ok=True)
+    save_file({"x": tensor}, path / "model.safetensors")
+    return ModelFolder(path)
+
+
+@pytest.mark.parametrize("shape", [(), (0, 3), (5,), (1, 100), (7, 9), (3, 4, 5)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_pieces_are_the_tensor(tmp_path, small_pieces, shape, dtype):
+    tensor = torch.arange(torch.Size(shape).numel()).reshape(shape).to(dtype)
+    pieces = list(folder_with(tmp_path / "m", tensor).pieces("x"))
+    assert torch.equal(torch.cat(pieces) if shape else pieces[0], tensor)
+    assert shape != (7, 9) or dtype is torch.int8 or len(pieces) > 1
+
+
+@pytest.mark.parametrize("row", [0, 6])
+def test_a_number_that_is_none_is_named_by_its_place_in_the_tensor(tmp_path, small_pieces, row):
+    tensor = torch.ones(7, 9)
+    tensor[row, 4] = float("nan")
+    with pytest.raises(NonFiniteError, match=rf"at index \[{row}, 4\]"):
+        list(folder_with(tmp_path / "m", tensor).pieces("x"))
