@@ -14,7 +14,7 @@ import sys
 from functools import cache
 from typing import Any
 
-LARGE = 1 << 22  # bytes that are handed back at once; what is smaller is faster to use again
+LARGE = 1 << 20  # bytes that are handed back at once; smaller pieces are faster to use again
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # of mallopt(3)
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from qframe.pipeline import Job
 
 PROGRAM_BYTES = 425_000_000  # Python with torch, transformers, numba and kernels; on Linux
-TEXT_BYTES = 100_000_000  # more: a tokenizer, the text, and what a pass through the network needs
+TEXT_BYTES = 70_000_000  # more: a tokenizer, the text, and what a pass through the network needs
 ROUNDING_BYTES = 21  # for a weight of the largest layer: itself, quotients, scales, and in between
 JUDGING_BYTES = 15  # itself, what became of it, the difference, codes; beside the next rounding
 CODED_BYTES = 1.1  # for a stored byte of a block: its codes wait until the block is done
