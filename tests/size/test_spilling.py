@@ -105,7 +105,7 @@ def passed(inputs, threads, spill):
             found.append((stop.name, number, read.clone()))
         return True
 
-    steps.run([(x,) for x in inputs], {}, on_stop)
+    steps.run({i: (x,) for i, x in enumerate(inputs)}, {}, on_stop)
     return found, results
 
 
