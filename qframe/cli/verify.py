@@ -18,7 +18,7 @@ from qframe.cli.progress import progress_shown
 from qframe.cli.screen import print_json, print_result
 
 if TYPE_CHECKING:
-    from qframe.audit import AuditReport
+    from qframe.audit_report import AuditReport
     from qframe.host import Host
     from qframe.verification import VerifyReport
 
@@ -62,7 +62,7 @@ def verify(
         from qframe.manifest import MANIFEST
 
         host = discover(plugin or (), ())
-        ours = (folder / MANIFEST).is_file() or not folder.is_dir()
+        ours = (folder / MANIFEST).is_file() or not folder.exists()
         run = _verified if ours else _audited
         report, show = run(folder, reference, host, threads, progress.step)
     if as_json:

@@ -11,7 +11,8 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 import qframe
-from qframe.audit import RULES, audit
+from qframe.audit import audit
+from qframe.audit_report import RULES
 from qframe.packing import pack_codes, unpack_codes
 from qframe.report.audit import audit_parts
 from qframe.report.table import stacked
