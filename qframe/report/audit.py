@@ -64,9 +64,11 @@ def _checks(report: AuditReport) -> RenderableType:
 
 
 def _kinds(report: AuditReport) -> RenderableType | None:
-    """Return a row for every way in which layers are stored: its layer farthest from the original.
+    """Return a row for every way in which layers are stored: the figures of its worst layers.
 
-    None without the original.
+    None without the original. Codes that are all nearest are B1.b, B2.d; half steps say how far the
+    farthest weight is in what those allow. The error is ||W - Q|| / ||W||, how many times that of
+    rounding to nearest, and squared, how many times the least that any scales allow.
     """
     if report.reference is None or not report.layers:
         return None
@@ -88,17 +90,17 @@ def _kinds(report: AuditReport) -> RenderableType | None:
                 )
             ),
         )
-    return titled("compared with the original, at most", made)
+    return titled("compared with the original: the worst layer", made)
 
 
 _COLUMNS = (
     "stored as",
     "layers",
-    "codes all nearest",
+    "all nearest",
     "half steps",
-    "||W - Q|| / ||W||",
-    "times nearest",
-    "||W - Q||^2 / least",
+    "error",
+    "x nearest",
+    "x least",
 )
 
 
@@ -109,6 +111,10 @@ def _lines(report: AuditReport) -> dict[str, str]:
     found = {
         "folder": f"{report.folder}: {report.layout}, {total} quantized layers, "
         f"{report.carried} other tensors; no manifest of qframe, so nothing is known of its making",
+    }
+    if not every:
+        return found
+    found |= {
         "schemes": "; ".join(sorted({layer.scheme for layer in every})),
         "codes": f"at most {percent(_most(every, lambda f: f.at_ends))} % of a layer at the ends, "
         f"at most {percent(_most(every, lambda f: f.dead))} % of its groups all 0",
