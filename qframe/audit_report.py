@@ -184,8 +184,9 @@ def judge_distance(
         report.add(name, "reference", "error", f"||W - Q|| is {error:.3g} ||W||")
     elif above is not None and above > TWICE:
         said = (
-            f"{above:.3g} times as far from the original as rounded to nearest; a method that "
-            f"rewrites weights (AWQ, SmoothQuant) explains that, or another original"
+            f"{above:.3g} times as far from the original as rounded to nearest"
+            f"{_farthest(rows)}; a method that rewrites weights (AWQ, SmoothQuant) explains that, "
+            f"or another original"
         )
         report.add(name, "rounding", "warning", said)
     elif rows is not None and rows.numel() and float(rows.max()) > FOUR_TIMES:
@@ -194,6 +195,13 @@ def judge_distance(
     elif 0 < farther < FEW_CODES * figures.rows * figures.columns:
         said = f"{farther} of {figures.rows * figures.columns} codes are not the nearest ones"
         report.add(name, "single codes", "warning", said)
+
+
+def _farthest(rows: torch.Tensor | None) -> str:
+    """Return which row is much farther than the others, where one is."""
+    if rows is None or rows.numel() < 2 or float(rows.max()) < FOUR_TIMES * float(rows.median()):
+        return ""
+    return f", row {int(rows.argmax())} {float(rows.max()):.3g} times"
 
 
 def _percent(share: float) -> str:

@@ -97,7 +97,7 @@ class GGUFCheckpoint:
         self.carried, self.layers = carried, layers
 
     def missing(self) -> list[tuple[str, str]]:
-        """Return what blocks lack that most blocks have, and whole blocks."""
+        """Return what blocks lack that half of the blocks have, and whole blocks."""
         blocks = self._file.metadata.get(f"{self._architecture}.block_count")
         if isinstance(blocks, bool) or not isinstance(blocks, int) or not 0 < blocks <= MOST_BLOCKS:
             return [("", f"the metadata give {blocks!r} as the number of blocks")]
@@ -107,7 +107,7 @@ class GGUFCheckpoint:
                 found.setdefault(match[2], set()).add(int(match[1]))
         if not found:
             return [("", "it has no blocks")]
-        usual = [part for part, where in found.items() if 2 * len(where) > blocks]
+        usual = [part for part, where in found.items() if 2 * len(where) >= blocks]
         said = [
             (self._named(f"blk.{number}.{part}").removesuffix(".weight"), _MISSING)
             for part in usual
