@@ -93,11 +93,7 @@ def test_folders_of_bitsandbytes_are_what_they_were_made_of(model, tmp_path, kin
             both = torch.stack([raw.flatten() >> 4, raw.flatten() & 15], 1).flatten().int()
             scale = tensors[f"{name}.weight.absmax"]
             if kind == "nested":
-                state = next(
-                    bytes(t.tolist())
-                    for n, t in tensors.items()
-                    if f"{name}.weight.qu" in n and "state" in n
-                )
+                state = tensors[f"{name}.weight.quant_state.bitsandbytes__nf4"]
                 of = torch.arange(len(scale)) // 256
                 scale = tensors[f"{name}.weight.nested_quant_map"][scale.int()]
                 scale = scale * tensors[f"{name}.weight.nested_absmax"][of]
