@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -133,6 +134,33 @@ def eight_bits(folder: Path) -> None:
     others.write_bitsandbytes(model, folder, "int8")
 
 
+RTN = {"method": "rtn", "scheme": {"group_size": 32}}
+
+
+class StoppedError(Exception):
+    """Ends a run between two blocks."""
+
+
+def unfinished(folder: Path) -> None:
+    """Write what a run leaves that was stopped after its first block."""
+    folder.mkdir()
+    model = tiny.write_llama(folder.with_name(f"{folder.name}-model"))
+
+    def stop(progress: object) -> None:
+        raise StoppedError
+
+    with suppress(StoppedError):
+        qframe.quantize(model, RTN, out=folder / "out", progress=stop, threads=1)
+
+
+def _resume(folder: Path) -> None:
+    """Go on with a copy: what is done is gone from the folder afterwards."""
+    model = folder.with_name(f"{folder.name}-model")
+    with TemporaryDirectory(dir=folder.parent) as place:
+        shutil.copytree(folder, place, dirs_exist_ok=True)
+        qframe.quantize(model, RTN, out=Path(place) / "out", state="resume", threads=1)
+
+
 def _plan(folder: Path) -> None:
     job = plan_job(folder, {"method": "rtn", "scheme": {"group_size": 32}}, HOST)
     network = job.network
@@ -175,6 +203,7 @@ def _texts(folder: Path) -> None:
 
 
 STATE = "model.layers.0.mlp.up_proj.weight.quant_state.bitsandbytes__nf4"
+KEPT = ".out.qframe-unfinished"
 WEIGHTS = "model-00001-of-00002.safetensors"
 LOADERS: Mapping[str, Loader] = {
     "a model": Loader(plain, ("config.json", "model.safetensors.index.json", WEIGHTS), _plan),
@@ -204,6 +233,9 @@ LOADERS: Mapping[str, Loader] = {
         with_merges,
         ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),
         lambda f: convert(f, "gguf", f / "out.gguf", host=HOST, overwrite=True),
+    ),
+    "an unfinished run": Loader(
+        unfinished, (f"{KEPT}/state.json", f"{KEPT}/blocks/00000.safetensors"), _resume
     ),
     "a recipe": Loader(recipes, ("recipe.json", "recipe.yaml", "recipe.toml"), _recipe),
     "calibration text": Loader(texts, ("text.jsonl", "text.txt"), _texts),

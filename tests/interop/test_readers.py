@@ -341,6 +341,13 @@ def test_types_that_are_not_known_are_said_not_to_have_been_audited(tmp_path):
     ]
 
 
+def test_names_that_nobody_gives_are_read(tmp_path):
+    raw = {"Q4_0": others.random_blocks("Q4_0", 8, 0)}
+    file = others.write_blocks(tmp_path / "a.gguf", raw)
+    damaged(file, file.read_bytes().index(b".0.ffn_up"), b"-0-ffn-up")
+    assert list(audit(file).layers) == ["blk-0-ffn-up"]
+
+
 def test_blocks_that_are_not_there_are_missed(model, tmp_path):
     file = others.write_gguf(model, tmp_path / "a.gguf", block_count=3)
     found = audit(file).errors()

@@ -183,7 +183,8 @@ class GGUFCheckpoint:
         """Return rows in the order of transformers, which has the halves of a head in turn."""
         import numpy as np
 
-        part = tensor.name.split(".")[2] if tensor.name.startswith("blk.") else ""
+        match = re.fullmatch(r"blk\.\d+\.(\w+)\.weight", tensor.name)
+        part = "" if match is None else match[1]
         if part not in HEADS or self._architecture not in INTERLEAVED:
             return np.ascontiguousarray(rows)
         heads = self._heads(HEADS[part])
