@@ -186,6 +186,49 @@ def test_b1h_holds_for_codes_that_are_chosen_before_scales_are_stored(data):
         assert one_layer(coded(codes), torch.from_numpy(weight)).farther >= 1
 
 
+def by_hand(codes, grid, scale=1.0):
+    """Return a layer of one group, at a scale that was not rounded."""
+    codes = torch.tensor([codes], dtype=torch.int16)
+    scales = torch.tensor([[scale]], dtype=torch.float64)
+    return CodedWeight(
+        codes=codes,
+        grid=grid,
+        scale=scales,
+        offset=scales * 0,
+        weight=codes * scales.float(),
+        scale_moved=scales * 0,
+        offset_moved=scales * 0,
+    )
+
+
+@pytest.mark.parametrize("scale", [1.0, -1.0, 2.0**-130])
+@pytest.mark.parametrize(
+    ("weight", "farther"),
+    [(2.5, 0), (2.5625, 1), (1.4375, 1), (7.9, 0), (-8.5, 0), (-9.0, 0), (6.4, 1)],
+)
+def test_a_code_is_farther_from_half_a_step_on(scale, weight, farther):
+    code = 2 if abs(weight) < 4 else (7 if weight > 0 else -8)
+    coded = by_hand([0, code], Grid(-8, 7), scale)
+    found = one_layer(coded, torch.tensor([[0.0, weight * scale]]))
+    assert found.farther == farther
+    assert (found.half_steps > 1) == farther
+
+
+@pytest.mark.parametrize(
+    ("grid", "codes", "idle"),
+    [
+        (Grid(0, 15), [3, 10], 1),
+        (Grid(0, 15), [3, 11], 0),
+        (Grid(-8, 7), [-3, 3], 1),
+        (Grid(-8, 7), [-4, 0], 0),
+        (Grid(-8, 7), [0, 4], 0),
+    ],
+)
+def test_a_group_is_idle_that_uses_less_than_half_of_its_codes(grid, codes, idle):
+    coded = by_hand(codes, grid)
+    assert one_layer(coded, coded.weight).idle == idle
+
+
 # Planted faults: GGUF ---------------------------------------------------------------------------
 
 
