@@ -293,14 +293,18 @@ def document(records: list[dict[str, Any]]) -> str:
         )
         cells = [record["tool"], record["format"], str(len(every)), said, *figures]
         lines.append(f"| {' | '.join(cells)} |")
-    return DOCUMENT.format(blocks=BLOCKS, versions=", ".join(versions), rows="\n".join(lines))
+    return DOCUMENT.format(
+        blocks=BLOCKS, versions="\n".join(f"- {each}" for each in versions), rows="\n".join(lines)
+    )
 
 
 DOCUMENT = """# Measured: the auditor on checkpoints of others
 
 Made by `benchmarks/audit_peers.py`: SmolLM2-135M-Instruct in float32, or its first {blocks} blocks,
 quantized by other tools, and audited by `qframe verify CHECKPOINT --reference MODEL`
-([what it asks](formats.md#folders-that-others-wrote)). On a CPU, with {versions}.
+([what it asks](formats.md#folders-that-others-wrote)). On a CPU, with:
+
+{versions}
 
 Of each checkpoint the worst layer is shown. *Half steps*: how far the farthest weight is, in what
 B1.b, B2.d and B1.h allow; up to 1, and all codes are the nearest ones. *Error*: ||W - Q|| / ||W||.
@@ -314,6 +318,9 @@ not known: above 4 bits, for codebooks, and for offsets that are no multiples of
 
 What the runs have shown:
 
+- The float32 network here was itself decoded from a file with blocks of Q4_1 and Q8_0, and the
+  auditor finds that out: llama.cpp's Q4_1 gives every weight back, and its Q8_0 the embedding.
+  Errors of other formats are those of such weights.
 - Tools that round to nearest keep the bound: llama.cpp, in all its blocks, bitsandbytes, and
   llm-compressor's FP8. llama.cpp stores scales in float16 after it has chosen codes, bitsandbytes
   absmax in 8 bits; B1.h is about that, and without it codes would be taken for flipped ones.
