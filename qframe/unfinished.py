@@ -286,7 +286,7 @@ def _read_state(folder: Path) -> dict[str, Any]:
 
 
 def _fault(state: Mapping[str, Any]) -> str:
-    """Return what is wrong with what no run can have written, "" for nothing."""
+    """Return what is wrong with a list that no run can have written, "" for nothing."""
     kinds: Mapping[str, type | tuple[type, ...]] = {
         "fingerprint": (dict, NoneType),
         "total": int,

@@ -1,6 +1,6 @@
 """`qframe verify`: is a quantized folder what was written, and do its bounds still hold?
 
-A folder that qframe did not write has no manifest to hold it against; it is audited
+A folder or file that qframe did not write has no manifest to hold it against; it is audited
 (`qframe.audit`).
 """
 
@@ -28,7 +28,8 @@ def verify(
         Path,
         typer.Argument(
             metavar="OUT",
-            help="A quantized folder: one that qframe wrote, or of others in a layout it knows.",
+            help="A quantized folder: one that qframe wrote, or of others in a layout it knows; or "
+            "a GGUF file.",
         ),
     ],
     reference: Annotated[
