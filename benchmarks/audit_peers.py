@@ -321,6 +321,9 @@ What the runs have shown:
 - The float32 network here was itself decoded from a file with blocks of Q4_1 and Q8_0, and the
   auditor finds that out: llama.cpp's Q4_1 gives every weight back, and its Q8_0 the embedding.
   Errors of other formats are those of such weights.
+- Blocks of 256 weights fit the 1536 columns of down_proj alone; other layers of those files have
+  what llama.cpp takes instead, Q4_0, Q5_0, Q5_1, Q8_0 or IQ4_NL, and the worst may be one of them.
+  The embedding is Q8_0 in all files.
 - Tools that round to nearest keep the bound: llama.cpp, in all its blocks, bitsandbytes, and
   llm-compressor's FP8. llama.cpp stores scales in float16 after it has chosen codes, bitsandbytes
   absmax in 8 bits; B1.h is about that, and without it codes would be taken for flipped ones.
