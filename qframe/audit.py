@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from qframe import parallel
+from qframe import bounds, parallel
 from qframe.audit_coded import audit_coded
 from qframe.audit_report import (
     AuditReport,
@@ -34,6 +34,8 @@ from qframe.model import Network
 from qframe.rounding import dequantize, encode, expand
 from qframe.stored_model import StoredModel
 from qframe.weights import ModelFolder
+
+FEW_BITS = 4  # with more, what bfloat16 rounds off is a step and more
 
 
 def audit(
@@ -196,10 +198,12 @@ def _compared(
         grid=outline.grid,
         input_grid=outline.input_grid,
     )
+    farther, unexplained = _farther(problem, quantized)
     found = dataclasses.replace(
         figures,
         half_steps=HalfStep().certify(Evidence(problem, quantized, threads=threads)).ratio,
-        farther=_farther(problem, quantized),
+        farther=farther,
+        unexplained=unexplained,
         error=over(_distance(quantized, problem), float(weight.double().norm())),
         above_nearest=_above(quantized, nearest_of(problem), problem),
         above_least=_square(_above(quantized, _best(least, problem), problem)),
@@ -208,10 +212,12 @@ def _compared(
     return found
 
 
-def _farther(problem: RoundingProblem, quantized: QuantizedWeight) -> int:
+def _farther(problem: RoundingProblem, quantized: QuantizedWeight) -> tuple[int, int]:
     """Return how many codes are farther from their weight than another one on the same scales.
 
-    Products with scales are exact in float64, and so is what is compared.
+    And how many of those by more than scales and weights of 16 bits explain, for integers: bfloat16
+    where a code has few bits, else the dtype of scales. Products with scales are exact in float64,
+    and so is what is compared.
     """
     codes = encode(
         problem.weight,
@@ -223,7 +229,18 @@ def _farther(problem: RoundingProblem, quantized: QuantizedWeight) -> int:
     nearest = dataclasses.replace(quantized, codes=codes)
     weight = problem.weight.double()
     there = (dequantize(quantized).double() - weight).abs()
-    return int((there > (dequantize(nearest).double() - weight).abs()).sum())
+    least = (dequantize(nearest).double() - weight).abs()
+    farther = there > least
+    few = problem.scheme.num_bits <= FEW_BITS
+    dtype = "bfloat16" if few else problem.scheme.scale_dtype
+    if dtype not in bounds.UNIT or problem.grid.values is not None:
+        return int(farther.sum()), int(farther.sum())
+    scale = expand(quantized.scale, quantized.group_index, len(codes)).double()
+    moved = bounds.stored_apart(scale.numpy(), dtype)
+    value = dequantize(quantized).double() / scale
+    explained = bounds.chosen_before(value.numpy(), 0.5, 2 * moved, 0.0)
+    half = torch.from_numpy(explained) + scale / 2
+    return int(farther.sum()), int((farther & (there > half)).sum())
 
 
 def _best(least: Rounder | None, problem: RoundingProblem) -> QuantizedWeight | None:

@@ -222,6 +222,7 @@ def _compared(
         figures,
         half_steps=ratio,
         farther=farther,
+        unexplained=farther,
         error=over(float(squares.sum()) ** 0.5, float(weight.double().norm())),
         above_nearest=above,
         above_least=None if best is None else over(float(squares.sum()), best),

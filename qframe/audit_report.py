@@ -71,6 +71,8 @@ class LayerFigures:
     half_steps    with a reference: how far the farthest weight is from its own, in half steps of
                   its scale, those at the end of the range aside (B1.b, B2.d)
     farther       how many codes are not the nearest one to their weight, on their scales
+    unexplained   how many of those that are so even if scales and weights were rounded before or
+                  after codes were chosen (B1.h)
     error         with a reference: ||W - Q|| / ||W||
     above_nearest    ||W - Q|| over that of rounding to nearest with the same scheme
     above_least      ||W - Q||^2 over the least that any scales allow; None where none knows it
@@ -85,6 +87,7 @@ class LayerFigures:
     centre: float
     half_steps: float | None = None
     farther: int | None = None
+    unexplained: int | None = None
     error: float | None = None
     above_nearest: float | None = None
     above_least: float | None = None
@@ -179,7 +182,7 @@ def judge_distance(
 
     rows   of each row, how many times as far it is as rounded to nearest; None where unknown
     """
-    error, above, farther = figures.error or 0.0, figures.above_nearest, figures.farther or 0
+    error, above, farther = figures.error or 0.0, figures.above_nearest, figures.unexplained or 0
     if error >= 1:
         report.add(name, "reference", "error", f"||W - Q|| is {error:.3g} ||W||")
     elif above is not None and above > TWICE:
