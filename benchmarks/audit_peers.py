@@ -331,8 +331,8 @@ What the runs have shown:
   there and no bound. Whether GPTQ's own certificate (B3.b) holds cannot be asked: it needs the
   Hessian of the calibration, which no checkpoint has.
 - auto-round rounds weights and scales to bfloat16 first. Without steps it rounds to nearest on
-  those, so that a few codes are off by a hair: the auditor took them for flipped bits until this was
-  run, and asks now whether 16 bits explain them.
+  those, so that a few codes are off by a hair: the auditor took them for flipped bits until this
+  was run, and asks now whether 16 bits explain them.
 - auto-round writes symmetric layers with scales of either sign, as llama.cpp does. qframe refused
   them as corrupt until this was run, and reads them now.
 - bitsandbytes 0.50.2 decodes layers whose columns are no multiple of the block wrongly on a CPU:
