@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from qframe.checkpoint import load
     from qframe.contracts import (
         Capabilities,
+        CodedLayer,
+        CodedWeight,
         Event,
         Grid,
         InputGroup,
@@ -42,6 +44,8 @@ if TYPE_CHECKING:
 _HOME = {
     "CalibrationData": "calibration",
     "Capabilities": "contracts",
+    "CodedLayer": "contracts",
+    "CodedWeight": "contracts",
     "Event": "contracts",
     "Grid": "contracts",
     "Host": "host",
@@ -72,6 +76,8 @@ _HOME = {
 __all__ = [
     "CalibrationData",
     "Capabilities",
+    "CodedLayer",
+    "CodedWeight",
     "Event",
     "Grid",
     "Host",

@@ -732,3 +732,89 @@ class Exporter(Protocol):
     def write(self, model: StoredModel, file: Path) -> None:
         """Write a network for which there are no objections. `file` does not exist yet."""
         ...
+
+
+# What others made -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CodedLayer:
+    """What a checkpoint of another tool says of a layer, from its headers.
+
+    kind      how its codes are stored, in the tool's words: "Q4_K", "nf4, blocks of 64"
+    num_bits  of a code
+    bytes     of all that is stored of it
+    scheme    of qframe's, the nearest one: what rounding to nearest and the least error are
+              asked of; None where there is none
+    """
+
+    name: str
+    rows: int
+    columns: int
+    kind: str
+    num_bits: int
+    bytes: int
+    scheme: Scheme | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class CodedWeight:
+    """The codes of a layer that somebody else stored: w = scale * v + offset.
+
+    v is the code itself, or grid.values[code - grid.qmin]. Groups are of `columns / groups` columns
+    each, in their order. A layer whose blocks run over the ends of its rows has other rows here:
+    as many columns as a block, and weights in the same order.
+
+    codes    [rows, columns] int16, in the grid
+    grid     the codes, and what they stand for
+    scale    [rows, groups] float64, finite, of any sign; 0 where all weights are the offset
+    offset   [rows, groups] float64, finite
+    weight   [rows, columns] float32, as the tool decodes them
+    scale_moved, offset_moved   like scale, >= 0: how far they may have moved when they were stored,
+             after codes had been chosen; 0 where codes were chosen for what is stored
+    """
+
+    codes: torch.Tensor
+    grid: Grid
+    scale: torch.Tensor
+    offset: torch.Tensor
+    weight: torch.Tensor
+    scale_moved: torch.Tensor
+    offset_moved: torch.Tensor
+
+
+class Checkpoint(Protocol):
+    """A checkpoint of another tool, opened: its layers one at a time.
+
+    layers    name, as transformers has it -> what the headers say of a quantized layer
+    carried   name -> dtype, of all other tensors
+    """
+
+    layers: Mapping[str, CodedLayer]
+    carried: Mapping[str, str]
+
+    def missing(self) -> list[tuple[str, str]]:
+        """Return (layer, what of it is missing, or is not known) for what should be there."""
+        ...
+
+    def read(self, name: str) -> CodedWeight:
+        """Return the codes of a layer. Raises WeightsError where they cannot be what they say."""
+        ...
+
+
+class Reader(Protocol):
+    """Opens what other tools write and no layout holds, for `qframe verify` and `qframe inspect`.
+
+    name      of the format: "gguf"
+    writers   the software that writes it, for messages: "llama.cpp"
+    """
+
+    name: str
+    writers: str
+
+    def open(self, path: Path) -> Checkpoint | None:
+        """Return a file or a folder, opened, from its headers alone; None for another format.
+
+        Raises WeightsError for one of this format that cannot be read.
+        """
+        ...

@@ -27,6 +27,7 @@ from qframe.contracts import (
     NumberFormat,
     Observer,
     OutlierHandler,
+    Reader,
     Rounder,
 )
 
@@ -76,3 +77,8 @@ def qframe_layouts() -> Iterable[Layout]:
 @hookspec
 def qframe_exporters() -> Iterable[Exporter]:
     """Return exporters: other kinds of files that a quantized network can be written as."""
+
+
+@hookspec
+def qframe_readers() -> Iterable[Reader]:
+    """Return readers: checkpoints of other tools that are audited, and that no layout holds."""

@@ -36,6 +36,7 @@ KINDS: Mapping[str, tuple[str, type]] = {
     "kv cache": ("qframe_kv_caches", contracts.KVCacheQuantizer),
     "layout": ("qframe_layouts", contracts.Layout),
     "exporter": ("qframe_exporters", contracts.Exporter),
+    "reader": ("qframe_readers", contracts.Reader),
 }
 """Kind of object -> (the hook that registers it, the contract it keeps)."""
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from qframe.allocation import Allocation, LayerBits
 from qframe.contracts import Event
+from qframe.errors import UnfinishedError
 from qframe.recipe import Plan
 from qframe.scheme import Scheme
 
@@ -25,7 +26,20 @@ def plain_decision(plan: Plan, allocation: Allocation, events: Sequence[Event]) 
 
 
 def as_decision(record: Mapping[str, Any]) -> Decision:
-    """Return the decision that came back from a file: JSON has made words of numbers in keys."""
+    """Return the decision that came back from a file: JSON has made words of numbers in keys.
+
+    Raises UnfinishedError for what `plain_decision` cannot have returned.
+    """
+    try:
+        return _decision(record)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UnfinishedError(
+            f"what an unfinished run has decided cannot be read ({type(error).__name__}: {error}); "
+            f"begin anew with --restart"
+        ) from None
+
+
+def _decision(record: Mapping[str, Any]) -> Decision:
     schemes = {name: Scheme.model_validate(each) for name, each in record["schemes"].items()}
     found = dict(record["allocation"])
     found["uniform"] = _by_bits(found["uniform"])

@@ -21,6 +21,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import NoneType
 from typing import Any, Literal
 
 import torch
@@ -272,13 +273,35 @@ def _read_state(folder: Path) -> dict[str, Any]:
     try:
         state = json.loads(file.read_text(encoding="utf-8"))
         if state["state_version"] == STATE_VERSION:
-            return dict(state)
-        problem = f"written by another qframe: state_version {state['state_version']}"
+            problem = _fault(state)
+            if not problem:
+                return dict(state)
+        else:
+            problem = f"written by another qframe: state_version {state['state_version']}"
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         problem = f"cannot be read: {error}"
     raise UnfinishedError(f"{file}: {problem}; begin anew with --restart, which deletes {folder}")
+
+
+def _fault(state: Mapping[str, Any]) -> str:
+    """Return what is wrong with a list that no run can have written, "" for nothing."""
+    kinds: Mapping[str, type | tuple[type, ...]] = {
+        "fingerprint": (dict, NoneType),
+        "total": int,
+        "decision": (dict, NoneType),
+        "blocks": list,
+    }
+    for key, kind in kinds.items():
+        if key not in state or not isinstance(state[key], kind):
+            return f"cannot be read: {key} is {_short(state.get(key, _MISSING))}"
+    for entry in state["blocks"]:
+        layers = entry.get("layers") if isinstance(entry, dict) else None
+        named = isinstance(layers, list) and all(isinstance(name, str) for name in layers)
+        if not named or not isinstance(entry.get("sha256"), str):
+            return f"cannot be read: a block is {_short(entry)}"
+    return ""
 
 
 def _worth_keeping(state: Mapping[str, Any]) -> bool:

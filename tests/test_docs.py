@@ -120,7 +120,7 @@ def contract_names():
         "OpCall",
     }
     used |= {"Unsupported", "LayerInfo", "InputGroup", "Capabilities", "Event"}
-    used |= {"KVStore", "KVBlock", "KVAttention"}
+    used |= {"KVStore", "KVBlock", "KVAttention", "Checkpoint", "CodedLayer", "CodedWeight"}
     return sorted(used | {contract.__name__ for _, contract in KINDS.values()})
 
 

@@ -66,8 +66,9 @@ class Target:
             )
         if kernels:
             return "kernel", kernels[0]
-        if self.name in host.names("exporter"):
-            raise PluginError(f"the suite has no checks of exporters, such as {self.name!r}, yet")
+        for kind in ("exporter", "reader"):
+            if self.name in host.names(kind):
+                raise PluginError(f"the suite has no checks of {kind}s, such as {self.name!r}, yet")
         for record in host.records:
             if record.name == self.name and record.error is not None:
                 raise PluginError(

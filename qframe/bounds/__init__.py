@@ -78,6 +78,7 @@ from qframe.bounds.rewrites import (
 )
 from qframe.bounds.rotations import hadamard, incoherence, rotated_product
 from qframe.bounds.rounding import (
+    chosen_before,
     coverage,
     decode,
     half_step,
@@ -86,6 +87,7 @@ from qframe.bounds.rounding import (
     nearest_code,
     ocp_scale,
     scale_rule,
+    stored_apart,
     tensor_scale,
     zero_point_added,
 )
@@ -109,6 +111,7 @@ __all__ = [
     "Numbers",
     "accumulate",
     "binned_search",
+    "chosen_before",
     "coverage",
     "cross_sum",
     "decode",
@@ -176,6 +179,7 @@ __all__ = [
     "second_moments",
     "short_output",
     "softmax",
+    "stored_apart",
     "tensor_scale",
     "token_scale",
     "weight_only",

@@ -84,6 +84,27 @@ def zero_point_added(scale: Numbers, grid: Grid) -> Array:
     return UNIT["float32"] * (grid.qmax - grid.qmin + 1 / 2) * as_array(scale)
 
 
+def stored_apart(numbers: Numbers, dtype: str) -> Array:
+    """B1.h: how far a number may be from the one that was rounded to nearest to store it.
+
+    numbers   as they are stored, in `dtype`
+    """
+    unit = UNIT[dtype]
+    return as_array(np.maximum(np.abs(as_array(numbers)) * unit / (1 - unit), ETA[dtype]))
+
+
+def chosen_before(
+    value: Numbers, half_gap: Numbers, scale_moved: Numbers, offset_moved: Numbers
+) -> Array:
+    """B1.h: what more than half a gap a code may be off by that was chosen before scales moved.
+
+    value      what the code stands for at scale 1
+    half_gap   half of the gap on the side of the weight, at scale 1
+    """
+    reach = np.abs(as_array(value)) + as_array(half_gap)
+    return as_array(reach * as_array(scale_moved) + as_array(offset_moved))
+
+
 def ideal_scale(lo: Numbers, hi: Numbers, grid: Grid, *, symmetric: bool) -> Array:
     """Return the scale that spans [lo, hi] in real arithmetic, 0 for a group of zeros.
 

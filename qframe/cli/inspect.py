@@ -26,7 +26,7 @@ def inspect(
         typer.Argument(
             metavar="[MODEL]",
             help="A Hugging Face folder, quantized or not, a config.json alone, or one "
-            "*.safetensors file.",
+            "*.safetensors or *.gguf file.",
         ),
     ] = None,
     *,
@@ -91,9 +91,19 @@ def _show_stored(path: Path, flags: RecipeFlags, *, as_json: bool) -> bool:
         else:
             print_result(stored.file_screen(path))
         return True
-    if not path.is_dir() or not stored.is_quantized(path):
+    file = path.is_file() and path.name != "config.json"
+    if not file and not (path.is_dir() and stored.is_quantized(path)):
         return False
     host = flags.to_host()
+    opened = stored.of_a_reader(path, host)
+    if opened is not None:
+        if as_json:
+            print_json(stored.coded_record(path, *opened))
+        else:
+            print_result(stored.coded_screen(path, *opened))
+        return True
+    if file:
+        return False
     if as_json:
         print_json(stored.stored_record(path, host))
     else:

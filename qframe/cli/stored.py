@@ -15,8 +15,60 @@ from qframe.stored_model import StoredModel
 from qframe.weights import SIZES, ModelFolder, read_json
 
 if TYPE_CHECKING:
+    from qframe.contracts import Checkpoint, Reader
     from qframe.host import Host
     from qframe.scheme import Scheme
+
+
+def of_a_reader(path: Path, host: Host) -> tuple[Reader, Checkpoint] | None:
+    """Return what a reader opens of a path, and the reader; None where none does."""
+    if (path / MANIFEST).is_file():
+        return None
+    for name in host.names("reader"):
+        reader: Reader = host.get("reader", name)
+        checkpoint = reader.open(path)
+        if checkpoint is not None:
+            return reader, checkpoint
+    return None
+
+
+def coded_record(path: Path, reader: Reader, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return what a checkpoint of others holds, as plain values."""
+    return {
+        "path": str(path),
+        "format": reader.name,
+        "writers": reader.writers,
+        "layers": {
+            name: {
+                "rows": layer.rows,
+                "columns": layer.columns,
+                "scheme": layer.kind,
+                "bytes": layer.bytes,
+            }
+            for name, layer in checkpoint.layers.items()
+        },
+        "carried": dict(checkpoint.carried),
+    }
+
+
+def coded_screen(path: Path, reader: Reader, checkpoint: Checkpoint) -> RenderableType:
+    """Return the same as a table of kinds, and facts."""
+    made = table("stored as", "layers", "weights", "bits per weight", names=1)
+    for kind in sorted({layer.kind for layer in checkpoint.layers.values()}):
+        every = [layer for layer in checkpoint.layers.values() if layer.kind == kind]
+        weights = sum(layer.rows * layer.columns for layer in every)
+        bits = 8 * sum(layer.bytes for layer in every) / max(weights, 1)
+        made.add_row(kind, str(len(every)), f"{weights:,}", f"{bits:.3f}")
+    dtypes = Counter(checkpoint.carried.values())
+    size = sum(layer.bytes for layer in checkpoint.layers.values())
+    lines = {
+        "written": f"by others: {reader.writers}",
+        "format": f"{reader.name}; qframe audits it (qframe verify), and does not run it",
+        "others": f"{len(checkpoint.carried)} tensors as they were "
+        f"({', '.join(f'{n} {dtype}' for dtype, n in sorted(dtypes.items()))})",
+        "bytes": f"{readable_bytes(size)} quantized",
+    }
+    return stacked(titled(str(path), made), facts(lines))
 
 
 def is_quantized(path: Path) -> bool:

@@ -1,6 +1,6 @@
 """`qframe verify`: is a quantized folder what was written, and do its bounds still hold?
 
-A folder that qframe did not write has no manifest to hold it against; it is audited
+A folder or file that qframe did not write has no manifest to hold it against; it is audited
 (`qframe.audit`).
 """
 
@@ -18,7 +18,7 @@ from qframe.cli.progress import progress_shown
 from qframe.cli.screen import print_json, print_result
 
 if TYPE_CHECKING:
-    from qframe.audit import AuditReport
+    from qframe.audit_report import AuditReport
     from qframe.host import Host
     from qframe.verification import VerifyReport
 
@@ -28,7 +28,8 @@ def verify(
         Path,
         typer.Argument(
             metavar="OUT",
-            help="A quantized folder: one that qframe wrote, or of others in a layout it knows.",
+            help="A quantized folder: one that qframe wrote, or of others in a layout it knows; or "
+            "a GGUF file.",
         ),
     ],
     reference: Annotated[
@@ -62,7 +63,7 @@ def verify(
         from qframe.manifest import MANIFEST
 
         host = discover(plugin or (), ())
-        ours = (folder / MANIFEST).is_file() or not folder.is_dir()
+        ours = (folder / MANIFEST).is_file() or not folder.exists()
         run = _verified if ours else _audited
         report, show = run(folder, reference, host, threads, progress.step)
     if as_json:

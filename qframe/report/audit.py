@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 from rich.console import RenderableType
 from rich.text import Text
 
-from qframe.audit import RULES
+from qframe.audit_report import RULES
 from qframe.report.table import BAD, GOOD, WARN, facts, figures, percent, some, table, titled
 
 if TYPE_CHECKING:
-    from qframe.audit import AuditReport, LayerFigures
+    from qframe.audit_report import AuditReport, LayerFigures
 
 SHOWN = 12  # findings
 COMPARED = ("reference", "rounding", "single codes")  # checks that need the original
@@ -20,7 +20,13 @@ COMPARED = ("reference", "rounding", "single codes")  # checks that need the ori
 
 def audit_parts(report: AuditReport) -> list[RenderableType | None]:
     """Return what to put under one another."""
-    return [_findings(report), _checks(report), facts(_lines(report)), _verdict(report)]
+    return [
+        _findings(report),
+        _checks(report),
+        _kinds(report),
+        facts(_lines(report)),
+        _verdict(report),
+    ]
 
 
 def _findings(report: AuditReport) -> RenderableType | None:
@@ -57,6 +63,47 @@ def _checks(report: AuditReport) -> RenderableType:
     return titled("checks", made)
 
 
+def _kinds(report: AuditReport) -> RenderableType | None:
+    """Return a row for every way in which layers are stored: the figures of its worst layers.
+
+    None without the original. Codes that are all nearest are B1.b, B2.d; half steps say how far the
+    farthest weight is in what those allow. The error is ||W - Q|| / ||W||, how many times that of
+    rounding to nearest, and squared, how many times the least that any scales allow.
+    """
+    if report.reference is None or not report.layers:
+        return None
+    made = table(*_COLUMNS, names=1)
+    for kind in sorted({layer.scheme for layer in report.layers.values()}):
+        every = [layer for layer in report.layers.values() if layer.scheme == kind]
+        exact = sum(layer.farther == 0 for layer in every)
+        made.add_row(
+            kind,
+            str(len(every)),
+            str(exact),
+            *(
+                figures(_most(every, figure)) or "-"
+                for figure in (
+                    lambda f: f.half_steps,
+                    lambda f: f.error,
+                    lambda f: f.above_nearest,
+                    lambda f: f.above_least,
+                )
+            ),
+        )
+    return titled("compared with the original: the worst layer", made)
+
+
+_COLUMNS = (
+    "stored as",
+    "layers",
+    "all nearest",
+    "half steps",
+    "error",
+    "x nearest",
+    "x least",
+)
+
+
 def _lines(report: AuditReport) -> dict[str, str]:
     """Return what was looked at, and the worst figures."""
     every = report.layers.values()
@@ -64,6 +111,10 @@ def _lines(report: AuditReport) -> dict[str, str]:
     found = {
         "folder": f"{report.folder}: {report.layout}, {total} quantized layers, "
         f"{report.carried} other tensors; no manifest of qframe, so nothing is known of its making",
+    }
+    if not every:
+        return found
+    found |= {
         "schemes": "; ".join(sorted({layer.scheme for layer in every})),
         "codes": f"at most {percent(_most(every, lambda f: f.at_ends))} % of a layer at the ends, "
         f"at most {percent(_most(every, lambda f: f.dead))} % of its groups all 0",
@@ -74,15 +125,9 @@ def _lines(report: AuditReport) -> dict[str, str]:
             f"{exact} of {total} layers have the nearest code everywhere (B1.b); the farthest "
             f"weight is {figures(_most(every, lambda f: f.half_steps))} half steps from its own"
         )
-        found["distance"] = (
-            f"||W - Q|| / ||W|| at most {figures(_most(every, lambda f: f.error))}; at most "
-            f"{figures(_most(every, lambda f: f.above_nearest))} times that of rounding to nearest"
-        )
-        least = _most(every, lambda f: f.above_least)
-        if least is not None:
-            found["objective"] = (
-                f"||W - Q||^2 at most {figures(least)} times the least that any scales allow"
-            )
+        unknown = {layer.scheme for layer in every if layer.above_least is None}
+        if unknown:
+            found["not known"] = f"the least that any scales allow: {some(sorted(unknown))}"
     return found
 
 

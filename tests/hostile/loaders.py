@@ -15,8 +15,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
+from safetensors.torch import load_file, save_file
 
 import qframe
 from qframe.audit import audit
@@ -29,7 +31,8 @@ from qframe.pipeline import plan_job
 from qframe.recipe import Recipe
 from qframe.stored_model import StoredModel
 from qframe.weights import ModelFolder
-from tests import tiny
+from qframe_plugins.readers.gguf_blocks import KINDS
+from tests import others, tiny
 from tests.hostile.mutate import mutated_bytes, mutated_json
 
 SECONDS = 20  # a case that takes longer hangs
@@ -102,6 +105,62 @@ def texts(folder: Path) -> None:
     (folder / "text.txt").write_text("some words\n\nand more\n")
 
 
+def gguf_file(folder: Path) -> None:
+    folder.mkdir()
+    model = others.tiny_model(folder.with_name(f"{folder.name}-model"))
+    others.write_gguf(model, folder / "model.gguf")
+
+
+def gguf_blocks(folder: Path) -> None:
+    folder.mkdir()
+    raw = {kind: others.random_blocks(kind, 1, 0) for kind in KINDS}
+    others.write_blocks(folder / "model.gguf", raw)
+
+
+def bitsandbytes(folder: Path) -> None:
+    model = others.tiny_model(folder.with_name(f"{folder.name}-model"))
+    others.write_bitsandbytes(model, folder, "nested")
+
+
+def quant_state(folder: Path) -> None:
+    """Write the same, and the quant_state of a layer beside it, which is put into it."""
+    bitsandbytes(folder)
+    state = load_file(folder / "model.safetensors")[STATE]
+    (folder / "state.json").write_bytes(bytes(state.tolist()))
+
+
+def eight_bits(folder: Path) -> None:
+    model = others.tiny_model(folder.with_name(f"{folder.name}-model"))
+    others.write_bitsandbytes(model, folder, "int8")
+
+
+RTN = {"method": "rtn", "scheme": {"group_size": 32}}
+
+
+class StoppedError(Exception):
+    """Ends a run between two blocks."""
+
+
+def unfinished(folder: Path) -> None:
+    """Write what a run leaves that was stopped after its first block."""
+    folder.mkdir()
+    model = tiny.write_llama(folder.with_name(f"{folder.name}-model"))
+
+    def stop(progress: object) -> None:
+        raise StoppedError
+
+    with suppress(StoppedError):
+        qframe.quantize(model, RTN, out=folder / "out", progress=stop, threads=1)
+
+
+def _resume(folder: Path) -> None:
+    """Go on with a copy: what is done is gone from the folder afterwards."""
+    model = folder.with_name(f"{folder.name}-model")
+    with TemporaryDirectory(dir=folder.parent) as place:
+        shutil.copytree(folder, place, dirs_exist_ok=True)
+        qframe.quantize(model, RTN, out=Path(place) / "out", state="resume", threads=1)
+
+
 def _plan(folder: Path) -> None:
     job = plan_job(folder, {"method": "rtn", "scheme": {"group_size": 32}}, HOST)
     network = job.network
@@ -115,6 +174,18 @@ def _open(folder: Path) -> None:
         layer.weight()
     model.carried()
     model.left()
+
+
+def _audit(folder: Path) -> None:
+    """Audit a file or a folder that a reader opens."""
+    file, state = folder / "model.gguf", folder / "state.json"
+    if state.exists() and state.stat().st_size:
+        tensors = load_file(folder / "model.safetensors")
+        tensors[STATE] = torch.frombuffer(bytearray(state.read_bytes()), dtype=torch.uint8)
+        save_file(tensors, folder / "model.safetensors")
+    model = folder.with_name(f"{folder.name}-model")
+    reference = model if model.is_dir() else None
+    audit(file if file.exists() else folder, reference, host=HOST, threads=1)
 
 
 def _recipe(folder: Path) -> None:
@@ -131,6 +202,8 @@ def _texts(folder: Path) -> None:
             list(read_text(str(file)))
 
 
+STATE = "model.layers.0.mlp.up_proj.weight.quant_state.bitsandbytes__nf4"
+KEPT = ".out.qframe-unfinished"
 WEIGHTS = "model-00001-of-00002.safetensors"
 LOADERS: Mapping[str, Loader] = {
     "a model": Loader(plain, ("config.json", "model.safetensors.index.json", WEIGHTS), _plan),
@@ -151,10 +224,18 @@ LOADERS: Mapping[str, Loader] = {
         ("config.json", "model.safetensors"),
         lambda f: audit(f, f.with_name(f"{f.name}-model"), host=HOST, threads=1),
     ),
+    "a GGUF file": Loader(gguf_file, ("model.gguf",), _audit),
+    "blocks of GGUF": Loader(gguf_blocks, ("model.gguf",), _audit),
+    "a folder of bitsandbytes": Loader(bitsandbytes, ("config.json", "model.safetensors"), _audit),
+    "a quant_state of bitsandbytes": Loader(quant_state, ("state.json",), _audit),
+    "int8 of bitsandbytes": Loader(eight_bits, ("config.json", "model.safetensors"), _audit),
     "what convert reads": Loader(
         with_merges,
         ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),
         lambda f: convert(f, "gguf", f / "out.gguf", host=HOST, overwrite=True),
+    ),
+    "an unfinished run": Loader(
+        unfinished, (f"{KEPT}/state.json", f"{KEPT}/blocks/00000.safetensors"), _resume
     ),
     "a recipe": Loader(recipes, ("recipe.json", "recipe.yaml", "recipe.toml"), _recipe),
     "calibration text": Loader(texts, ("text.jsonl", "text.txt"), _texts),

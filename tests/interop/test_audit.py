@@ -11,7 +11,8 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 import qframe
-from qframe.audit import RULES, audit
+from qframe.audit import audit
+from qframe.audit_report import RULES
 from qframe.packing import pack_codes, unpack_codes
 from qframe.report.audit import audit_parts
 from qframe.report.table import stacked
@@ -219,6 +220,18 @@ def test_zero_points_that_are_one_off_move_the_centre(folder):
     assert [(f.layer, f.check) for f in report.findings] == [(LAYER, "centre")]
     assert "-1.0" in report.findings[0].message or "-0.9" in report.findings[0].message
     assert report.exit_code == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_that_were_rounded_before_have_no_flipped_codes(tiny, tmp_path, made, dtype):
+    """auto-round rounds weights to bfloat16 first, which moves a few codes by a hair."""
+    model = tiny.write_llama(tmp_path / "rounded", tied=False)
+    edit(model, lambda t: t.update({n: w.to(dtype).float() for n, w in t.items()}))
+    qframe.quantize(model, {"method": "rtn", "scheme": SYMMETRIC}, out=tmp_path / "out")
+    (tmp_path / "out" / "qframe.json").unlink()
+    report = audit(tmp_path / "out", made.reference)
+    assert report.findings == []
+    assert any(f.farther for f in report.layers.values())
 
 
 def test_another_network_is_not_the_reference(folder, tiny, tmp_path):

@@ -72,6 +72,20 @@ def test_the_format_is_the_one_that_is_described(case):
     assert np.array_equal(plain_weight(LAYOUT.pack(layer)), layer.weight().numpy())
 
 
+@given(case=cases(), seed=st.integers(0, 2**32))
+def test_scales_of_either_sign_are_read(case, seed):
+    outline, layer = case
+    if outline.scheme.symmetric:
+        return  # a folder of others is read as one with zero points
+    tensors = LAYOUT.pack(layer)
+    scales = tensors["scales"]
+    negative = torch.from_numpy(np.random.default_rng(seed).random(scales.shape) < 0.5)
+    tensors["scales"] = scales.where(~negative, -scales)
+    read = LAYOUT.unpack(tensors, outline)
+    assert np.array_equal(plain_weight(tensors), read.weight().numpy())
+    assert bool((read.packed.scale > 0).all())
+
+
 def test_a_word_that_was_packed_by_hand():
     """Codes 0..7 of eight rows: AutoAWQ's order, read off its packer."""
     scheme = Scheme(num_bits=4, symmetric=False, strategy="channel")

@@ -80,6 +80,33 @@ def test_the_format_is_the_one_that_is_described(case):
     assert np.array_equal(weight, layer.weight().numpy())
 
 
+@given(case=packed_layers((2, 3, 4, 8), (32, 64), symmetric=(False,)), seed=st.integers(0, 2**32))
+def test_scales_of_either_sign_are_read(case, seed):
+    """auto-round writes such: the largest weight of a group gets the code without a counterpart."""
+    outline, layer = case
+    tensors = LAYOUTS[V2].pack(layer)
+    scales = tensors["scales"]
+    negative = torch.from_numpy(np.random.default_rng(seed).random(scales.shape) < 0.5)
+    tensors["scales"] = scales.where(~negative, -scales)
+    read = LAYOUTS[V2].unpack(tensors, outline)
+    assert np.array_equal(plain_weight(tensors, outline.scheme.num_bits, 0), read.weight().numpy())
+    assert bool((read.packed.scale > 0).all())
+
+
+def test_a_symmetric_folder_with_negative_scales_is_one_with_zero_points(tiny_llama, tmp_path):
+    recipe = {"method": "rtn", "scheme": {"group_size": 32}}
+    qframe.quantize(tiny_llama, recipe, out=tmp_path / "out", format=V1)
+    (tmp_path / "out" / "qframe.json").unlink()
+    name, file = "model.layers.0.mlp.up_proj", tmp_path / "out" / "model.safetensors"
+    tensors = load_file(file)
+    tensors[f"{name}.scales"][:, 1::2] *= -1
+    save_file(tensors, file, metadata={"format": "pt"})
+    model = StoredModel.open(tmp_path / "out")
+    assert [n for n, o in model.outlines.items() if not o.scheme.symmetric] == [name]
+    parts = {p: tensors[f"{name}.{p}"] for p in ("qweight", "qzeros", "scales", "g_idx")}
+    assert np.array_equal(plain_weight(parts, 4, 1), model.layer(name).weight().numpy())
+
+
 @given(case=packed_layers((2, 3, 4, 8), (32, 64), symmetric=(False,)))
 def test_zero_points_of_v1_are_read_where_all_readers_agree(case):
     """Others wrote v1 with zero points: stored less one, from 1 on. A stored 2^b - 1 is refused."""

@@ -330,7 +330,22 @@ def test_a_file_that_the_list_does_not_name_is_not_used(
     assert contents(out) == undisturbed(recipe())
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"state_version": 0}'])
+STATE = {"state_version": 1, "fingerprint": {}, "total": 5, "decision": None, "blocks": []}
+BROKEN = [
+    {"fingerprint": 1},
+    {"total": "5"},
+    {"decision": []},
+    {"blocks": None},
+    {"blocks": [3]},
+    {"blocks": [{"layers": "a", "sha256": ""}]},
+    {"blocks": [{"layers": [1], "sha256": ""}]},
+    {"blocks": [{"layers": ["a"]}]},
+]
+TEXTS = ["", "{", "[]", "null", '{"state_version": 0}', "[" * 100_000, '{"state_version": 1}']
+TEXTS += [json.dumps({**STATE, **wrong}) for wrong in BROKEN]
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))
 @pytest.mark.parametrize("state", ["new", "resume"])
 def test_a_list_that_cannot_be_read_is_refused(model, recipe, three_blocks, tmp_path, text, state):
     out = tmp_path / "out"

@@ -27,6 +27,7 @@ from qframe_plugins.layouts.zero_points import (
     own_codes,
     said_of_integers,
     stored_layers,
+    upright,
     words_of,
 )
 
@@ -86,6 +87,7 @@ class AWQ:
         """Return the layer that `pack` packed, or that another writer of the format did."""
         import torch
 
+        from qframe.rounding import group_index
         from qframe.stored import StoredLayer
 
         name, rows = layer.info.name, layer.info.rows
@@ -95,8 +97,15 @@ class AWQ:
             for part in ("qweight", "qzeros")
         )
         scales = tensor_of(tensors, "scales", name, None, shapes["scales"])
-        own = own_codes(_unpacked(qweight, rows), _unpacked(qzeros, rows), layer)
-        own["weight_scale"] = scales.T.contiguous()
+        codes, zeros, turned = upright(
+            _unpacked(qweight, rows),
+            _unpacked(qzeros, rows),
+            scales.T.contiguous(),
+            group_index(layer.info.columns, layer.scheme),
+            BITS,
+        )
+        own = own_codes(codes, zeros, layer)
+        own["weight_scale"] = turned
         return StoredLayer.of_outline(own, layer)
 
     def config(self, layers: Sequence[LayerOutline], left: Sequence[LayerInfo]) -> dict[str, Any]:

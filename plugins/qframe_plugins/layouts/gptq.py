@@ -34,9 +34,11 @@ from qframe.layouts import SCALE_NAMES, objections_of
 from qframe_plugins.layouts.reading import tensor_of
 from qframe_plugins.layouts.zero_points import (
     codes_and_zeros,
+    has_negative_scales,
     own_codes,
     said_of_integers,
     stored_layers,
+    upright,
     words_of,
 )
 
@@ -133,8 +135,11 @@ class GPTQ:
         scales = tensor_of(tensors, "scales", info.name, None, shapes["scales"])
         codes = unpack_codes(found["qweight"].T.contiguous(), scheme.num_bits, info.columns)
         zeros = self._zeros(unpack_codes(found["qzeros"], scheme.num_bits, info.rows), layer)
-        own = own_codes(codes, zeros.T.contiguous(), layer)
-        own["weight_scale"] = scales.T.contiguous()
+        zeros, scales = zeros.T.contiguous(), scales.T.contiguous()
+        if not scheme.symmetric:
+            codes, zeros, scales = upright(codes, zeros, scales, found["g_idx"], scheme.num_bits)
+        own = own_codes(codes, zeros, layer)
+        own["weight_scale"] = scales
         if not torch.equal(found["g_idx"], group_index(info.columns, scheme)):
             own["weight_g_idx"] = found["g_idx"]
         return StoredLayer.of_outline(own, layer)
@@ -284,7 +289,7 @@ def _layer(
             {
                 "num_bits": bits,
                 "group_size": group_size,
-                "symmetric": symmetric is not False,
+                "symmetric": symmetric is not False and not has_negative_scales(source, name),
                 "scale_dtype": scale_dtype,
             },
             where,

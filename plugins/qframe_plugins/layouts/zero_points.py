@@ -1,6 +1,10 @@
 """What GPTQ's and AWQ's layouts have in common: codes from 0 on, and a zero point for every scale.
 
 A symmetric layer is one whose zero points are all 2^(b-1), its codes moved by as much.
+
+Some writers, auto-round among them, have scales of either sign, so that the largest weight of a
+group may have the code that has no counterpart. s (c - z) is |s| (c' - z') with c' = 2^b - 1 - c
+and z' = 2^b - 1 - z: such layers are read as ones with zero points.
 """
 
 from __future__ import annotations
@@ -98,6 +102,32 @@ def own_codes(
             f"[{layer.grid.qmin}, {layer.grid.qmax}]"
         )
     return {"weight_packed": pack_codes(codes - moved, bits)}
+
+
+def upright(
+    codes: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor, index: torch.Tensor, bits: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return codes, zero points and scales that stand for the same weights, no scale negative.
+
+    codes, zeros   as `codes_and_zeros` has them
+    scales         [rows, groups], of any sign
+    index          [columns], the group of each column
+    """
+    turned = scales < 0
+    if not bool(turned.any()) or not _in_range(index, scales.shape[1]):
+        return codes, zeros, scales
+    most = (1 << bits) - 1
+    codes = codes.where(~turned[:, index.long()], most - codes)
+    return codes, zeros.where(~turned, most - zeros), scales.abs()
+
+
+def has_negative_scales(source: ModelFolder, name: str) -> bool:
+    """Return whether a layer has scales of either sign, for which its scales are read."""
+    return bool((source.raw(f"{name}.scales") < 0).any())
+
+
+def _in_range(index: torch.Tensor, groups: int) -> bool:
+    return not index.numel() or 0 <= int(index.min()) <= int(index.max()) < groups
 
 
 def stored_layers(source: ModelFolder) -> list[str]:

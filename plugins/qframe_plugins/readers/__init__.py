@@ -1,0 +1,1 @@
+"""Checkpoints of other tools: one file, one format."""
