@@ -202,8 +202,8 @@ class Statistic(Protocol):
     `merge` makes it the same to see all tokens in one place or to see parts of them in several
     and merge: up to the order of summation, merge(a, b) == having seen both.
 
-    It is sent between processes: its attributes are tensors, numbers and texts, objects with such
-    attributes, or what one that is new has as well.
+    It is sent between processes: its attributes are tensors, arrays, numbers and texts, lists and
+    mappings of such, objects with such attributes, or what one that is new has as well.
     """
 
     def update(self, x: torch.Tensor) -> None:

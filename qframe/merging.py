@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from itertools import groupby
 from typing import Any
 
+import numpy as np
 import torch
 
 from qframe.contracts import InputGroup, Observer, Statistic
@@ -70,40 +71,77 @@ def taken_down(
 ) -> dict[str, Any]:
     """Return the attributes of a statistic as plain values, its tensors beside.
 
-    fresh     one that has seen nothing, which `restore` starts from: what is the same there is left
-    tensors   gets those, under names that begin with `place`
+    fresh     one that has seen nothing, which `restore` starts from; constants are as there
+    tensors   gets tensors and arrays, under names that begin with `place`
+
+    Raises PluginError for an attribute that cannot be sent.
     """
     record: dict[str, Any] = {}
+    others = _attributes(fresh)
     for name, attribute in _attributes(value).items():
-        known = _attributes(fresh).get(name)
-        where = f"{place}.{name}"
-        if isinstance(attribute, torch.Tensor):
-            tensors[where] = attribute
-            record[name] = {"tensor": where}
-        elif isinstance(attribute, _PLAIN):
-            record[name] = {"value": attribute}
-        elif type(known) is not type(attribute) or (_constant(attribute) and known != attribute):
+        where, known = f"{place}.{name}", others.get(name)
+        found = _plain(attribute, tensors, where)
+        if found is not None:
+            record[name] = found
+        elif type(known) is type(attribute) and not _constant(attribute):
+            record[name] = {"inside": taken_down(attribute, known, tensors, where, observer)}
+        elif type(known) is not type(attribute) or known != attribute:
             raise PluginError(
                 f"observer {observer!r}: its statistic has an attribute {name!r} of type "
-                f"{type(attribute).__name__}, which cannot be sent to another rank; make it a "
-                f"tensor, a number or a text, or run on one rank"
+                f"{type(attribute).__name__}, which cannot be sent to another rank; make it "
+                f"tensors, arrays, numbers or texts, or lists and mappings of such, or run on one "
+                f"rank"
             )
-        elif not _constant(attribute):
-            inside = taken_down(attribute, known, tensors, where, observer)
-            if inside:
-                record[name] = {"inside": inside}
     return record
 
 
 def restore(fresh: Any, record: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
     """Give a statistic that has seen nothing what `taken_down` has taken down."""
     for name, entry in record.items():
-        if "tensor" in entry:
-            setattr(fresh, name, tensors[entry["tensor"]])
-        elif "value" in entry:
-            setattr(fresh, name, entry["value"])
-        else:
+        if "inside" in entry:
             restore(getattr(fresh, name), entry["inside"], tensors)
+        else:
+            setattr(fresh, name, _restored(entry, tensors))
+
+
+def _plain(value: Any, tensors: dict[str, torch.Tensor], place: str) -> dict[str, Any] | None:
+    """Return what `_restored` makes the same value of; None for one of another kind."""
+    if isinstance(value, _PLAIN):
+        return {"value": value}
+    if isinstance(value, bytes):
+        return {"bytes": value.hex()}
+    if isinstance(value, torch.Tensor):
+        tensors[place] = value
+        return {"tensor": place}
+    if isinstance(value, (np.ndarray, np.generic)):
+        tensors[place] = torch.from_numpy(np.array(value))
+        return {"array" if isinstance(value, np.ndarray) else "number": place}
+    if type(value) in (list, tuple):
+        items = [_plain(each, tensors, f"{place}.{i}") for i, each in enumerate(value)]
+        return None if None in items else {type(value).__name__: items}
+    if type(value) is dict and all(isinstance(key, _PLAIN) for key in value):
+        pairs = [(k, _plain(v, tensors, f"{place}.{i}")) for i, (k, v) in enumerate(value.items())]
+        return None if any(each is None for _, each in pairs) else {"dict": pairs}
+    return None
+
+
+def _restored(entry: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Any:
+    [(kind, found)] = entry.items()
+    match kind:
+        case "bytes":
+            return bytes.fromhex(found)
+        case "tensor":
+            return tensors[found]
+        case "array":
+            return tensors[found].numpy()
+        case "number":
+            return tensors[found].numpy()[()]
+        case "list" | "tuple":
+            items = [_restored(each, tensors) for each in found]
+            return items if kind == "list" else tuple(items)
+        case "dict":
+            return {key: _restored(each, tensors) for key, each in found}
+    return found
 
 
 def _constant(value: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import shlex
 import signal
 import sys
@@ -15,6 +16,7 @@ from qframe.errors import LockedError, UnfinishedError
 from qframe.launcher import launched
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_LATER = 0.05  # seconds in which a finalizer may have ended
 
 
 @contextmanager
@@ -29,17 +31,37 @@ def interruptible() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
         raise KeyboardInterrupt
 
+    def lost(what: Any) -> None:
+        """Interrupt once more, where the first one came while an object was finalized."""
+        if what.exc_type is not None and issubclass(what.exc_type, KeyboardInterrupt):
+            signal.signal(signal.SIGINT, stop)
+            # Not now: what it raises would be dropped here as well.
+            threading.Timer(_LATER, _interrupt).start()
+        else:
+            unraisable(what)
+
     # Who starts a program may have it ignore interrupts, as shells do with jobs in the background.
+    unraisable = sys.unraisablehook
     before = {n: signal.getsignal(n) for n in _SIGNALS}
     try:
         for number, handler in before.items():
             if handler is not signal.SIG_IGN:
                 signal.signal(number, stop)
+        sys.unraisablehook = lost
         yield
     finally:
+        sys.unraisablehook = unraisable
         for number, handler in before.items():
             if handler is not None:  # one that Python does not know
                 signal.signal(number, handler)
+
+
+def _interrupt() -> None:
+    """Send an interrupt to the main thread, which wakes it where it waits, if the system can."""
+    if hasattr(signal, "pthread_kill"):
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+    else:
+        _thread.interrupt_main()
 
 
 @contextmanager

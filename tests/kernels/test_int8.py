@@ -271,10 +271,11 @@ _AVX512 = (*_AVX2, "avx512f", "avx512bw", "avx512dq", "avx512vl")
 ALL_BITS = "2348"
 
 # name -> (processor, its features that the kernels ask for, instruction, widest register, the bits
-# of weights and caches that are compiled for it in every run; every night all are)
+# of weights and caches that are compiled for it in every run, none for a processor between two
+# others; every night all are)
 PROCESSORS = {
     "avx512-vnni": ("cascadelake", (*_AVX512, "avx512vnni"), "vpdpbusd", "zmm", "48"),
-    "avx512": ("skylake-avx512", _AVX512, "vpmaddwd", "zmm", "3"),
+    "avx512": ("skylake-avx512", _AVX512, "vpmaddwd", "zmm", ""),
     "avx-vnni": ("alderlake", (*_AVX2, "avxvnni"), "vpdpbusd", "ymm", "2"),
     "avx2": ("haswell", _AVX2, "vpmaddwd", "ymm", "48"),
     "generic": ("x86-64", ("sse2",), "pmaddwd", "xmm", "23"),
@@ -311,6 +312,8 @@ def of_this_processor(tmp_path_factory):
 def test_every_processor_gives_the_same_integers(name, of_this_processor, tmp_path):
     processor, needed, instruction, register, bits = PROCESSORS[name]
     bits = ALL_BITS if os.environ.get("QFRAME_TEST_PROFILE") == "nightly" else bits
+    if not bits:
+        pytest.skip("compiled for this processor every night")
     here = get_host_cpu_features()
     lacking = [feature for feature in needed if not here.get(feature)]
     if lacking:

@@ -138,7 +138,7 @@ def test_one_that_is_killed_ends_the_run_and_another_number_goes_on(
     if killed:
         qframe.quantize(model, recipe, out=tmp_path / "0", state="resume")
     else:
-        codes, said = processes(3, [{"recipe": recipe, "options": {"state": "resume"}}])
+        codes, said = processes(2, [{"recipe": recipe, "options": {"state": "resume"}}])
         assert not any(codes), said
     assert contents(tmp_path / "0") == alone("compensation")
 

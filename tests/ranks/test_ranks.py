@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from itertools import groupby
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -115,13 +116,49 @@ def test_a_statistic_goes_on_elsewhere_as_if_nothing_had_happened(name):
     assert torch.equal(torch.as_tensor(here.value()), torch.as_tensor(there.value()))
 
 
-def test_what_cannot_be_sent_is_named():
-    class Odd:
-        def __init__(self):
-            self.seen = {1}
+class Odd:
+    """What observers of others may hold; a set is more than can be sent."""
 
-    with pytest.raises(PluginError, match=r"observer 'odd'.* 'seen' of type set.*on one rank"):
-        taken_down(Odd(), object(), {}, "0", "odd")
+    def __init__(self, *seen):
+        self.seen = list(seen)
+
+
+@pytest.mark.parametrize(
+    "seen",
+    [
+        [1, 2.5, "x", None, True, b"\x00\xff"],
+        [torch.ones(2), (torch.zeros(0, 3), [])],
+        [np.arange(3, dtype=np.int8), np.float32(0.1), {"a": np.ones(()), 4: [1]}],
+    ],
+)
+def test_lists_arrays_and_mappings_are_sent(seen):
+    tensors = {}
+    record = taken_down(Odd(*seen), Odd(), tensors, "0", "odd")
+    sent, said = _unpacked(_packed(tensors, record))
+    there = Odd()
+    restore(there, said, sent)
+    assert alike(there.seen, seen)
+
+
+def alike(one, other):
+    """Whether two values are of the same types, and have the same bits."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(alike, one, other))
+    if isinstance(one, dict):
+        return list(one) == list(other) and all(map(alike, one.values(), other.values()))
+    if isinstance(one, (torch.Tensor, np.ndarray)):
+        return one.dtype == other.dtype and one.tolist() == other.tolist()
+    return one == other
+
+
+@pytest.mark.parametrize("seen", [{1}, [object()], {(1,): 2}, lambda: 3])
+def test_what_cannot_be_sent_is_named(seen):
+    here = Odd()
+    here.seen = seen
+    with pytest.raises(PluginError, match=r"observer 'odd'.* 'seen' of type .*on one rank"):
+        taken_down(here, Odd(), {}, "0", "odd")
 
 
 # What they find together ----------------------------------------------------------------------

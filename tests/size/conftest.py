@@ -23,7 +23,7 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 def wide(tiny: ModuleType) -> Callable[..., tuple[Path, int]]:
     """Write a Llama of wider layers; return the folder and the bytes of its weights."""
 
-    def write(folder: Path, layers: int = 64) -> tuple[Path, int]:
+    def write(folder: Path, layers: int = 96) -> tuple[Path, int]:
         with pytest.MonkeyPatch.context() as patch:
             shapes = {"mlp.gate_proj": (768, 256), "mlp.up_proj": (768, 256)}
             shapes |= {f"self_attn.{name}_proj": (256, 256) for name in "qo"}

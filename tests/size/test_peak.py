@@ -31,7 +31,12 @@ if asked["limit"]:  # of what is private and can be written, beside libraries th
     status = Path("/proc/self/status").read_text()
     now = int(status.split("VmData:")[1].split()[0]) * 1024
     resource.setrlimit(resource.RLIMIT_DATA, (now + asked["limit"], now + asked["limit"]))
-qframe.quantize(asked["model"], asked["recipe"], out=asked["out"], **asked["more"])
+try:
+    qframe.quantize(asked["model"], asked["recipe"], out=asked["out"], **asked["more"])
+except BaseException:
+    status = Path("/proc/self/status").read_text()
+    sys.stderr.write(f"limit {resource.getrlimit(resource.RLIMIT_DATA)}\\n{status}")
+    raise
 print(int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024)
 """
 

@@ -9,6 +9,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -17,12 +18,15 @@ from safetensors import SafetensorError
 
 import qframe
 from qframe import checkpoint, pipeline, shards, solve, unfinished
+from qframe.cli.interrupts import interruptible
 from qframe.errors import LockedError, MemoryLimitError, OutputError, VerifyError
 from qframe.out_of_memory import Where, bytes_asked, memory_named
 from qframe.unfinished import kept_blocks, unfinished_folder
 from qframe.verdicts import verdict
 from qframe.walk import Walk
 from tests.survival.conftest import FLAGS
+
+HANGS = 60  # seconds after which a test fails
 
 SCRIPT = Path(__file__).parent.parent / "comparison" / "killed.py"
 
@@ -427,3 +431,21 @@ def test_what_cannot_be_unpacked_is_found(model, recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint.CheckpointWriter, "add", wrong)
     with pytest.raises(VerifyError, match=r"layer .*scale"):
         qframe.quantize(model, recipe(), out=tmp_path / "out")
+
+
+def test_an_interrupt_while_an_object_is_finalized_is_not_lost():
+    """Python drops what is raised there, but for a word on stderr."""
+
+    class Last:
+        def __del__(self):
+            signal.raise_signal(signal.SIGINT)
+
+    def run():
+        with interruptible():
+            Last()
+            return threading.Event().wait(HANGS)
+
+    hook = sys.unraisablehook
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert sys.unraisablehook is hook
