@@ -310,10 +310,11 @@ class Walk:
         Without inputs a rank is concerned with its own layers alone; else all take part.
         """
         others = {layer for layer, rank in owners.items() if rank != self._ranks.rank}
+        shared = bool(inputs.fitted.lengths or inputs.held_out.lengths)
         own = {
             group.name: self._part(group, inputs, others)
             for group in groups
-            if inputs.fitted.lengths or any(m.name not in others for m in group.layers)
+            if shared or any(member.name not in others for member in group.layers)
         }
         if self._ranks.size > 1:
             return whole_groups(self._ranks, groups, owners, own, self._outlines)

@@ -11,7 +11,7 @@ from tests.mutants.judged import (  # noqa: F401 - these are the tests
     test_what_is_right_passes_everything,
 )
 
-pytest_generate_tests = judged.of("compiled", one_in=4)
+pytest_generate_tests = judged.of("compiled", one_in=8)
 
 
 def test_every_mistake_can_be_made():

@@ -446,6 +446,10 @@ def test_an_interrupt_while_an_object_is_finalized_is_not_lost():
             return threading.Event().wait(HANGS)
 
     hook = sys.unraisablehook
-    with pytest.raises(KeyboardInterrupt):
-        run()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # who tests may ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run()
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert sys.unraisablehook is hook
