@@ -12,6 +12,7 @@ processors, and more one-instruction mutants of the GPU kernels, another seed ea
 
     python benchmarks/ptx_mutants.py --sample 200 --seed 1 --minutes 300
     python benchmarks/ptx_mutants_table.py
+    qframe crosscheck --target sm_80
 """
 
 from __future__ import annotations
