@@ -90,14 +90,6 @@ class Chunks:
     slots: tuple[int, ...] = ()
     lengths: Mapping[int, int] = field(default_factory=dict)
 
-    @classmethod
-    def of(cls, tensors: Sequence[torch.Tensor]) -> Chunks:
-        """Return chunks of a rank that is alone, all of which reached the group."""
-        numbers = tuple(range(len(tensors)))
-        slots = tuple(slot_of(number, len(tensors)) for number in numbers)
-        lengths = dict(enumerate(map(len, tensors)))
-        return cls(tuple(tensors), numbers, slots, lengths)
-
     @property
     def tokens(self) -> int:
         """How many tokens the chunks of all ranks have."""

@@ -127,16 +127,6 @@ class Network:
             if child not in inside and name not in keep:
                 self._release(child)
 
-    def parameter_names(self, module: nn.Module) -> dict[str, str]:
-        """Return full parameter name -> name in the files, for a module and its children."""
-        names = (
-            f"{self._paths[c]}.{key}".lstrip(".")
-            for c in module.modules()
-            for key, value in c._parameters.items()
-            if value is not None
-        )
-        return {name: self._stored[name] for name in names}
-
     def _materialize(self, child: nn.Module, key: str, expected: nn.Parameter) -> nn.Parameter:
         """Return the values of a parameter; tied ones stay one object while any has them."""
         name = self._stored[f"{self._paths[child]}.{key}".lstrip(".")]

@@ -32,14 +32,13 @@ import torch
 
 from qframe.errors import QframeError, RanksError
 from qframe.launcher import launched
-from qframe.weights import DTYPE_NAMES
+from qframe.weights import DTYPE_NAMES, DTYPES
 
 SLOTS = 8  # of chunks; so many ranks can have some
 BEAT = 1.0  # seconds after which a rank says that it is alive
 GONE = 20.0  # seconds after which one that has not said so counts as gone
 LABEL_BYTES = 256  # of the name of a place where ranks meet
 _LONG = timedelta(days=365)  # what ranks wait for one another may take; who is gone is found out
-_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 Tensors = Mapping[str, torch.Tensor]
 Given = tuple[dict[str, torch.Tensor], Any]
@@ -327,7 +326,7 @@ def _unpacked(data: torch.Tensor) -> Given:
     header, record = json.loads(bytes(data[8 : 8 + length].numpy()))
     tensors, place = {}, 8 + length
     for name, dtype, shape in header:
-        tensor = torch.empty(shape, dtype=_DTYPES[dtype])
+        tensor = torch.empty(shape, dtype=DTYPES[dtype])
         if tensor.numel():
             _bytes_of(tensor).copy_(data[place : place + tensor.nbytes])
         tensors[name] = tensor

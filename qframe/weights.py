@@ -65,7 +65,8 @@ DTYPE_NAMES = {
     torch.float8_e5m2: "F8_E5M2",
 }
 """torch's dtype -> the name that safetensors has for it."""
-_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+"""The same the other way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +152,7 @@ class ModelFolder:
     def raw(self, name: str) -> torch.Tensor:
         """Return a tensor as stored, whatever is in it."""
         there = self.tensors[name]
-        if there.dtype in _DTYPES:
+        if there.dtype in DTYPES:
             return _numbers(there, there.start, there.shape)
         with _open(there.file, "pt") as handle:
             try:
@@ -170,7 +171,7 @@ class ModelFolder:
     def pieces(self, name: str) -> Iterator[torch.Tensor]:
         """Yield a tensor as stored, some of its rows at a time; the same errors as for `read`."""
         there = self.tensors[name]
-        if not there.shape or there.bytes <= PIECE_BYTES or there.dtype not in _DTYPES:
+        if not there.shape or there.bytes <= PIECE_BYTES or there.dtype not in DTYPES:
             yield self.read(name)
             return
         rows = there.shape[0]
@@ -288,7 +289,7 @@ def _numbers(there: StoredTensor, start: int, shape: tuple[int, ...]) -> torch.T
         raise WeightsError(f"{there.file}: cannot be read: {error.strerror}") from None
     if view:
         raise WeightsError(f"{there.file}: it ends within a tensor: download it again")
-    return data.view(_DTYPES[there.dtype]).reshape(shape)
+    return data.view(DTYPES[there.dtype]).reshape(shape)
 
 
 def _open(file: Path, framework: str) -> Any:

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 
 from qframe import CodedLayer, CodedWeight, Grid, Scheme, hookimpl
 from qframe.errors import UnsupportedError, WeightsError
+from qframe_plugins.formats.codebook import NF4
 
 if TYPE_CHECKING:
     import torch
@@ -41,24 +42,6 @@ MOST = 127  # the largest code of 8 bits
 DTYPES = ("float32", "float16", "bfloat16")
 FAR = 1e38  # nearly the largest float32
 LONGEST = 1 << 12  # bytes of a quant_state
-NF4 = (
-    -1.0,
-    -0.6961928009986877,
-    -0.5250730514526367,
-    -0.39491748809814453,
-    -0.28444138169288635,
-    -0.18477343022823334,
-    -0.09105003625154495,
-    0.0,
-    0.07958029955625534,
-    0.16093020141124725,
-    0.24611230194568634,
-    0.33791524171829224,
-    0.44070982933044434,
-    0.5626170039176941,
-    0.7229568362236023,
-    1.0,
-)
 _TWELFTHS = (0, 1 / 16, 8, 12, 4, 6, 2, 3)  # of fp4, the numbers from 0 up in the order of codes
 STATE = "weight.quant_state.bitsandbytes__"
 PARTS_8 = ("weight", "SCB", "weight_format")
