@@ -126,10 +126,10 @@ class Chunks:
         """
         if not self.lengths:  # nobody has any
             return []
+        # Every rank has chunks that follow one another.
         given = dict(zip(map(str, self.numbers), found, strict=True))
-        every = [tensors for tensors, _ in ranks.exchange(place, given, None)]
-        by_number = {int(number): tensor for each in every for number, tensor in each.items()}
-        return [by_number[number] for number in sorted(by_number)]
+        every = ranks.exchange(place, given, None)
+        return [tensor for tensors, _ in every for tensor in tensors.values()]
 
     def sample(self, most: int, ranks: Ranks, place: str) -> torch.Tensor:
         """Return at most so many of all tokens, at even distances, [tokens, columns].

@@ -164,41 +164,88 @@ def test_what_cannot_be_sent_is_named(seen):
 # What they find together ----------------------------------------------------------------------
 
 
+class Total:
+    """A sum in float32, which is another one in another order, and how many tokens it is of."""
+
+    def __init__(self):
+        self.sum, self.tokens = torch.zeros(COLUMNS), 0
+
+    def update(self, x):
+        for token in x:
+            self.sum = self.sum + token
+        self.tokens += len(x)
+
+    def merge(self, other):
+        self.sum = self.sum + other.sum
+        self.tokens += other.tokens
+
+    def value(self):
+        return torch.cat([self.sum, torch.tensor([float(self.tokens)])])
+
+
+class Totals:
+    name = "total"
+
+    def start(self, group):
+        return Total()
+
+
+EXACT = ["absmax", "sample", "histogram", "minmax"]  # any order gives the same bits
+
+
 @given(data=st.data())
 def test_statistics_have_the_same_bits_on_any_number_of_ranks(data):
     """Whichever chunks reach the layer, on whichever ranks; none may."""
-    name = data.draw(st.sampled_from(["hessian", "absmax", "sample", "histogram", "minmax"]))
-    observer = HOST.get("observer", name)
+    name = data.draw(st.sampled_from(["total", "total", "hessian", *EXACT]))
+    observer = Totals() if name == "total" else HOST.get("observer", name)
     fitted, held_out = data.draw(st.integers(1, 20)), data.draw(st.integers(0, 5))
     reach = data.draw(st.sets(st.integers(0, fitted + held_out - 1)))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 9)))
-    lengths = {n: data.draw(st.integers(0, 5)) for n in sorted(reach)}
     inputs = {
-        n: torch.randn(length, COLUMNS, generator=generator) * 10.0 ** (n % 7)
-        for n, length in lengths.items()
+        n: torch.randn(data.draw(st.integers(0, 5)), COLUMNS, generator=generator) * 10.0 ** (n % 7)
+        for n in sorted(reach)
     }
 
     def look(rank):
         split = Split(fitted, held_out, rank)
         own = {n: x for n, x in inputs.items() if n in split.own}
         group = GroupInputs.collect(GROUP, Waiting(own), split)
-        found = [observed(observer, GROUP, part, rank).value() for part in _parts(group)]
-        some = [part.sample(4, rank, "some") for part in _parts(group) if part.tokens]
-        return [*found, *some], group.fitted.tokens, group.held_out.tokens
+        parts = (group.fitted, group.held_out)
+        seen = [observed(observer, GROUP, part, rank).value() for part in parts]
+        some = [part.sample(4, rank, "some") if part.tokens else None for part in parts]
+        return seen, some, [part.tokens for part in parts]
 
-    alone, *counts = look(ALONE)
-    assert counts == [
-        sum(length for n, length in lengths.items() if n < fitted),
-        sum(length for n, length in lengths.items() if n >= fitted),
-    ]
-    for found, *others in together(data.draw(st.integers(2, 4)), look):
-        assert others == counts
-        for one, other in zip(alone, found, strict=True):
-            assert torch.equal(one, other)
+    seen, some, counts = look(ALONE)
+    for place, part in enumerate((range(fitted), range(fitted, fitted + held_out))):
+        chunks = [x for n, x in inputs.items() if n in part]
+        tokens = torch.cat([torch.zeros(0, COLUMNS), *chunks])
+        assert counts[place] == len(tokens)
+        if len(tokens):
+            assert torch.equal(some[place], tokens[:: -(-len(tokens) // 4)])
+        if name in EXACT:
+            whole = observer.start(GROUP)
+            whole.update(tokens)
+            assert torch.equal(seen[place], whole.value())
+        if name == "total":
+            assert seen[place][-1] == len(tokens)
+            assert torch.equal(seen[place], by_slots(inputs, part))
+    for found in together(data.draw(st.integers(2, 4)), look):
+        assert found[2] == counts
+        for one, other in zip([*seen, *some], [*found[0], *found[1]], strict=True):
+            assert (one is None and other is None) or torch.equal(one, other)
 
 
-def _parts(group):
-    return (group.fitted, group.held_out)
+def by_slots(inputs, part):
+    """Return what is made of the tokens of each slot, put together in their order."""
+    slots = {}
+    for number, x in inputs.items():
+        if number in part:
+            slot = slot_of(number - part.start, len(part))
+            slots.setdefault(slot, Total()).update(x)
+    whole = slots.pop(min(slots)) if slots else Total()
+    for slot in sorted(slots):
+        whole.merge(slots[slot])
+    return whole.value()
 
 
 class Routed(nn.Module):
