@@ -20,21 +20,20 @@ from typing import Any
 import torch
 from torch import nn
 
-import qframe
 from qframe import parallel
 from qframe.allocation import Allocation
 from qframe.budget import activation_budget
 from qframe.calibration import CalibrationData, prepare
 from qframe.candidates import Candidates, candidates_of
-from qframe.checkpoint import CheckpointWriter, check_output, quantized_config
+from qframe.checkpoint import CheckpointWriter, check_output
 from qframe.contracts import Event, LayerOutline, Layout
 from qframe.errors import CalibrationError, FallbackError, RecipeError, UnsupportedError
 from qframe.freed import hand_back_large, tidy_up
 from qframe.host import Host
 from qframe.kept_blocks import Ledger
 from qframe.kept_decision import as_decision, plain_decision
-from qframe.layouts import OWN, USUAL, OwnLayout, choose
-from qframe.manifest import MANIFEST, MANIFEST_VERSION, DivisionRecord, layer_record, sha256
+from qframe.layouts import OwnLayout, choose
+from qframe.manifest import MANIFEST, sha256
 from qframe.memory import calibrates
 from qframe.mixed import decide
 from qframe.model import Network, left_weights
@@ -42,6 +41,7 @@ from qframe.out_of_memory import Where, memory_named
 from qframe.ranks import Ranks, check_same, first, together
 from qframe.recipe import Method, Plan, Recipe, check_supported, kv_quantizer, parse_method, resolve
 from qframe.report.layers import Coverage, RunReport
+from qframe.run_records import storage_of, write_records
 from qframe.scheme import Scheme
 from qframe.solve import Solver
 from qframe.spilling import Spill
@@ -284,7 +284,7 @@ class _Run:
                     check_written(folder, self._job.host, self._threads)
                 kept.placing(sha256(folder / MANIFEST))
 
-            return report, _write_records(writer, self._job, outlines, report, look)
+            return report, write_records(writer, self._job, outlines, report, look)
 
     def walk(self, writer: CheckpointWriter | None, kept: Unfinished | None) -> RunReport:
         """Quantize every layer; return what there is to tell."""
@@ -417,102 +417,6 @@ def check_fallbacks(report: RunReport, recipe: Recipe) -> None:
             f"more than max_fallback_frac={recipe.max_fallback_frac:g} allows; the first is "
             f"{events[0].layer}: {events[0].message}"
         )
-
-
-def storage_of(job: Job, outlines: Mapping[str, LayerOutline]) -> str:
-    """Return in a line how the folder stores its layers, and who reads it."""
-    beyond = job.layout.objections(list(outlines.values()))
-    if beyond:
-        return f"{job.layout.name}, and more, for qframe alone: {beyond[0]}"
-    if not job.not_usual:
-        return f"{job.layout.name}, for {job.layout.readers}{_rounding_of_scales(job, outlines)}"
-    return f"{job.layout.name}, for qframe alone; {USUAL} cannot: {job.not_usual[0]}"
-
-
-def _rounding_of_scales(job: Job, outlines: Mapping[str, LayerOutline]) -> str:
-    """Return what readers do to scales of another dtype than the network's, "" for nothing.
-
-    Networks of 16 bits run in them, and so do readers' scales, whatever they are stored in.
-    """
-    config = {} if job.network.folder is None else job.network.folder.config
-    dtype = config.get("dtype") or config.get("torch_dtype")
-    others = {layer.scheme.scale_dtype for layer in outlines.values()} & {*_WHOLE} - {dtype}
-    if job.layout.name == OWN or dtype not in ("float16", "bfloat16") or not others:
-        return ""
-    return (
-        f"; they round scales of {' and '.join(sorted(others))} to the network's {dtype}: with "
-        f"scale_dtype: {dtype} they have the same weights"
-    )
-
-
-_WHOLE = ("float32", "float16", "bfloat16")  # scale dtypes that are not of 8 bits
-
-
-def _write_records(
-    writer: CheckpointWriter,
-    job: Job,
-    outlines: Mapping[str, LayerOutline],
-    report: RunReport,
-    look: Callable[[Path], None],
-) -> dict[str, int]:
-    """Write everything that is not a tensor, and give the folder its name."""
-    folder = job.network.folder
-    if folder is not None:
-        left = [info for name, info in job.network.layers.items() if name not in outlines]
-        layers, kv_cache = list(outlines.values()), job.recipe.kv_cache_scheme
-        config = quantized_config(folder.config, job.layout, layers, left, kv_cache)
-        if any(event.kind == "untied" for event in report.events):
-            config["tie_word_embeddings"] = False
-        writer.copy_side_files(folder, config)
-        writer.add_side_files(layers, left)
-    writer.write_text("qframe_report.json", report.to_json(timings=False))
-    writer.write_text("quant_log.csv", report.to_csv(timings=False))
-    return writer.finish(
-        {
-            "manifest_version": MANIFEST_VERSION,
-            "qframe": qframe.__version__,
-            "layout": job.layout.name,
-            "recipe": job.recipe.model_dump(mode="json"),
-            "plugins": plugins_used(job),
-            "calibration": report.calibration,
-            "events": [dataclasses.asdict(event) for event in report.events],
-            "layers": {
-                layer.name: layer_record(layer, outlines[layer.name]) for layer in report.layers
-            },
-            "divisions": {n: DivisionRecord.of(each) for n, each in report.divisions.items()},
-        },
-        look,
-    )
-
-
-def plugins_used(job: Job) -> list[dict[str, str]]:
-    """Return which plugin provided each object of the run, with its version."""
-    schemes = job.plan.schemes.values()
-    inputs = {scheme.input_activations for scheme in schemes}
-    formats = {s.format_name for s in schemes} | {s.format_name for s in inputs if s}
-    used = [
-        *((("layout", job.layout.name),) if job.layout.name != OWN else ()),
-        ("rounder", job.method.rounder.name),
-        *(("outlier handler", handler.name) for handler in job.method.handlers),
-        *(("observer", name) for name in sorted(job.method.needs | job.plan.observers)),
-        *(("number format", name) for name in sorted(formats)),
-    ]
-    if job.recipe.kv_cache_scheme is not None:
-        used.append(("kv cache", job.recipe.kv_cache_scheme.method))
-    records = []
-    for kind, name in used:
-        record = job.host.origin(kind, name)
-        source = Path(record.source).name  # of a single file, where it lies is no one's business
-        records.append(
-            {
-                "kind": kind,
-                "name": name,
-                "plugin": record.name,
-                "source": source,
-                "version": record.version,
-            }
-        )
-    return records
 
 
 def _default_calibration(job: Job) -> CalibrationData:

@@ -24,7 +24,8 @@ import torch
 import qframe
 from qframe import parallel
 from qframe.manifest import sha256
-from qframe.pipeline import compute_dtype, plugins_used
+from qframe.pipeline import compute_dtype
+from qframe.run_records import plugins_used
 
 if TYPE_CHECKING:
     import numpy as np
