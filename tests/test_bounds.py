@@ -1,11 +1,15 @@
 """docs/bounds.md and qframe.bounds say the same."""
 
 import inspect
+import math
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from qframe import bounds
 
@@ -135,3 +139,22 @@ def test_a_search_may_compare_with_a_large_hessian_over_its_largest_number():
     slack = bounds.search_slack(4 * energy, energy, [off], 1, largest)
     assert compared == 0
     assert bounds.ratio(np.sqrt(energy) - 0, slack) <= 1
+
+
+# Stored numbers (B1.h) ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@given(number=st.floats(-65504, 65504, width=32), exponent=st.integers(-150, 0))
+def test_a_number_is_stored_as_near_as_b1_h_says(dtype, number, exponent):
+    exact = torch.tensor(math.ldexp(number, exponent), dtype=torch.float32)
+    stored = exact.to(getattr(torch, dtype))
+    apart = abs(float(stored) - float(exact))
+    assert apart <= bounds.stored_apart(float(stored), dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_numbers_between_two_stored_ones_attain_b1_h(dtype):
+    for exact in (1 + bounds.UNIT[dtype], bounds.ETA[dtype]):
+        stored = torch.tensor(exact, dtype=torch.float64).to(getattr(torch, dtype))
+        assert abs(float(stored) - exact) == bounds.stored_apart(float(stored), dtype)

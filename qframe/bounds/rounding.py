@@ -89,8 +89,7 @@ def stored_apart(numbers: Numbers, dtype: str) -> Array:
 
     numbers   as they are stored, in `dtype`
     """
-    unit = UNIT[dtype]
-    return as_array(np.maximum(np.abs(as_array(numbers)) * unit / (1 - unit), ETA[dtype]))
+    return as_array(np.maximum(np.abs(as_array(numbers)) * UNIT[dtype], ETA[dtype]))
 
 
 def chosen_before(

@@ -85,8 +85,11 @@ class Odd(nn.Module):
         return z + right.sum() + left.mean() + self.kept[0].sum()
 
 
-def passed(inputs, threads, spill):
-    """Return what chunks bring to the layers and what they return, in order."""
+def passed(inputs, threads, spill, budget=None):
+    """Return what chunks bring to the layers and what they return, in order.
+
+    What they bring is in memory while they wait as far as the budget allows, and no farther.
+    """
     torch.manual_seed(0)
     module, found, results = Odd(), [], {}
     steps = Lockstep(module, threads=threads, dtype=torch.float32, spill=spill)
@@ -99,6 +102,8 @@ def passed(inputs, threads, spill):
     module.register_forward_hook(keep)
 
     def on_stop(stop, arrivals):
+        there = [arrival.args[0].untyped_storage().nbytes() for arrival in arrivals.values()]
+        assert budget is None or sum(there) <= budget
         for number, arrival in arrivals.items():
             x = arrival.args[0]
             read = x if spill is None else spill.read(number, x)
@@ -122,7 +127,7 @@ def test_a_network_does_not_notice(tmp_path_factory, rows, budget, threads):
     # what does not depend on it is read.
     plain, results = passed(inputs, threads, None)
     with Spill(budget, tmp_path_factory.mktemp("spill")) as spill:
-        found, again = passed(inputs, threads, spill)
+        found, again = passed(inputs, threads, spill, budget)
     assert [each[:2] for each in found] == [each[:2] for each in plain]
     assert all(torch.equal(a[2], b[2]) for a, b in zip(found, plain, strict=True))
     assert results.keys() == again.keys()
