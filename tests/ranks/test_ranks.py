@@ -235,6 +235,15 @@ def test_statistics_have_the_same_bits_on_any_number_of_ranks(data):
             assert (one is None and other is None) or torch.equal(one, other)
 
 
+def test_slots_are_those_of_the_part_that_a_chunk_is_in():
+    generator = torch.Generator().manual_seed(0)
+    inputs = {n: torch.randn(7, COLUMNS, generator=generator) for n in range(20 + 12)}
+    group = GroupInputs.collect(GROUP, Waiting(inputs), Split(20, 12))
+    for part, numbers in ((group.fitted, range(20)), (group.held_out, range(20, 32))):
+        seen = observed(Totals(), GROUP, part, ALONE).value()
+        assert torch.equal(seen, by_slots(inputs, numbers))
+
+
 def by_slots(inputs, part):
     """Return what is made of the tokens of each slot, put together in their order."""
     slots = {}
