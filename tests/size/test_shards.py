@@ -132,3 +132,11 @@ def test_a_number_that_is_none_is_named_by_its_place_in_the_tensor(tmp_path, sma
     tensor[row, 4] = float("nan")
     with pytest.raises(NonFiniteError, match=rf"at index \[{row}, 4\]"):
         list(folder_with(tmp_path / "m", tensor).pieces("x"))
+
+
+def test_a_spool_takes_no_more_disk_than_what_is_in_it(tmp_path):
+    shards = Shards(tmp_path, "model", 100)
+    shards.add("first", torch.zeros(25))
+    shards.add("second", torch.zeros(2))
+    assert (tmp_path / "model-spool").stat().st_size == torch.zeros(2).nbytes
+    shards.close()

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 import qframe
-from qframe import pipeline
+from qframe import InputGroup, LayerInfo, pipeline
 from qframe.calibration import Lockstep, Stop
 from qframe.errors import OutputError
+from qframe.inputs import Waiting
 from qframe.spilling import Spill
 
 W4 = {"num_bits": 4, "group_size": 32}
@@ -135,6 +136,42 @@ def test_a_network_does_not_notice(tmp_path_factory, rows, budget, threads):
     assert spill.most <= budget
     if budget == 0 and any(rows):
         assert spill.spilled
+
+
+def test_nothing_is_written_where_the_budget_is_just_enough(tmp_path):
+    inputs = [torch.randn(3, 6) for _ in range(4)]
+    with Spill(1 << 20, tmp_path) as spill:
+        passed(inputs, 1, spill)
+    assert (spill.spilled, spill.most > 0) == (0, True)
+    with Spill(spill.most, tmp_path) as enough:
+        passed(inputs, 1, enough)
+    assert (enough.spilled, enough.most) == (0, spill.most)
+    with Spill(spill.most - 1, tmp_path) as too_little:
+        passed(inputs, 1, too_little)
+    assert too_little.spilled > 0
+
+
+def test_what_observers_have_seen_can_still_be_emptied():
+    """A tensor that was numpy's, too, never can be."""
+    x = torch.randn(3, 6)
+    group = InputGroup(layers=(LayerInfo(name="up", rows=4, columns=6),))
+    [seen] = Waiting({0: x}, lambda number, tensor: tensor).chunks(group, torch.float32, 1)
+    seen.numpy()
+    assert torch.equal(seen, x)
+    x.untyped_storage().resize_(0)
+
+
+def test_embeddings_are_let_go_when_the_first_block_begins(tiny_llama, tmp_path, monkeypatch):
+    networks, there = [], []
+    make = pipeline._as_network
+    monkeypatch.setattr(pipeline, "_as_network", lambda m: networks.append(make(m)) or networks[0])
+
+    def look(_):
+        there.append(networks[0].module.get_input_embeddings().weight.is_meta)
+
+    recipe = {**RECIPES["gptq"], "calibration": CALIBRATION}
+    qframe.quantize(tiny_llama, recipe, out=tmp_path / "out", progress=look)
+    assert there == [True] * len(there) != []
 
 
 def test_no_room_for_activations_is_told(tiny_llama, tmp_path, with_budget, monkeypatch):
