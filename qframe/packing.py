@@ -167,7 +167,7 @@ class PackedWeight:
     def unpack(self) -> QuantizedWeight:
         """Return what was packed, but for `order`, `info` and `events`."""
         bits, groups = self.scheme.num_bits, self.scale.shape[1]
-        codes = unpack_codes(self.words, bits, self.columns).to(torch.int16) + self.grid.qmin
+        codes = unpack_codes(self.words, bits, self.columns).to(torch.int16).add_(self.grid.qmin)
         if self.zero_point is None:
             zero_point = torch.zeros(self.scale.shape, dtype=torch.int16)
         else:

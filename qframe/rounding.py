@@ -12,6 +12,7 @@ values the nearest value is taken, and of two that are as near the one with the 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
 
 import numpy as np
@@ -28,6 +29,7 @@ __all__ = [
     "check_scales",
     "dequantize",
     "encode",
+    "even_width",
     "expand",
     "fit_scales",
     "group_index",
@@ -40,6 +42,7 @@ __all__ = [
     "to_nearest",
 ]
 
+_STRIP = 1 << 16  # weights at a time: what is made of them stays in the cache
 SHRINKS = tuple(1 - k / 100 for k in range(80))  # candidates of the mse scale search
 
 
@@ -160,16 +163,41 @@ def check_scales(scale: torch.Tensor, scheme: Scheme, name: str) -> None:
         )
 
 
+def even_width(index: torch.Tensor, groups: int) -> int:
+    """Return the columns of a group where all are contiguous and have as many; 0 else.
+
+    index   [columns], the group of each column
+    """
+    columns = len(index)
+    width = columns // max(groups, 1)
+    if not columns or width * groups != columns:
+        return 0
+    even = torch.arange(groups, dtype=index.dtype).repeat_interleave(width)
+    return width if torch.equal(index, even) else 0
+
+
 def expand(per_group: torch.Tensor, index: torch.Tensor, rows: int) -> torch.Tensor:
     """Return per-group values [rows or 1, groups] as per-weight values [rows, columns]."""
-    groups, columns = per_group.shape[1], len(index)
-    width = columns // max(groups, 1)
-    if columns and width * groups == columns:
-        even = torch.arange(groups, dtype=index.dtype).repeat_interleave(width)
-        if torch.equal(index, even):  # copying runs is many times faster than looking each up
-            runs = per_group[:, :, None].expand(-1, -1, width).reshape(-1, columns)
-            return runs.expand(rows, -1)
+    width = even_width(index, per_group.shape[1])
+    if width:  # copying runs is many times faster than looking each up
+        runs = per_group[:, :, None].expand(-1, -1, width).reshape(-1, len(index))
+        return runs.expand(rows, -1)
     return per_group[:, index.long()].expand(rows, -1)
+
+
+def _strips(rows: int, columns: int) -> Iterator[slice]:
+    """Yield slices of rows with about _STRIP weights each; none where there are no weights."""
+    step = max(_STRIP // max(columns, 1), 1)
+    for top in range(0, rows if columns else 0, step):
+        yield slice(top, min(top + step, rows))
+
+
+def _of_strip(
+    per_group: torch.Tensor, part: slice, width: int, index: torch.Tensor
+) -> torch.Tensor:
+    """Return per-group values of some rows: [rows or 1, groups, 1] for even groups, of `width`."""
+    own = per_group if len(per_group) == 1 else per_group[part]
+    return own[:, :, None] if width else own[:, index.long()]
 
 
 def encode(
@@ -186,12 +214,18 @@ def encode(
     On a grid with values it is the code of the value nearest to w / scale, rounded to float32; of
     two that are as near, the even one.
     """
-    rows = weight.shape[0]
-    quotient = weight / expand(scale, index, rows)
-    if grid.values is not None:
-        return _nearest_place(quotient, grid).add_(grid.qmin).to(torch.int16)
-    codes = torch.round(quotient) + expand(zero_point, index, rows)
-    return codes.clamp(grid.qmin, grid.qmax).to(torch.int16)
+    found = torch.empty(weight.shape, dtype=torch.int16)
+    width = even_width(index, scale.shape[1])
+    for part in _strips(*weight.shape):
+        own_scale, own_zero = (_of_strip(each, part, width, index) for each in (scale, zero_point))
+        shape = (-1, *own_scale.shape[1:2], width) if width else weight[part].shape
+        quotient = weight[part].reshape(shape) / own_scale
+        if grid.values is None:
+            codes = quotient.round_().add_(own_zero).clamp_(grid.qmin, grid.qmax)
+        else:
+            codes = _nearest_place(quotient, grid).add_(grid.qmin)
+        found[part].view(shape).copy_(codes)
+    return found
 
 
 def nearest_value(quotient: torch.Tensor, grid: Grid) -> torch.Tensor:
@@ -252,13 +286,20 @@ def dequantize(quantized: QuantizedWeight) -> torch.Tensor:
 
     scale * (code - zero_point), or scale * value where `quantized.grid` has values.
     """
-    rows, index = quantized.codes.shape[0], quantized.group_index
-    grid = quantized.grid
-    if grid is not None and grid.values is not None:
-        values = _values(grid)[(quantized.codes - grid.qmin).int()]
-        return values * expand(quantized.scale, index, rows)
-    steps = quantized.codes - expand(quantized.zero_point, index, rows)
-    return steps.to(torch.float32) * expand(quantized.scale, index, rows)
+    codes, index, grid = quantized.codes, quantized.group_index, quantized.grid
+    scale, zero = quantized.scale, quantized.zero_point
+    found = torch.empty(codes.shape)
+    width = even_width(index, scale.shape[1])
+    for part in _strips(*codes.shape):
+        own_scale = _of_strip(scale, part, width, index)
+        shape = (-1, *own_scale.shape[1:2], width) if width else codes[part].shape
+        own = codes[part].reshape(shape)
+        if grid is not None and grid.values is not None:
+            steps = _values(grid)[(own - grid.qmin).int()]
+        else:
+            steps = (own - _of_strip(zero, part, width, index)).to(torch.float32)
+        torch.mul(steps, own_scale, out=found[part].view(shape))
+    return found
 
 
 def _grouped(weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:

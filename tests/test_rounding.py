@@ -5,6 +5,7 @@ used: at most 1 is kept. The same checks judge the RTN plugin and deliberately w
 """
 
 import dataclasses
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -227,6 +228,22 @@ def test_scales_zero_points_and_codes_have_the_bits_of_the_oracle(drawn):
     assert np.array_equal(made.group_index.numpy(), oracle.group_index)
     assert np.array_equal(made.codes.numpy(), oracle.codes)
     assert np.array_equal(rounding.dequantize(made).numpy(), oracle.values())
+
+
+@given(problems(), st.integers(1, 40), st.randoms(use_true_random=False))
+def test_strips_of_any_height_give_the_same_bits(drawn, strip, random):
+    made = rtn(drawn)
+    columns = list(range(drawn.weight.shape[1]))
+    for order in (columns, random.sample(columns, len(columns))):
+        weight = drawn.weight[:, order]
+        own = dataclasses.replace(
+            made, codes=made.codes[:, order], group_index=made.group_index[order]
+        )
+        with mock.patch.object(rounding, "_STRIP", strip):
+            codes = rounding.encode(weight, own.scale, own.zero_point, own.group_index, drawn.grid)
+            values = rounding.dequantize(own)
+        assert torch.equal(codes, own.codes)
+        assert torch.equal(values, rounding.dequantize(made)[:, order])
 
 
 @given(problems(observer="mse", max_rows=2, max_columns=6))

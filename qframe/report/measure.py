@@ -13,6 +13,7 @@ from qframe.contracts import Grid, QuantizedWeight
 from qframe.hessian import ROWS_AT_ONCE, energy, total
 from qframe.stored import StoredLayer
 
+AT_ONCE = 1 << 16  # weights in float64: they stay in the cache
 TOKENS = 512  # inputs that are quantized to see what that loses
 
 
@@ -107,8 +108,9 @@ def sqnr_db(weight: torch.Tensor, change: torch.Tensor) -> float:
 
     change   Q - W
     """
+    rows = max(1, AT_ONCE // max(weight.shape[1], 1))
     signal, noise = (
-        sum(total(rows.square()) for rows in matrix.split(ROWS_AT_ONCE))
+        sum(total(part.double().square_()) for part in matrix.split(rows))
         for matrix in (weight, change)
     )
     if noise == 0:
