@@ -14,8 +14,12 @@ import sys
 from functools import cache
 from typing import Any
 
+import psutil
+
 LARGE = 1 << 20  # bytes that are handed back at once; smaller pieces are faster to use again
+WORTH = 32 << 20  # bytes that a process has grown by when it is worth looking for garbage
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # of mallopt(3)
+_tidied = -WORTH  # bytes that the process had after the last time; it has not been done yet
 
 
 def hand_back_large() -> None:
@@ -38,10 +42,16 @@ def hand_back() -> None:
 def tidy_up() -> None:
     """Collect garbage that Python would collect some time later, and hand free memory back.
 
-    Importing libraries leaves a good deal of it.
+    Importing libraries leaves a good deal of it, and so does a network that was used. Looking for
+    it takes a while: where the process is hardly larger than after the last time, it is left out.
     """
+    global _tidied
+    process = psutil.Process()
+    if process.memory_info().rss < _tidied + WORTH:
+        return
     gc.collect()
     hand_back()
+    _tidied = process.memory_info().rss
 
 
 @cache

@@ -84,15 +84,15 @@ class Host:
             importlib.metadata.entry_points(group=hookspecs.PROJECT),
             key=lambda p: (p.name, p.value),
         )
-        points = _without_repeats(points)
-        names = [point.name for point in points]
-        for point in points:
-            record = PluginRecord(point.name, *_origin(point))
+        found = _without_repeats(points)
+        names = [point.name for point, _ in found]
+        for point, origin in found:
+            record = PluginRecord(point.name, *origin)
             if point.name in skip:
                 record.status = "disabled"
                 host.records.append(record)
             elif names.count(point.name) > 1:
-                rivals = [f"{p.value} of {_origin(p)[0]}" for p in points if p.name == point.name]
+                rivals = [f"{p.value} of {dist}" for p, (dist, _) in found if p.name == point.name]
                 host._fail(
                     record,
                     PluginError(
@@ -348,19 +348,22 @@ def _signature_objection(method: Any, wanted: Any) -> str | None:
 
 def _without_repeats(
     points: Sequence[importlib.metadata.EntryPoint],
-) -> list[importlib.metadata.EntryPoint]:
-    """Drop an entry point seen twice from one distribution (installed and on the path)."""
-    seen: dict[tuple[str, str, str], importlib.metadata.EntryPoint] = {}
+) -> list[tuple[importlib.metadata.EntryPoint, tuple[str, str]]]:
+    """Drop an entry point seen twice from one distribution (installed and on the path).
+
+    Returns each with its distribution's name and version.
+    """
+    read: dict[int, tuple[str, str]] = {}  # a distribution reads its file at each question
+    seen: dict[tuple[str, str, str], tuple[importlib.metadata.EntryPoint, tuple[str, str]]] = {}
     for point in points:
-        seen.setdefault((point.name, point.value, _origin(point)[0]), point)
+        if point.dist is None:
+            origin = point.value, "?"
+        else:
+            if id(point.dist) not in read:
+                read[id(point.dist)] = point.dist.name, point.dist.version
+            origin = read[id(point.dist)]
+        seen.setdefault((point.name, point.value, origin[0]), (point, origin))
     return list(seen.values())
-
-
-def _origin(point: importlib.metadata.EntryPoint) -> tuple[str, str]:
-    """Return the distribution's name and version."""
-    if point.dist is None:
-        return point.value, "?"
-    return point.dist.name, point.dist.version
 
 
 def _import_file(path: Path) -> object:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import hypothesis
 import pytest
+
+from qframe import calibration, evaluation
+
+TOKENIZERS = (".json", ".txt", ".model")  # what the files of a tokenizer, and beside it, end in
 
 # A first call may compile a kernel, so no deadline; and the same examples in every run, so that
 # a failure in CI is one that everybody sees. QFRAME_TEST_PROFILE=nightly searches further.
@@ -45,6 +49,26 @@ def tiny() -> ModuleType:
 def tiny_llama(tiny: ModuleType, tmp_path: Path) -> Path:
     """A fresh folder with a tiny Llama, which the test may damage."""
     return tiny.write_llama(tmp_path / "model")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _tokens_once() -> Iterator[None]:
+    """Split a text into the tokens of a model once: most tests calibrate on the same one."""
+    kept: dict[tuple[bytes, ...], Any] = {}
+
+    def tokenize(folder: Path, documents: Iterable[str]) -> Any:
+        texts = list(documents)
+        files = [file for file in sorted(Path(folder).iterdir()) if file.suffix in TOKENIZERS]
+        key = (*(file.read_bytes() for file in files), *(text.encode() for text in texts))
+        if key not in kept:
+            kept[key] = original(folder, texts)
+        return kept[key].copy()
+
+    original = calibration.tokenize
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (calibration, evaluation):
+            patch.setattr(module, "tokenize", tokenize)
+        yield
 
 
 @pytest.fixture(scope="session")
