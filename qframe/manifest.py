@@ -11,7 +11,7 @@ import base64
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -47,8 +47,15 @@ def sha256(file: Path) -> str:
 
 def fingerprint(tensor: torch.Tensor) -> str:
     """Return the sha256 of a tensor's bytes, row by row and little-endian, as files have them."""
-    data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.sha256(data.numpy().data).hexdigest()
+    return fingerprint_of([tensor])
+
+
+def fingerprint_of(pieces: Iterable[torch.Tensor]) -> str:
+    """Return the same of a tensor that comes some of its rows at a time."""
+    found = hashlib.sha256()
+    for piece in pieces:
+        found.update(piece.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def own_hash(manifest: Mapping[str, Any]) -> str:

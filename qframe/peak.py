@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from qframe.memory import all_stored_bits, calibrates, window_of
+from qframe.weights import PIECE_BYTES
 
 if TYPE_CHECKING:
     from qframe.calibration import CalibrationData
@@ -20,12 +21,14 @@ if TYPE_CHECKING:
     from qframe.pipeline import Job
 
 PROGRAM_BYTES = 425_000_000  # Python with torch, transformers, numba and kernels; on Linux
-TEXT_BYTES = 70_000_000  # more: a tokenizer, the text, and what a pass through the network needs
-ROUNDING_BYTES = 21  # for a weight of the largest layer: itself, quotients, scales, and in between
+TEXT_BYTES = 115_000_000  # more: a tokenizer, the text, and what a pass through the network needs
+LAYER_BYTES = 21  # for a weight of the largest layer: itself, what became of it, codes, differences
+NEXT_BYTES = 5  # more for a weight that is read and rounded while the one before it is judged
+ROUNDING_BYTES = 21  # for a weight with statistics: itself, quotients, scales, and in between
 JUDGING_BYTES = 15  # itself, what became of it, the difference, codes; beside the next rounding
 CODED_BYTES = 1.1  # for a stored byte of a block: its codes wait until the block is done
 LEARNING_BYTES = 40  # for a weight of a block: weights and slopes of two chunks, and what is kept
-STATISTICS_BYTES = 72  # for a pair of columns: what is held when a layer is certified
+STATISTICS_BYTES = 36  # for a pair of columns: what is held when a layer is certified
 MEASURED_TOKENS = 512  # of a window on which sensitivities are measured, at most
 MEASURING_LANES = 2  # windows that are measured at the same time
 PASS_COPIES = 2  # of inputs and outputs of layers, between a pass forward and one backward
@@ -56,14 +59,22 @@ def peak_memory(
 
 
 def _weights_alone(job: Job, threads: int) -> dict[str, int]:
-    """Layers are read, rounded and written one by one; the one before is judged beside it."""
-    largest = max(job.network.layers[name].size for name in job.plan.schemes)
-    return {
+    """Layers are read, rounded and written one by one, the one before is judged; then the rest."""
+    network, layers = job.network, job.plan.schemes
+    largest = max(network.layers[name].size for name in layers)
+    one = {
         "program": PROGRAM_BYTES,
-        "largest layer": ROUNDING_BYTES * largest,
-        "layer before it": JUDGING_BYTES * largest if threads > 1 else 0,
+        "largest layer": LAYER_BYTES * largest,
+        "layer after it": NEXT_BYTES * largest if threads > 1 else 0,
         "codes of a block": _codes(job),
     }
+    left = 0
+    if network.folder is not None:
+        coded = {network.stored_name(f"{name}.weight") for name in layers}
+        stored = network.folder.tensors.items()
+        left = max((there.bytes for name, there in stored if name not in coded), default=0)
+    carried = {"program": PROGRAM_BYTES, "tensors as they are": 2 * min(left, PIECE_BYTES)}
+    return max(one, carried, key=lambda parts: sum(parts.values()))
 
 
 def _calibrated(
@@ -87,7 +98,8 @@ def _calibrated(
     widest = max(layer.columns for layers in blocks for layer in layers)
     narrow = min(layer.columns for layers in blocks for layer in layers)
     passes = 1 + (job.method.learns or any(map(job.host.wants_pairs, job.method.needs)))
-    waiting = 4 * tokens * (passes * (narrow + widest) + job.method.learns * narrow)
+    # Before the last layer of an MLP its inputs wait, those of the MLP, and what goes around it.
+    waiting = 4 * tokens * (passes * (2 * narrow + widest) + job.method.learns * narrow)
     rewritten = bool(job.method.handlers)
     seen = 4 * widest * (tokens if budget is None else chunk) * (passes + rewritten)
     kept = waiting if budget is None else min(waiting, budget)

@@ -27,7 +27,7 @@ from qframe.manifest import (
     LayerRecord,
     Manifest,
     TensorRecord,
-    fingerprint,
+    fingerprint_of,
     parse_manifest,
     sha256,
 )
@@ -274,7 +274,7 @@ def _check_tensors(
                 f"was written"
             )
         try:
-            found = fingerprint(source.raw(name))
+            found = fingerprint_of(source.raw_pieces(name))
         except QframeError as error:
             return str(error)
         return "" if found == record.sha256 else "is not what was written: sha256 differs"

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from qframe.errors import NonFiniteError, WeightsError
 
 LONGEST_NAME = 255  # of a file
-PIECE_BYTES = 1 << 26  # of a tensor that is read in pieces
+PIECE_BYTES = 1 << 24  # of a tensor that is read in pieces
 MODEL = "model"  # the stem of the files with weights
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _WEIGHT_SUFFIXES = {
@@ -168,17 +168,21 @@ class ModelFolder:
             check_finite(tensor, f"{self.tensors[name].file}: tensor {name!r}")
         return tensor
 
-    def pieces(self, name: str) -> Iterator[torch.Tensor]:
-        """Yield a tensor as stored, some of its rows at a time; the same errors as for `read`."""
+    def raw_pieces(self, name: str) -> Iterator[torch.Tensor]:
+        """Yield a tensor as stored, whatever is in it, some of its rows at a time."""
         there = self.tensors[name]
         if not there.shape or there.bytes <= PIECE_BYTES or there.dtype not in DTYPES:
-            yield self.read(name)
+            yield self.raw(name)
             return
         rows = there.shape[0]
         step = max(1, PIECE_BYTES * rows // there.bytes)
         for top in range(0, rows, step):
             start = there.start + top * (there.bytes // rows)
-            piece = _numbers(there, start, (min(step, rows - top), *there.shape[1:]))
+            yield _numbers(there, start, (min(step, rows - top), *there.shape[1:]))
+
+    def pieces(self, name: str) -> Iterator[torch.Tensor]:
+        """Yield a tensor as stored, some of its rows at a time; the same errors as for `read`."""
+        for piece in self.raw_pieces(name):
             if piece.is_floating_point() and piece.element_size() > 1 and not _sound(piece):
                 self.read(name)  # raises, and says where
             yield piece
