@@ -23,24 +23,27 @@ from qframe.scheme import Scheme
 _CHUNK = 1 << 18  # codes at a time, so that intermediate results stay in the cache
 
 
-def pack_codes(codes: torch.Tensor, num_bits: int) -> torch.Tensor:
+def pack_codes(codes: torch.Tensor, num_bits: int, lowest: int = 0) -> torch.Tensor:
     """Return unsigned codes as words, [rows, ceil(columns * num_bits / 32)] int32.
 
-    codes   [rows, columns], any integer dtype, each in [0, 2^num_bits)
+    codes    [rows, columns], any integer dtype, each less `lowest` in [0, 2^num_bits)
+    lowest   what is stored as 0
 
     >>> [hex(word) for word in pack_codes(torch.arange(8)[None], 4)[0].tolist()]
     ['0x76543210']
     """
     rows, columns = codes.shape
-    if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < 1 << num_bits:
-        raise ValueError(
-            f"codes of {num_bits} bits lie in [0, {(1 << num_bits) - 1}], got "
-            f"[{int(codes.min())}, {int(codes.max())}]"
-        )
+    if codes.numel():
+        least, most = (int(end) - lowest for end in torch.aminmax(codes))
+        if not 0 <= least <= most < 1 << num_bits:
+            raise ValueError(
+                f"codes of {num_bits} bits lie in [0, {(1 << num_bits) - 1}], got [{least}, {most}]"
+            )
     words = np.empty((rows, -(-columns * num_bits // 32)), np.int32)
     for part in _row_chunks(rows, columns):
         lanes = np.zeros((part.stop - part.start, -(-columns // 32) * 32), np.uint8)
-        lanes[:, :columns] = codes[part].numpy()
+        own = lanes[:, :columns]
+        np.subtract(codes[part].numpy(), lowest, out=own, dtype=np.int16, casting="unsafe")
         x = lanes.view("<u8")
         for mask, used, gap in _folds(num_bits):
             x = (x & mask) | (x >> gap & mask << used)
@@ -151,15 +154,17 @@ class PackedWeight:
             raise PluginError(f"layer {name!r}: the zero points of a symmetric scheme must be 0")
         if torch.equal(quantized.group_index, rounding.group_index(columns, scheme)):
             index = None
-        zero_point = quantized.zero_point - grid.qmin
+        zero_point = None
+        if not scheme.symmetric:
+            zero_point = pack_codes(quantized.zero_point, scheme.num_bits, grid.qmin)
         return cls(
             rows=rows,
             columns=columns,
             scheme=scheme,
             grid=grid,
-            words=pack_codes(quantized.codes - grid.qmin, scheme.num_bits),
+            words=pack_codes(quantized.codes, scheme.num_bits, grid.qmin),
             scale=scale.contiguous(),
-            zero_point=None if scheme.symmetric else pack_codes(zero_point, scheme.num_bits),
+            zero_point=zero_point,
             group_index=index,
             global_scale=whole,
         )
@@ -310,9 +315,12 @@ def _check_codes(
 ) -> None:
     """Raise PluginError unless codes have their shape and dtype and lie on the grid."""
     _check_tensor(codes, shape, torch.int16, what, name, PluginError)
-    if codes.numel() and not grid.qmin <= int(codes.min()) <= int(codes.max()) <= grid.qmax:
+    if not codes.numel():
+        return
+    least, most = (int(end) for end in torch.aminmax(codes))
+    if not grid.qmin <= least <= most <= grid.qmax:
         raise PluginError(
-            f"layer {name!r}: {what} in [{int(codes.min())}, {int(codes.max())}], but the grid is "
+            f"layer {name!r}: {what} in [{least}, {most}], but the grid is "
             f"[{grid.qmin}, {grid.qmax}]"
         )
 

@@ -239,9 +239,11 @@ class Solver:
             stored = running
             if transform is not None and rewrites.folded is not None:
                 stored = dataclasses.replace(running, transform=transform.folded())
-            multiplied = running.with_kept(rounding.dequantize(rounded))
-            effective = running.plain(multiplied)
-            check_finite(effective, f"layer {layer.name!r}: the quantized weight")
+            multiplied = effective = None
+            if transform is not None or errors.moments or running.inputs is not None:
+                multiplied = running.with_kept(rounding.dequantize(rounded))
+                effective = running.plain(multiplied)
+                check_finite(effective, f"layer {layer.name!r}: the quantized weight")
             report = LayerReport(
                 name=layer.name,
                 method=used,

@@ -17,15 +17,20 @@ from qframe.recipe import Method, Recipe
 from qframe.report.layers import LayerReport
 from qframe.report.measure import OutputErrors, clipped_share, sqnr_db
 from qframe.stored import StoredLayer
+from qframe.weights import check_finite
 
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """What is needed to complete a layer's report."""
+    """What is needed to complete a layer's report.
+
+    effective   what takes the place of the original weight; None where that is what the codes
+                stand for and nothing else asks for it, so that it is looked at in pieces alone
+    """
 
     evidence: Evidence
     original: torch.Tensor
-    effective: torch.Tensor
+    effective: torch.Tensor | None
     running: StoredLayer
     errors: OutputErrors
     report: LayerReport
@@ -39,8 +44,9 @@ def verdict(judged: Judged, recipe: Recipe, method: Method) -> list[Event]:
     report.source = fingerprint(original)
     if judged.running.transform is not None:
         report.rewritten = fingerprint(problem.weight)
-    if judged.running.transform is None:
+    if judged.running.transform is None or effective is None:
         change = torch.from_numpy(judged.evidence.change())
+        check_finite(change, f"layer {problem.name!r}: the quantized weight less the original")
     else:
         change = effective - original
     report.sqnr_db = sqnr_db(original, change)
@@ -48,7 +54,7 @@ def verdict(judged: Judged, recipe: Recipe, method: Method) -> list[Event]:
     report.clipped = clipped_share(
         problem.weight, judged.evidence.quantized, problem.grid, (low, high)
     )
-    if judged.errors.moments:
+    if judged.errors.moments and effective is not None:
         nearest = rounding.to_nearest(dataclasses.replace(problem, weight=original))
         found = judged.errors.relative(original, (effective, rounding.dequantize(nearest)))
         report.error, report.rtn_error = found[0]

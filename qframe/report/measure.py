@@ -75,13 +75,13 @@ class OutputErrors:
 def input_errors(
     stored: StoredLayer,
     original: torch.Tensor,
-    multiplied: torch.Tensor,
+    multiplied: torch.Tensor | None,
     x: torch.Tensor | None,
 ) -> dict[str, float | int | str]:
     """Return what quantizing the inputs of a layer does, for its report; {} where they are not.
 
     original     W, [rows, columns]
-    multiplied   what the layer multiplies with
+    multiplied   what the layer multiplies with; not needed where its inputs are not quantized
     x            some inputs, [tokens, columns]; None where there are none
 
     A dynamic scale that is one for all tokens, and a threshold, are those of this sample.
@@ -91,7 +91,7 @@ def input_errors(
         return found
     if stored.inputs.scale is not None:
         found["step"] = float(stored.inputs.scale)
-    if x is None:
+    if x is None or multiplied is None:
         return found
     z = x if stored.transform is None else stored.transform.move(x)
     change = stored.quantized(z) - z

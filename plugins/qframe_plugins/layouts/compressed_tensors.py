@@ -118,10 +118,10 @@ class CompressedTensors:
         found = {there: own[part] for there, part in _NAMED.items() if part in own}
         scale = packed.scale.flatten() if scheme.strategy == "tensor" else packed.scale
         found["weight_scale"] = scale
-        codes = unpack_codes(packed.words, scheme.num_bits, packed.columns)
         kind = format_of(scheme)
         if kind in _CODES:
-            return found | _integers(layer, codes, kind)
+            return found | _integers(layer, kind)
+        codes = unpack_codes(packed.words, scheme.num_bits, packed.columns)
         if kind in _EIGHT_BIT_FLOATS:
             values = _float_bits(grid)[codes.long()]
             return found | {"weight": values.view(torch.float8_e4m3fn)}
@@ -285,11 +285,8 @@ def _words(scheme: Scheme) -> dict[str, Any]:
 # Integers ---------------------------------------------------------------------------------------
 
 
-def _integers(layer: StoredLayer, codes: torch.Tensor, kind: str) -> dict[str, torch.Tensor]:
-    """Return codes and zero points as they are stored.
-
-    codes   [rows, columns] uint8, code - qmin
-    """
+def _integers(layer: StoredLayer, kind: str) -> dict[str, torch.Tensor]:
+    """Return codes and zero points as they are stored."""
     import torch
 
     from qframe.packing import pack_codes, unpack_codes
@@ -297,12 +294,16 @@ def _integers(layer: StoredLayer, codes: torch.Tensor, kind: str) -> dict[str, t
     packed = layer.packed
     bits, half = packed.scheme.num_bits, 1 << packed.scheme.num_bits - 1
     # Signed codes and those from 0 on are moved alike where their grid is full.
-    moved = codes + (packed.grid.qmin + half if packed.scheme.symmetric else 0)
+    shift = packed.grid.qmin + half if packed.scheme.symmetric else 0
     found = {}
     if kind == "int-quantized":
+        moved = unpack_codes(packed.words, bits, packed.columns) + shift
         found["weight"] = (moved.to(torch.int16) - half).to(torch.int8)
     else:
-        found["weight_packed"] = pack_codes(moved, bits)
+        words = packed.words  # the same ones, where nothing is moved
+        if shift:
+            words = pack_codes(unpack_codes(words, bits, packed.columns) + shift, bits)
+        found["weight_packed"] = words
         found["weight_shape"] = torch.tensor([packed.rows, packed.columns])
     if packed.zero_point is None:
         return found
@@ -317,10 +318,8 @@ def _integers(layer: StoredLayer, codes: torch.Tensor, kind: str) -> dict[str, t
     return found
 
 
-def _own_integers(
-    tensors: Mapping[str, torch.Tensor], layer: LayerOutline, kind: str
-) -> dict[str, torch.Tensor]:
-    """Return codes and zero points as qframe stores them."""
+def _own_words(tensors: Mapping[str, torch.Tensor], layer: LayerOutline, kind: str) -> torch.Tensor:
+    """Return codes as words of qframe."""
     import torch
 
     from qframe.packing import pack_codes, unpack_codes
@@ -328,6 +327,7 @@ def _own_integers(
     scheme, name, grid = layer.scheme, layer.info.name, layer.grid
     rows, columns = layer.info.rows, layer.info.columns
     bits, half = scheme.num_bits, 1 << scheme.num_bits - 1
+    shift = grid.qmin + half if scheme.symmetric else 0
     if kind == "int-quantized":
         weight = tensor_of(tensors, "weight", name, torch.int8, (rows, columns))
         moved = (weight.to(torch.int16) + half).to(torch.uint8)
@@ -337,18 +337,33 @@ def _own_integers(
             raise WeightsError(
                 f"layer {name!r}: weight_shape is {shape}, expected [{rows}, {columns}]"
             )
-        words = tensor_of(
-            tensors, "weight_packed", name, torch.int32, (rows, -(-columns * bits // 32))
-        )
+        width = -(-columns * bits // 32)
+        words = tensor_of(tensors, "weight_packed", name, torch.int32, (rows, width))
+        if not shift and 32 * width == columns * bits:
+            return words  # the same ones; else others may have left something behind the last
         moved = unpack_codes(words, bits, columns)
-    if scheme.symmetric and grid.qmin > -half:
+    if shift > 0:
         least = int(moved.min()) - half if moved.numel() else 0
         if least < grid.qmin:
             raise WeightsError(
                 f"layer {name!r}: holds code {least}, but the grid is [{grid.qmin}, {grid.qmax}]"
             )
-        moved = moved - (grid.qmin + half)
-    own = {"weight_packed": pack_codes(moved, bits)}
+        moved = moved - shift
+    return pack_codes(moved, bits)
+
+
+def _own_integers(
+    tensors: Mapping[str, torch.Tensor], layer: LayerOutline, kind: str
+) -> dict[str, torch.Tensor]:
+    """Return codes and zero points as qframe stores them."""
+    import torch
+
+    from qframe.packing import pack_codes, unpack_codes
+
+    scheme, name = layer.scheme, layer.info.name
+    rows, columns = layer.info.rows, layer.info.columns
+    bits, half = scheme.num_bits, 1 << scheme.num_bits - 1
+    own = {"weight_packed": _own_words(tensors, layer, kind)}
     stored = tensors.get("weight_zero_point")
     if scheme.symmetric:
         if stored is not None and bool(stored.any()) and kind == "int-quantized":
