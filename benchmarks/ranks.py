@@ -112,6 +112,12 @@ def ends(model: str, work: Path) -> None:
             print("    " + "\n    ".join(last))
 
 
+def await_together(out: Path) -> None:
+    """Wait until all ranks have come: those that are there would wait for others, by themselves."""
+    while not out.with_name(f".{out.name}.qframe-unfinished").exists():
+        time.sleep(0.01)
+
+
 def moments(work: Path, count: int, seed: int) -> None:
     """Kill one of two ranks at random moments, go on with one process, and compare."""
     from qframe.unfinished import kept_blocks
@@ -119,13 +125,16 @@ def moments(work: Path, count: int, seed: int) -> None:
 
     model = tiny.write_llama(work / "model", layers=6)
     arguments = [str(model), *SMALL]
+    running = start(2, [*arguments, "-o", str(work / "whole")])
+    await_together(work / "whole")
     begun = time.perf_counter()
-    finished(start(2, [*arguments, "-o", str(work / "whole")]))
+    finished(running)
     whole, wanted = time.perf_counter() - begun, contents(work / "whole")
     rng, same = random.Random(seed), 0
     for number in range(count):
         out = work / f"moment {number}"
         processes = start(2, [*arguments, "-o", str(out)])
+        await_together(out)
         time.sleep(rng.uniform(0, whole))
         gone = processes[rng.randrange(2)]
         gone.kill()

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import os
 import socket
 import threading
@@ -34,10 +35,14 @@ from qframe.errors import QframeError, RanksError
 from qframe.launcher import launched
 from qframe.weights import DTYPE_NAMES, DTYPES
 
+log = logging.getLogger("qframe")
+
 SLOTS = 8  # of chunks; so many ranks can have some
 BEAT = 1.0  # seconds after which a rank says that it is alive
 GONE = 20.0  # seconds after which one that has not said so counts as gone
 LABEL_BYTES = 256  # of the name of a place where ranks meet
+JOIN = 300.0  # seconds in which all ranks have to come
+PATIENCE = 10.0  # seconds after which one that waits for the others says so
 _LONG = timedelta(days=365)  # what ranks wait for one another may take; who is gone is found out
 
 Tensors = Mapping[str, torch.Tensor]
@@ -133,8 +138,19 @@ def _launcher_store(rank: int, size: int) -> Any:
     """Return the store that the launcher has, or that the first rank makes for all of them."""
     from torch.distributed.rendezvous import rendezvous
 
-    store, _, _ = next(iter(rendezvous("env://", rank, size)))
+    waiting = threading.Timer(PATIENCE, _say_that_one_waits, (rank, size))
+    waiting.daemon = True
+    waiting.start()
+    try:
+        store, _, _ = next(iter(rendezvous("env://", rank, size, timeout=timedelta(seconds=JOIN))))
+    finally:
+        waiting.cancel()
     return store
+
+
+def _say_that_one_waits(rank: int, size: int) -> None:
+    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    log.warning("rank %d of %d waits for the others at %s, %.0f s", rank, size, place, JOIN)
 
 
 class _Group:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from itertools import groupby
 
 import numpy as np
@@ -312,6 +313,20 @@ def test_there_is_one_process_without_a_launcher(monkeypatch):
     assert launched() == (0, 1)
     with ranks.together() as found:
         assert found is ALONE
+
+
+def test_who_comes_alone_says_so_and_does_not_wait_for_ever(monkeypatch, caplog):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    place = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(ranks, "JOIN", 2.0)
+    monkeypatch.setattr(ranks, "PATIENCE", 0.1)
+    with pytest.raises(RanksError, match="rank 0 of 2 cannot reach the others"), ranks.together():
+        pass
+    assert f"rank 0 of 2 waits for the others at localhost:{port}, 2 s" in caplog.text
 
 
 @pytest.mark.parametrize(("rank", "size"), [("2", "2"), ("x", "2"), ("-1", "2"), ("0", "")])
