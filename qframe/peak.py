@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 
 PROGRAM_BYTES = 425_000_000  # Python with torch, transformers, numba and kernels; on Linux
 TEXT_BYTES = 115_000_000  # more: a tokenizer, the text, and what a pass through the network needs
-LAYER_BYTES = 21  # for a weight of the largest layer: itself, what became of it, codes, differences
-NEXT_BYTES = 5  # more for a weight that is read and rounded while the one before it is judged
+LAYER_BYTES = 16  # for a weight of the largest layer: itself, its codes twice, differences, hashes
+REWRITTEN_BYTES = 12  # more for a weight that is rewritten: that, and what its codes stand for
+NEXT_BYTES = 9  # more for a weight that is read and rounded while the one before it is judged
 ROUNDING_BYTES = 21  # for a weight with statistics: itself, quotients, scales, and in between
 JUDGING_BYTES = 15  # itself, what became of it, the difference, codes; beside the next rounding
 CODED_BYTES = 1.1  # for a stored byte of a block: its codes wait until the block is done
@@ -62,10 +63,11 @@ def _weights_alone(job: Job, threads: int) -> dict[str, int]:
     """Layers are read, rounded and written one by one, the one before is judged; then the rest."""
     network, layers = job.network, job.plan.schemes
     largest = max(network.layers[name].size for name in layers)
+    rewritten = REWRITTEN_BYTES if job.method.handlers else 0
     one = {
         "program": PROGRAM_BYTES,
-        "largest layer": LAYER_BYTES * largest,
-        "layer after it": NEXT_BYTES * largest if threads > 1 else 0,
+        "largest layer": (LAYER_BYTES + rewritten) * largest,
+        "layer after it": (NEXT_BYTES + rewritten) * largest if threads > 1 else 0,
         "codes of a block": _codes(job),
     }
     left = 0
