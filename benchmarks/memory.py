@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import json
 import os
 import resource
@@ -147,15 +148,25 @@ def measured(
     out: Path,
     *,
     limit: int | None = None,
+    first: Path | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Quantize in a process of its own; return its peak in bytes, and seconds.
 
     limit     bytes that the system lets it have
+    first     a network that is quantized before, with the same recipe: what is loaded once is there
     options   of `qframe.quantize`
     """
     shutil.rmtree(out, ignore_errors=True)
-    asked = json.dumps({"model": str(folder), "recipe": fields, "out": str(out), "more": options})
+    asked = json.dumps(
+        {
+            "model": str(folder),
+            "recipe": fields,
+            "out": str(out),
+            "first": None if first is None else str(first),
+            "more": options,
+        }
+    )
     with limited(limit) as begin:
         done = subprocess.run(
             [sys.executable, __file__, "--run", asked],
@@ -175,6 +186,9 @@ def run(asked: dict[str, Any]) -> None:
     """Quantize, and print what it took."""
     import qframe
 
+    if asked["first"]:
+        with tempfile.TemporaryDirectory() as place:
+            qframe.quantize(asked["first"], asked["recipe"], out=Path(place) / "out")
     started = time.perf_counter()
     qframe.quantize(asked["model"], asked["recipe"], out=asked["out"], **asked["more"])
     seconds = time.perf_counter() - started
@@ -305,20 +319,34 @@ def limit(work: Path) -> Iterator[str]:
 
 
 def throughput(work: Path) -> Iterator[str]:
-    """Yield rows: the rate at which RTN goes through weights, beside that of copying them."""
-    yield "| weights, MB | rate of RTN over that of copying | of each round |"
-    yield "|---|---|---|"
-    with model(work, *LARGE) as folder:
-        size, out = weights_of(folder), folder.with_name("out")
-        copies, runs = [], []
-        for _ in range(ROUNDS):
-            copies.append(size / copied(folder, out))
-            runs.append(size / measured(folder, recipe("rtn"), out)["seconds"])
-        ratios = [fast / copy for fast, copy in zip(runs, copies, strict=True)]
-        yield (
-            f"| {megabytes(size)} | {statistics.median(ratios):.3f} | "
-            f"{', '.join(f'{r:.3f}' for r in ratios)} |"
-        )
+    """Yield rows: the rates at which RTN and SHA-256 go through weights, over that of copying them.
+
+    RTN has all threads, in a process that has quantized something before; the hash has one.
+    """
+    yield "| weights | MB | RTN over copying | of each round | hashing over copying |"
+    yield "|---|---|---|---|---|"
+    for dtype, layers in (("bfloat16", LARGE[2]), ("float32", LARGE[2] // 2)):
+        with model(work, *LARGE[:2], layers, dtype=dtype) as folder, model(work, *SMALL) as first:
+            size, out = weights_of(folder), folder.with_name("out")
+            ratios, hashes = [], []
+            for _ in range(ROUNDS):
+                copying = copied(folder, out)
+                took = measured(folder, recipe("rtn"), out, first=first)["seconds"]
+                ratios.append(copying / took)
+                hashes.append(copying / hashed(folder))
+            yield (
+                f"| {dtype} | {megabytes(size)} | {statistics.median(ratios):.3f} | "
+                f"{', '.join(f'{r:.3f}' for r in ratios)} | {statistics.median(hashes):.2f} |"
+            )
+
+
+def hashed(folder: Path) -> float:
+    """Return the seconds that SHA-256 takes for all weights of a folder."""
+    started = time.perf_counter()
+    for file in folder.glob("*.safetensors"):
+        with file.open("rb") as stream:
+            hashlib.file_digest(stream, "sha256")
+    return time.perf_counter() - started
 
 
 def copied(folder: Path, out: Path) -> float:
