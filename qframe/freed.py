@@ -11,14 +11,18 @@ from __future__ import annotations
 import ctypes
 import gc
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
 import psutil
 
 LARGE = 1 << 20  # bytes that are handed back at once; smaller pieces are faster to use again
+SMALL = 1 << 14  # bytes, where pieces are not used at all
 WORTH = 32 << 20  # bytes that a process has grown by when it is worth looking for garbage
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # of mallopt(3)
+_handing_back = False  # whether large pieces are handed back at once
 _tidied = -WORTH  # bytes that the process had after the last time; it has not been done yet
 
 
@@ -28,9 +32,27 @@ def hand_back_large() -> None:
     Else it takes the size of what was freed last, up to 32 MiB, as one to keep. That is for the
     whole process, and for its speed and size alone.
     """
+    global _handing_back
     if _library() is not None:
         _library().mallopt(_MMAP_THRESHOLD, LARGE)
         _library().mallopt(_TRIM_THRESHOLD, LARGE)
+        _handing_back = True
+
+
+@contextmanager
+def hand_back_small() -> Iterator[None]:
+    """Do the same with smaller pieces meanwhile, where it is done with large ones.
+
+    Of pieces that come and go among objects that stay, holes are left which nothing fits into.
+    """
+    if not _handing_back:
+        yield
+        return
+    _library().mallopt(_MMAP_THRESHOLD, SMALL)
+    try:
+        yield
+    finally:
+        _library().mallopt(_MMAP_THRESHOLD, LARGE)
 
 
 def hand_back() -> None:

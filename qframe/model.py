@@ -21,6 +21,7 @@ from torch import nn
 
 from qframe.contracts import LayerInfo
 from qframe.errors import ModelError, NonFiniteError
+from qframe.freed import hand_back_small
 from qframe.weights import ModelFolder, check_finite
 
 SIZES = re.compile(
@@ -283,7 +284,7 @@ def build(folder: ModelFolder) -> nn.Module:
     try:
         config = transformers.AutoConfig.from_pretrained(folder.path, local_files_only=True)
         config.dtype = torch.float32
-        with parameters_on_meta():
+        with parameters_on_meta(), hand_back_small():
             module: nn.Module = network(config)
         tie = getattr(module, "tie_weights", None)
         if tie is not None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 
 import numpy as np
 import psutil
@@ -42,3 +44,34 @@ def test_what_was_freed_in_large_pieces_is_the_systems_again():
         before = psutil.Process().memory_info().rss
         del piece
         assert psutil.Process().memory_info().rss < before - (8 << 20)
+
+
+BUILD = """
+import sys
+from pathlib import Path
+from qframe.freed import hand_back_large
+from qframe.model import build
+from qframe.weights import ModelFolder
+
+def private():
+    return int(Path("/proc/self/status").read_text().split("VmData:")[1].split()[0]) * 1024
+
+hand_back_large()
+build(ModelFolder(sys.argv[1]))
+before = private()
+network = build(ModelFolder(sys.argv[2]))
+print(private() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells of memory on Linux")
+def test_a_network_is_built_without_room_for_its_weights(tmp_path, wide, tiny_llama):
+    """Its parameters come and go, one by one; memory that is not used counts for a limit, too."""
+    folder, weights = wide(tmp_path / "wide")
+    done = subprocess.run(
+        [sys.executable, "-c", BUILD, str(tiny_llama), str(folder)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert int(done.stdout) < weights // 16
