@@ -8,4 +8,4 @@ from tests.mutants.judged import (  # noqa: F401 - these are the tests
     test_what_is_right_passes_everything,
 )
 
-pytest_generate_tests = judged.of("kernels", one_in=2)
+pytest_generate_tests = judged.of("kernels")
