@@ -102,7 +102,11 @@ def ends(model: str, work: Path) -> None:
                 time.sleep(0.1)
             processes[gone].send_signal(number)
             begun = time.perf_counter()
-            said = processes[1 - gone].communicate()[1]
+            try:
+                said = processes[1 - gone].communicate(timeout=2 * LONGEST)[1]
+            except subprocess.TimeoutExpired:
+                processes[1 - gone].kill()
+                said = processes[1 - gone].communicate()[1]
             seconds = time.perf_counter() - begun
             processes[gone].kill()
             processes[gone].communicate()
@@ -112,9 +116,11 @@ def ends(model: str, work: Path) -> None:
             print("    " + "\n    ".join(last))
 
 
-def await_together(out: Path) -> None:
+def await_together(processes: list[subprocess.Popen], out: Path) -> None:
     """Wait until all ranks have come: those that are there would wait for others, by themselves."""
     while not out.with_name(f".{out.name}.qframe-unfinished").exists():
+        if any(process.poll() is not None for process in processes):
+            raise SystemExit("\n".join(process.communicate()[1] for process in processes))
         time.sleep(0.01)
 
 
@@ -127,7 +133,7 @@ def moments(work: Path, count: int, seed: int) -> None:
     arguments = [str(model), *SMALL]
     for _ in range(2):  # the first one compiles kernels
         running = start(2, [*arguments, "-o", str(work / "whole"), "--overwrite"])
-        await_together(work / "whole")
+        await_together(running, work / "whole")
         begun = time.perf_counter()
         finished(running)
         whole = time.perf_counter() - begun
@@ -136,7 +142,7 @@ def moments(work: Path, count: int, seed: int) -> None:
     for number in range(count):
         out = work / f"moment {number}"
         processes = start(2, [*arguments, "-o", str(out)])
-        await_together(out)
+        await_together(processes, out)
         time.sleep(rng.uniform(0, whole))
         gone = processes[rng.randrange(2)]
         gone.kill()

@@ -9,7 +9,7 @@ values the rank of the value.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,8 +19,6 @@ from qframe import rounding, scales
 from qframe.contracts import Grid, QuantizedWeight
 from qframe.errors import PluginError, QframeError, WeightsError
 from qframe.scheme import Scheme
-
-_CHUNK = 1 << 18  # codes at a time, so that intermediate results stay in the cache
 
 
 def pack_codes(codes: torch.Tensor, num_bits: int, lowest: int = 0) -> torch.Tensor:
@@ -40,7 +38,7 @@ def pack_codes(codes: torch.Tensor, num_bits: int, lowest: int = 0) -> torch.Ten
                 f"codes of {num_bits} bits lie in [0, {(1 << num_bits) - 1}], got [{least}, {most}]"
             )
     words = np.empty((rows, -(-columns * num_bits // 32)), np.int32)
-    for part in _row_chunks(rows, columns):
+    for part in rounding.strips(rows, columns):
         lanes = np.zeros((part.stop - part.start, -(-columns // 32) * 32), np.uint8)
         own = lanes[:, :columns]
         np.subtract(codes[part].numpy(), lowest, out=own, dtype=np.int16, casting="unsafe")
@@ -63,7 +61,7 @@ def unpack_codes(words: torch.Tensor, num_bits: int, columns: int) -> torch.Tens
     """
     rows = len(words)
     codes = np.empty((rows, columns), np.uint8)
-    for part in _row_chunks(rows, columns):
+    for part in rounding.strips(rows, columns):
         stored = np.zeros((part.stop - part.start, -(-columns // 32) * num_bits), "<i4")
         stored[:, : words.shape[1]] = words[part].numpy()
         lanes = np.zeros((len(stored), -(-columns // 32) * 4, 8), np.uint8)
@@ -87,13 +85,6 @@ def _folds(num_bits: int) -> list[tuple[int, int, int]]:
         mask = sum(((1 << used) - 1) << start for start in range(0, 64, 2 * lane))
         folds.append((mask, used, lane - used))
     return folds
-
-
-def _row_chunks(rows: int, columns: int) -> Iterator[slice]:
-    """Yield slices of rows with about _CHUNK codes each; none where there are no codes."""
-    step = max(_CHUNK // max(columns, 1), 1)
-    for top in range(0, rows if columns else 0, step):
-        yield slice(top, min(top + step, rows))
 
 
 @dataclass(frozen=True, eq=False, slots=True, kw_only=True)

@@ -29,7 +29,6 @@ __all__ = [
     "check_scales",
     "dequantize",
     "encode",
-    "even_width",
     "expand",
     "fit_scales",
     "group_index",
@@ -38,11 +37,12 @@ __all__ = [
     "round_up",
     "scale_of_range",
     "smallest_positive",
+    "strips",
     "tensor_scale",
     "to_nearest",
 ]
 
-_STRIP = 1 << 16  # weights at a time: what is made of them stays in the cache
+_STRIP = 1 << 16  # weights of a strip
 SHRINKS = tuple(1 - k / 100 for k in range(80))  # candidates of the mse scale search
 
 
@@ -163,7 +163,7 @@ def check_scales(scale: torch.Tensor, scheme: Scheme, name: str) -> None:
         )
 
 
-def even_width(index: torch.Tensor, groups: int) -> int:
+def _even_width(index: torch.Tensor, groups: int) -> int:
     """Return the columns of a group where all are contiguous and have as many; 0 else.
 
     index   [columns], the group of each column
@@ -178,15 +178,15 @@ def even_width(index: torch.Tensor, groups: int) -> int:
 
 def expand(per_group: torch.Tensor, index: torch.Tensor, rows: int) -> torch.Tensor:
     """Return per-group values [rows or 1, groups] as per-weight values [rows, columns]."""
-    width = even_width(index, per_group.shape[1])
+    width = _even_width(index, per_group.shape[1])
     if width:  # copying runs is many times faster than looking each up
         runs = per_group[:, :, None].expand(-1, -1, width).reshape(-1, len(index))
         return runs.expand(rows, -1)
     return per_group[:, index.long()].expand(rows, -1)
 
 
-def _strips(rows: int, columns: int) -> Iterator[slice]:
-    """Yield slices of rows with about _STRIP weights each; none where there are no weights."""
+def strips(rows: int, columns: int) -> Iterator[slice]:
+    """Yield slices of rows that stay in the cache with what is made of them; none of no weights."""
     step = max(_STRIP // max(columns, 1), 1)
     for top in range(0, rows if columns else 0, step):
         yield slice(top, min(top + step, rows))
@@ -215,8 +215,8 @@ def encode(
     two that are as near, the even one.
     """
     found = torch.empty(weight.shape, dtype=torch.int16)
-    width = even_width(index, scale.shape[1])
-    for part in _strips(*weight.shape):
+    width = _even_width(index, scale.shape[1])
+    for part in strips(*weight.shape):
         own_scale, own_zero = (_of_strip(each, part, width, index) for each in (scale, zero_point))
         shape = (-1, *own_scale.shape[1:2], width) if width else weight[part].shape
         quotient = weight[part].reshape(shape) / own_scale
@@ -289,8 +289,8 @@ def dequantize(quantized: QuantizedWeight) -> torch.Tensor:
     codes, index, grid = quantized.codes, quantized.group_index, quantized.grid
     scale, zero = quantized.scale, quantized.zero_point
     found = torch.empty(codes.shape)
-    width = even_width(index, scale.shape[1])
-    for part in _strips(*codes.shape):
+    width = _even_width(index, scale.shape[1])
+    for part in strips(*codes.shape):
         own_scale = _of_strip(scale, part, width, index)
         shape = (-1, *own_scale.shape[1:2], width) if width else codes[part].shape
         own = codes[part].reshape(shape)

@@ -239,11 +239,12 @@ class Solver:
             stored = running
             if transform is not None and rewrites.folded is not None:
                 stored = dataclasses.replace(running, transform=transform.folded())
-            multiplied = effective = None
+            made, told = None, dict(rewrites.info)
             if transform is not None or errors.moments or running.inputs is not None:
                 multiplied = running.with_kept(rounding.dequantize(rounded))
-                effective = running.plain(multiplied)
-                check_finite(effective, f"layer {layer.name!r}: the quantized weight")
+                made = running.plain(multiplied)
+                check_finite(made, f"layer {layer.name!r}: the quantized weight")
+                told |= input_errors(running, original, multiplied, example)
             report = LayerReport(
                 name=layer.name,
                 method=used,
@@ -254,10 +255,7 @@ class Solver:
                 tokens=problem.tokens,
                 tokens_held_out=inputs.held_out.tokens,
                 info=dict(quantized.info),
-                inputs={
-                    **rewrites.info,
-                    **input_errors(running, original, multiplied, example),
-                },
+                inputs=told,
                 input_group=group.name,
                 folded=None if rewrites.folded is None else rewrites.folded.name,
                 seconds={
@@ -267,7 +265,7 @@ class Solver:
                 },
             )
             evidence = Evidence(problem, rounded, shared)
-            judged = Judged(evidence, original, effective, running, errors, report)
+            judged = Judged(evidence, original, made, running, errors, report)
             self._court.hear(partial(self._judge, judged))
             if kept and quantized.order is not None:
                 orders[f"{layer.name}.{ORDER}"] = quantized.order.to(torch.int32)

@@ -24,39 +24,45 @@ from qframe.weights import check_finite
 class Judged:
     """What is needed to complete a layer's report.
 
-    effective   what takes the place of the original weight; None where that is what the codes
-                stand for and nothing else asks for it, so that it is looked at in pieces alone
+    made   what takes the place of the original weight, where it is at hand
     """
 
     evidence: Evidence
     original: torch.Tensor
-    effective: torch.Tensor | None
+    made: torch.Tensor | None
     running: StoredLayer
     errors: OutputErrors
     report: LayerReport
+
+    def effective(self) -> torch.Tensor:
+        """Return what takes the place of the original weight."""
+        if self.made is not None:
+            return self.made
+        values = rounding.dequantize(self.evidence.quantized)
+        return self.running.plain(self.running.with_kept(values))
 
 
 def verdict(judged: Judged, recipe: Recipe, method: Method) -> list[Event]:
     """Complete the report of a layer: what it lost, and whether it keeps its claims."""
     clock = time.perf_counter()
     report, problem = judged.report, judged.evidence.problem
-    original, effective = judged.original, judged.effective
+    original = judged.original
     report.source = fingerprint(original)
     if judged.running.transform is not None:
         report.rewritten = fingerprint(problem.weight)
-    if judged.running.transform is None or effective is None:
+    if judged.running.transform is None:
         change = torch.from_numpy(judged.evidence.change())
-        check_finite(change, f"layer {problem.name!r}: the quantized weight less the original")
     else:
-        change = effective - original
+        change = judged.effective() - original
+    check_finite(change, f"layer {problem.name!r}: the quantized weight less the original")
     report.sqnr_db = sqnr_db(original, change)
     low, high = (torch.from_numpy(ends).float() for ends in judged.evidence.ranges())
     report.clipped = clipped_share(
         problem.weight, judged.evidence.quantized, problem.grid, (low, high)
     )
-    if judged.errors.moments and effective is not None:
+    if judged.errors.moments:
         nearest = rounding.to_nearest(dataclasses.replace(problem, weight=original))
-        found = judged.errors.relative(original, (effective, rounding.dequantize(nearest)))
+        found = judged.errors.relative(original, (judged.effective(), rounding.dequantize(nearest)))
         report.error, report.rtn_error = found[0]
         report.drift = judged.errors.drift(original)
         if len(found) > 1:

@@ -1,6 +1,8 @@
 """Looking closely at few weights finds the same as looking closely at all of them."""
 
+import math
 from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from qframe.certificates import Closest, Evidence
 from qframe.claims import Babai, HalfStep, Radius
 from qframe.contracts import RoundingProblem
 from qframe.pieces import highest_ratios, highest_ratios_float32
-from qframe.report.measure import clipped_share
+from qframe.report.measure import clipped_share, sqnr_db
 from qframe_plugins.rounders.gptq import GPTQ
 
 ROWS = (
@@ -200,3 +202,20 @@ def test_what_is_not_finite_is_found_wherever_it_is():
         problem = RoundingProblem(name="layer", weight=weight, scheme=scheme, grid=grid)
         found = HalfStep().certify(Evidence(problem, made))
         assert (found.ratio, found.place) == (float("inf"), (7, 21))
+
+
+@given(st.integers(0, 5), st.integers(0, 7), st.integers(1, 40), st.integers(0, 99))
+def test_signal_and_noise_are_those_of_all_weights(rows, columns, strip, seed):
+    rng = np.random.default_rng(seed)
+    weight, change = rng.normal(size=(2, rows, columns)).astype(np.float32)
+    with mock.patch.object(rounding, "_STRIP", strip):
+        found = sqnr_db(torch.from_numpy(weight), torch.from_numpy(change))
+    if not weight.size:
+        assert found == np.inf
+        return
+    signal, noise = (math.fsum(each.astype(np.float64).ravel() ** 2) for each in (weight, change))
+    unit = bounds.UNIT["float64"]
+    # Both sums and their quotient are off by so many roundings; the logarithm, and ten times it.
+    allowed = bounds.gamma(2 * weight.size + 4, unit) * 10 / math.log(10)
+    allowed += bounds.gamma(4, unit) * abs(found)
+    assert abs(found - 10 * math.log10(signal / noise)) <= allowed

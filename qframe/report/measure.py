@@ -13,7 +13,6 @@ from qframe.contracts import Grid, QuantizedWeight
 from qframe.hessian import ROWS_AT_ONCE, energy, total
 from qframe.stored import StoredLayer
 
-AT_ONCE = 1 << 16  # weights in float64: they stay in the cache
 TOKENS = 512  # inputs that are quantized to see what that loses
 
 
@@ -75,13 +74,13 @@ class OutputErrors:
 def input_errors(
     stored: StoredLayer,
     original: torch.Tensor,
-    multiplied: torch.Tensor | None,
+    multiplied: torch.Tensor,
     x: torch.Tensor | None,
 ) -> dict[str, float | int | str]:
     """Return what quantizing the inputs of a layer does, for its report; {} where they are not.
 
     original     W, [rows, columns]
-    multiplied   what the layer multiplies with; not needed where its inputs are not quantized
+    multiplied   what the layer multiplies with
     x            some inputs, [tokens, columns]; None where there are none
 
     A dynamic scale that is one for all tokens, and a threshold, are those of this sample.
@@ -91,7 +90,7 @@ def input_errors(
         return found
     if stored.inputs.scale is not None:
         found["step"] = float(stored.inputs.scale)
-    if x is None or multiplied is None:
+    if x is None:
         return found
     z = x if stored.transform is None else stored.transform.move(x)
     change = stored.quantized(z) - z
@@ -108,9 +107,9 @@ def sqnr_db(weight: torch.Tensor, change: torch.Tensor) -> float:
 
     change   Q - W
     """
-    rows = max(1, AT_ONCE // max(weight.shape[1], 1))
+    strips = list(rounding.strips(*weight.shape))
     signal, noise = (
-        sum(total(part.double().square_()) for part in matrix.split(rows))
+        sum(total(matrix[part].double().square_()) for part in strips)
         for matrix in (weight, change)
     )
     if noise == 0:

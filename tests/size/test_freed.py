@@ -10,7 +10,9 @@ import numpy as np
 import psutil
 import pytest
 
-from qframe import freed
+from qframe import freed, model
+from qframe.model import build
+from qframe.weights import ModelFolder
 
 
 @pytest.fixture
@@ -64,9 +66,37 @@ print(private() - before)
 """
 
 
+def test_small_pieces_are_handed_back_while_a_network_is_built_and_no_longer(
+    tiny_llama, monkeypatch
+):
+    told = []
+
+    class Library:
+        def mallopt(self, what, value):
+            told.append(value)
+
+    make = model._meta  # of each parameter
+
+    def seen(parameter):
+        if told[-1:] != ["built"]:
+            told.append("built")
+        return make(parameter)
+
+    monkeypatch.setattr(freed, "_library", Library)
+    monkeypatch.setattr(model, "_meta", seen)
+    monkeypatch.setattr(freed, "_handing_back", False)
+    build(ModelFolder(tiny_llama))
+    freed.hand_back_large()
+    build(ModelFolder(tiny_llama))
+    assert told == ["built", freed.LARGE, freed.LARGE, freed.SMALL, "built", freed.LARGE]
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc tells of memory on Linux")
 def test_a_network_is_built_without_room_for_its_weights(tmp_path, wide, tiny_llama):
-    """Its parameters come and go, one by one; memory that is not used counts for a limit, too."""
+    """Its parameters come and go, one by one; memory that is not used counts for a limit, too.
+
+    Where holes are left, that was seen in every other process.
+    """
     folder, weights = wide(tmp_path / "wide")
     done = subprocess.run(
         [sys.executable, "-c", BUILD, str(tiny_llama), str(folder)],
