@@ -184,7 +184,8 @@ class _Group:
                 f"rank {rank} of {size} cannot reach the others: {_first_line(error)}"
             ) from error
         self._seen = {other: ("", time.monotonic()) for other in range(size) if other != rank}
-        self._looked = time.monotonic()
+        self._wrong: str | None = None  # who has failed or is gone, as far as the store tells
+        self._answered, self._silent_store = time.monotonic(), False
         self._beating = threading.Thread(target=self._beat, name="qframe-alive", daemon=True)
         self._beating.start()
 
@@ -205,8 +206,9 @@ class _Group:
 
     def fail(self, message: str) -> None:
         """Tell the others that this rank has failed."""
-        with suppress(RuntimeError):  # the store may be gone, and with it the launcher
-            self._say("failed", message)
+        if not self._silent_store:
+            with suppress(RuntimeError):  # the store may be gone, and with it the launcher
+                self._say("failed", message)
         self._end()
 
     def leave(self) -> None:
@@ -215,9 +217,12 @@ class _Group:
         self._end()
 
     def _end(self) -> None:
-        """End what was begun: threads that are left when the program ends would abort it."""
+        """End what was begun: threads that are left when the program ends would abort it.
+
+        One that waits for a store which does not answer cannot be ended.
+        """
         self._over.set()
-        self._beating.join()
+        self._beating.join(BEAT if self._silent_store else None)
         self._distributed().destroy_process_group(self._group)
 
     def _meet(self, place: str, length: int) -> list[int]:
@@ -241,11 +246,11 @@ class _Group:
 
     def _wait(self, place: str, begin: Any) -> None:
         """Do something together, and look after the others meanwhile."""
-        pause = 1e-4
+        pause, since = 1e-4, time.monotonic()
         try:
             work = begin()
             while not work.is_completed():
-                self._look(place)
+                self._look(place, since)
                 time.sleep(pause)
                 pause = min(2 * pause, 0.02)
             work.wait()
@@ -258,24 +263,34 @@ class _Group:
                 + (failed or f"another one is gone: {_first_line(error)}")
             ) from error
 
-    def _look(self, place: str) -> None:
-        """Raise RanksError where another rank has failed, or has not been heard of for long."""
+    def _look(self, place: str, since: float) -> None:
+        """Raise RanksError where another rank has failed, or has not been heard of for long.
+
+        since   when this rank began to wait: before, it may have been too busy to listen
+        """
+        wrong, quiet = self._wrong, time.monotonic() - max(self._answered, since)
+        if wrong is None and quiet > GONE:
+            self._silent_store = True
+            wrong = (
+                f"the store in which ranks say that they are alive has not answered for "
+                f"{quiet:.0f} s: who has it, the launcher or rank 0, is down or was stopped"
+            )
+        if wrong:
+            raise RanksError(f"{self._names[self.rank]} ends, at {place!r}: {wrong}")
+
+    def _gone(self) -> str | None:
+        """Return who has not been heard of for long; None where all have been."""
         now = time.monotonic()
-        if now - self._looked < BEAT / 2:
-            return
-        self._looked = now
-        wrong = self._failed()
         for rank, (last, since) in self._seen.items():
             said = self._ask("alive", rank)
             if said != last:
                 self._seen[rank] = said, now
             elif now - since > GONE:
-                wrong = wrong or (
+                return (
                     f"nothing was heard of {self._names[rank]} for {now - since:.0f} s: its "
                     f"machine or its network is down, or it was stopped"
                 )
-        if wrong:
-            raise RanksError(f"{self._names[self.rank]} ends, at {place!r}: {wrong}")
+        return None
 
     def _failed(self) -> str | None:
         """Return who has failed, and why; None where nobody has said so."""
@@ -286,13 +301,20 @@ class _Group:
         return None
 
     def _beat(self) -> None:
+        """Say that this rank is alive, and hear of the others, in a thread of its own.
+
+        A store may take for ever to answer, which must not keep those who wait.
+        """
         count = 0
         while not self._over.wait(BEAT):
             count += 1
             try:
                 self._say("alive", str(count))
-            except RuntimeError:
+                self._wrong = self._failed() or self._gone()
+            except RuntimeError as error:
+                self._wrong = f"another one is gone: {_first_line(error)}"
                 return
+            self._answered = time.monotonic()
 
     def _say(self, what: str, text: str) -> None:
         self._store.set(f"{what}/{self.rank}", text)

@@ -143,6 +143,22 @@ def test_one_that_is_killed_ends_the_run_and_another_number_goes_on(
     assert contents(tmp_path / "0") == alone("compensation")
 
 
+@pytest.mark.parametrize(
+    ("stopped", "told"),
+    [
+        (0, "the store in which ranks say that they are alive has not answered for"),
+        (1, "nothing was heard of rank 1 (process "),
+    ],
+)
+def test_one_that_is_stopped_ends_the_run_of_the_other(processes, stopped, told):
+    """The store is rank 0's where there is no launcher: then it does not answer either."""
+    run = {"recipe": RECIPES["rounding"], "stopped": [stopped, 2], "gone": 3.0, "until": 15}
+    codes, said = processes(2, [run])
+    other = 1 - stopped
+    assert (codes[stopped], codes[other]) == (-9, 0), said
+    assert told in said[other]
+
+
 def test_what_is_wrong_is_told_on_all_of_them_and_no_one_waits(processes, tmp_path):
     (tmp_path / "3").mkdir()
     (tmp_path / "3" / "in the way").touch()

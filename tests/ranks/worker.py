@@ -8,11 +8,13 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import qframe
+from qframe import ranks
 from qframe.errors import QframeError
 from qframe.parallel import default_threads
 from qframe.walk import Progress
@@ -36,9 +38,14 @@ def quantize(plan: dict[str, Any], run: dict[str, Any], out: Path, rank: int) ->
     def progress(done: Progress) -> None:
         if [rank, done.done] == run.get("killed"):
             os.kill(os.getpid(), signal.SIGKILL)
+        if [rank, done.done] == run.get("stopped"):
+            late = f"sleep {run['until']}; kill -9 {os.getpid()}"
+            subprocess.Popen(["/bin/sh", "-c", late], stderr=subprocess.DEVNULL)
+            os.kill(os.getpid(), signal.SIGSTOP)
         if [rank, done.done] == run.get("failed"):
             raise AnythingError("which it was")
 
+    ranks.GONE = run.get("gone", ranks.GONE)
     fields = dict(run["recipe"])
     if rank == 1:
         fields |= run.get("elsewhere", {})
