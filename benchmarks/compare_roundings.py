@@ -30,7 +30,7 @@ from qframe.comparison.identity import model_identity
 from qframe.comparison.store import digest
 from qframe.embedded import model_folder
 from qframe.evaluation import evaluate
-from qframe.manifest import sha256
+from qframe.fingerprints import sha256
 from qframe.stored_model import StoredModel
 from qframe.weights import ModelFolder
 

@@ -7,6 +7,7 @@ cut into pieces that do not depend on the number of threads.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeGuard, runtime_checkable
@@ -18,7 +19,7 @@ from qframe import bounds
 from qframe.contracts import QuantizedWeight, RoundingProblem
 from qframe.errors import CertificateError
 from qframe.hessian import Feedback, Float64, damped, processing_order, second_moments
-from qframe.pieces import Piece
+from qframe.pieces import Piece, highest_ratios_float32
 from qframe.scheme import Scheme
 from qframe.transforms import InputTransform
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 Place = tuple[int, ...]
 
 ROWS = 192  # rows at a time in products with a matrix of all columns
-_PIECE = 1 << 17  # weights at a time: what is made of them stays in the cache
+_PIECE = 500_000  # weights at a time: enough to be worth a call, few enough for the cache
 _NEAR = 1 - 2.0**-16  # of the largest upper limit: strips that are looked at right away
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "group_ranges",
     "processing_order",
     "second_moments",
+    "squared",
 ]
 
 
@@ -136,25 +138,31 @@ class Closest:
     def screened(
         cls,
         most: Float64,
-        judge: Callable[[npt.NDArray[np.bool_]], tuple[Float64, Float64]],
+        judge: Callable[[npt.NDArray[np.intp]], tuple[Float64, Float64]],
         width: int,
         first: int = 0,
     ) -> Closest:
         """Return the same as `of`, looking only at those strips of weights that may come closest.
 
         most    [rows] or [rows, strips]: no ratio in a strip is larger
-        judge   returns (error, allowed) of the strips that a mask like `most` chooses, each
-                [chosen, width]
+        judge   returns (error, allowed) of some strips, each [strips, width]; they are numbered
+                row by row
         width   of a strip
         first   the number of the first row
         """
+        per_row, at_once = most.size // max(len(most), 1), max(1, _PIECE // max(width, 1))
 
         def look(chosen: npt.NDArray[np.bool_]) -> Closest:
-            found = cls.of(*judge(chosen))
+            places = np.flatnonzero(chosen)
+            starts = range(0, len(places), at_once)
+            return cls.among(look_at(places[start : start + at_once]) for start in starts)
+
+        def look_at(places: npt.NDArray[np.intp]) -> Closest:
+            found = cls.of(*judge(places))
             if not found.place:
                 return found
-            (number, inside), per_row = found.place, most.size // len(most)
-            row, strip = divmod(int(np.flatnonzero(chosen)[number]), per_row)
+            number, inside = found.place
+            row, strip = divmod(int(places[number]), per_row)
             return replace(found, place=(first + row, strip * width + inside))
 
         if not most.size:
@@ -230,6 +238,29 @@ def check_certificates(layer: str, certificates: Sequence[Certificate]) -> None:
 
 
 @dataclass(frozen=True, slots=True)
+class Differences:
+    """What a layer's codes stand for minus its weights, in float32, summed up.
+
+    signal    the sum of the squares of the weights
+    noise     that of the differences; infinite or NaN where any of them is not finite
+    highest   [rows] or [rows, groups], what no error of the strip over half a step exceeds, as
+              `highest_ratios_float32` has it; infinite where it says nothing
+    """
+
+    signal: float
+    noise: float
+    highest: Float64
+
+
+def squared(numbers: torch.Tensor) -> float:
+    """Return the sum of the squares of float32 numbers, in float64."""
+    import torch
+
+    wide = numbers.reshape(-1).double()
+    return float(torch.dot(wide, wide))
+
+
+@dataclass(frozen=True, slots=True)
 class Evidence:
     """A layer before and after rounding, and what can be shared with layers of the same input.
 
@@ -291,20 +322,45 @@ class Evidence:
 
         return Closest.among(parallel.spread(work, self.cut(), self.threads))
 
-    def change(self) -> npt.NDArray[np.float32]:
-        """Return what codes stand for minus weights, [rows, columns], rounded to float32."""
+    def closest_group(
+        self, judge: Callable[[slice], tuple[Float64, Float64]], rows: int
+    ) -> Closest:
+        """Return where groups come closest to a bound, looking at some rows of them at a time.
+
+        judge   returns (error, allowed) of the groups of some rows, [rows, groups]
+        rows    of groups in all
+        """
+        height = max(1, _PIECE // max(self.quantized.scale.shape[1], 1))
+        cuts = (slice(top, min(top + height, rows)) for top in range(0, max(rows, 1), height))
+        return Closest.among(Closest.of(*judge(cut), first=cut.start) for cut in cuts)
+
+    def differences(self) -> Differences:
+        """Return what the codes stand for minus the weights, summed up in one pass over both."""
         from qframe import parallel
 
-        if "change" not in self._found:
-            found = np.empty(self.problem.weight.shape, np.float32)
+        if "differences" not in self._found:
+            parts = parallel.spread(self._differences_of, self.cut(), self.threads)
+            highest = [part.highest for part in parts]
+            self._found["differences"] = Differences(
+                signal=sum(part.signal for part in parts),
+                noise=sum(part.noise for part in parts),
+                highest=np.concatenate(highest),
+            )
+        found: Differences = self._found["differences"]
+        return found
 
-            def work(rows: slice) -> None:
-                found[rows] = self.piece(rows).change().reshape(found[rows].shape)
+    def _differences_of(self, rows: slice) -> Differences:
+        """Return the same of some rows."""
+        import torch
 
-            parallel.spread(work, self.cut(), self.threads)
-            self._found["change"] = found
-        change: npt.NDArray[np.float32] = self._found["change"]
-        return change
+        piece, grid = self.piece(rows), self.problem.grid
+        weight, values = torch.from_numpy(piece.weight), piece.values()
+        noise = squared(values - weight)
+        if grid.values is not None or not math.isfinite(noise):
+            highest = np.full(piece.weight.shape[:-1], np.inf)
+        else:
+            highest = highest_ratios_float32(values, piece, grid)
+        return Differences(squared(weight), noise, highest)
 
     def ranges(self) -> tuple[Float64, Float64]:
         """Return the smallest and largest weight of each group, [rows or 1, groups]."""

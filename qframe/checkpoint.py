@@ -29,12 +29,13 @@ from torch import nn
 from qframe.contracts import Kernel, LayerInfo, LayerOutline, Layout
 from qframe.dispatch import Dispatch
 from qframe.errors import OutputError, UnsupportedError, VerifyError
+from qframe.fingerprints import sha256
 from qframe.fused_norms import fuse_norms
 from qframe.host import Host
 from qframe.kernel_layer import on_kernels, without_kernels
 from qframe.kv_scheme import KVCacheScheme
 from qframe.layouts import OTHERS_SIDE_FILES, OWN, OwnLayout, refusal
-from qframe.manifest import MANIFEST, STATISTICS, own_hash, sha256
+from qframe.manifest import MANIFEST, STATISTICS, own_hash
 from qframe.model import replace_module, set_weight, stored_names
 from qframe.shards import Shards
 from qframe.stored import QuantizedLinear, StoredLayer

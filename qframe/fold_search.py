@@ -23,8 +23,8 @@ from torch import nn
 
 from qframe.calibration import Arrival, Lockstep
 from qframe.contracts import InputGroup
+from qframe.fingerprints import fingerprint
 from qframe.folds import Fold
-from qframe.manifest import fingerprint
 from qframe.model import Network, get_weight, set_weight
 
 # Exponents of the powers of two, channel after channel. Every channel is moved, none like its

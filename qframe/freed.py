@@ -19,6 +19,7 @@ from typing import Any
 import psutil
 
 LARGE = 1 << 20  # bytes that are handed back at once; smaller pieces are faster to use again
+LARGER = 1 << 22  # bytes, where nothing stays between pieces that come and go
 SMALL = 1 << 14  # bytes, where pieces are not used at all
 WORTH = 32 << 20  # bytes that a process has grown by when it is worth looking for garbage
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # of mallopt(3)
@@ -37,6 +38,24 @@ def hand_back_large() -> None:
         _library().mallopt(_MMAP_THRESHOLD, LARGE)
         _library().mallopt(_TRIM_THRESHOLD, LARGE)
         _handing_back = True
+
+
+@contextmanager
+def keep_more() -> Iterator[None]:
+    """Let the C library keep larger pieces meanwhile, where it was told which to hand back.
+
+    Only where all that is made of layer after layer is let go: among pieces that stay, such as
+    activations that wait, larger holes would be left.
+    """
+    if not _handing_back:
+        yield
+        return
+    _library().mallopt(_MMAP_THRESHOLD, LARGER)
+    _library().mallopt(_TRIM_THRESHOLD, LARGER)
+    try:
+        yield
+    finally:
+        hand_back_large()
 
 
 @contextmanager

@@ -11,8 +11,7 @@ import base64
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import numpy as np
@@ -31,31 +30,9 @@ from qframe.strict import Strict
 from qframe.weights import ModelFolder, read_json
 
 MANIFEST = "qframe.json"
-MANIFEST_VERSION = 6
+MANIFEST_VERSION = 7
 STATISTICS = "qframe_statistics"  # the stem of the files that --keep-statistics writes
 ORDER = "processing_order"  # after a layer's name: the order of its columns, in those files
-
-
-# Fingerprints ---------------------------------------------------------------------------------
-
-
-def sha256(file: Path) -> str:
-    """Return the sha256 of a file."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def fingerprint(tensor: torch.Tensor) -> str:
-    """Return the sha256 of a tensor's bytes, row by row and little-endian, as files have them."""
-    return fingerprint_of([tensor])
-
-
-def fingerprint_of(pieces: Iterable[torch.Tensor]) -> str:
-    """Return the same of a tensor that comes some of its rows at a time."""
-    found = hashlib.sha256()
-    for piece in pieces:
-        found.update(piece.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
 
 
 def own_hash(manifest: Mapping[str, Any]) -> str:
@@ -108,8 +85,9 @@ class LayerRecord(Strict):
     """One quantized layer as the manifest stores it.
 
     input_grid    the codes of activations, where they are quantized
-    source        sha256 of the weight that it was made of, [rows, columns] float32
-    rewritten     the same of what the outlier handlers made of that; None without any
+    source        sha256 of the weight that it was made of, as it was stored, in `source_dtype`
+    rewritten     that of what the outlier handlers made of it, [rows, columns] float32; None
+                  without any
     input_group   the first layer of those that read the same input; names the kept statistics
     folded        the norm, or the layer before it, that divides by the scale of that input; None
                   where nothing does
@@ -127,6 +105,7 @@ class LayerRecord(Strict):
     grid: GridRecord
     input_grid: GridRecord | None = None
     source: str
+    source_dtype: str
     rewritten: str | None = None
     input_group: str
     folded: str | None = None
@@ -159,6 +138,7 @@ def layer_record(report: LayerReport, layer: LayerOutline) -> dict[str, Any]:
         "grid": dataclasses.asdict(layer.grid),
         "input_grid": None if inputs is None else dataclasses.asdict(inputs),
         "source": report.source,
+        "source_dtype": report.source_dtype,
         "rewritten": report.rewritten,
         "input_group": report.input_group,
         "folded": report.folded,

@@ -10,9 +10,10 @@ from __future__ import annotations
 import re
 import threading
 from collections import Counter
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from weakref import WeakValueDictionary
 
@@ -21,8 +22,9 @@ from torch import nn
 
 from qframe.contracts import LayerInfo
 from qframe.errors import ModelError, NonFiniteError
+from qframe.fingerprints import Origin, fingerprint
 from qframe.freed import hand_back_small
-from qframe.weights import ModelFolder, check_finite
+from qframe.weights import DTYPE_NAMES, DTYPES, ModelFolder, check_finite
 
 SIZES = re.compile(
     r"(size|width|dim|embd|inner|ctx|positions|embeddings|heads?|layers?|blocks|experts|depth)$"
@@ -189,6 +191,8 @@ class Network:
         """Return a parameter from the folder as float32."""
         if self.folder is None:
             raise ModelError("this network lives in memory and has no folder to read from")
+        if name not in self._cast:
+            return self.folder.read_float32(name)
         return self.carried(name, self.folder.read(name)).to(torch.float32)
 
     def weight(self, layer: str) -> torch.Tensor:
@@ -205,6 +209,22 @@ class Network:
         if self.folder is None:
             check_finite(weight, f"weight of layer {layer!r}")
         return weight.to(torch.float32).contiguous()
+
+    def origin(self, layer: str) -> Callable[[], Origin]:
+        """Return what tells how the weight of a layer is stored, whatever becomes of the module."""
+        name = self._stored[f"{layer}.weight".lstrip(".")]
+        if self.folder is not None:
+            return partial(_of_folder, self.folder, name)
+        return partial(_of_tensor, get_parameter(self.module.get_submodule(layer)).detach())
+
+    def is_made_of(self, layer: str, origin: Origin) -> bool:
+        """Return whether the weight of a layer is one that was stored, now or in another dtype."""
+        dtype = DTYPES.get(origin.dtype)
+        if self.origin(layer)() == origin or dtype is None:
+            return dtype is not None
+        weight = self.own(f"{layer}.weight".lstrip("."))
+        there = weight.to(dtype)
+        return torch.equal(there.to(weight.dtype), weight) and fingerprint(there) == origin.sha256
 
     def stored_name(self, parameter: str) -> str:
         """Return the name under which a parameter lies in the files."""
@@ -238,6 +258,14 @@ class Network:
         if self.folder is not None:
             return self.carried(name, self.folder.read(name))
         return self.carried(name, self.module.get_parameter(parameter).detach())
+
+
+def _of_folder(folder: ModelFolder, name: str) -> Origin:
+    return Origin(folder.tensors[name].dtype, folder.fingerprint(name))
+
+
+def _of_tensor(tensor: torch.Tensor) -> Origin:
+    return Origin(DTYPE_NAMES[tensor.dtype], fingerprint(tensor))
 
 
 def stored_names(module: nn.Module, stored: Container[str]) -> dict[str, str]:

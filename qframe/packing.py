@@ -13,9 +13,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from qframe import rounding, scales
+from qframe import pages, parallel, rounding, scales
 from qframe.contracts import Grid, QuantizedWeight
 from qframe.errors import PluginError, QframeError, WeightsError
 from qframe.scheme import Scheme
@@ -37,40 +38,88 @@ def pack_codes(codes: torch.Tensor, num_bits: int, lowest: int = 0) -> torch.Ten
             raise ValueError(
                 f"codes of {num_bits} bits lie in [0, {(1 << num_bits) - 1}], got [{least}, {most}]"
             )
-    words = np.empty((rows, -(-columns * num_bits // 32)), np.int32)
-    for part in rounding.strips(rows, columns):
+    words = torch.empty((rows, -(-columns * num_bits // 32)), dtype=torch.int32)
+
+    def work(part: slice) -> None:
         lanes = np.zeros((part.stop - part.start, -(-columns // 32) * 32), np.uint8)
         own = lanes[:, :columns]
         np.subtract(codes[part].numpy(), lowest, out=own, dtype=np.int16, casting="unsafe")
-        x = lanes.view("<u8")
-        for mask, used, gap in _folds(num_bits):
-            x = (x & mask) | (x >> gap & mask << used)
-        stream = np.ascontiguousarray(x.view(np.uint8).reshape(*x.shape, 8)[:, :, :num_bits])
-        stored = stream.reshape(len(x), -1).view("<i4")
+        stored = torch.from_numpy(_joined(lanes, num_bits).view("<i4"))
         words[part] = stored[:, : words.shape[1]]
-    return torch.from_numpy(words)
+
+    parallel.each(work, rounding.strips(rows, columns))
+    return words
 
 
-def unpack_codes(words: torch.Tensor, num_bits: int, columns: int) -> torch.Tensor:
-    """Return the codes that `pack_codes` packed, [rows, columns] uint8.
+def unpack_codes(
+    words: torch.Tensor,
+    num_bits: int,
+    columns: int,
+    lowest: int = 0,
+    dtype: torch.dtype = torch.uint8,
+) -> torch.Tensor:
+    """Return the codes that `pack_codes` packed, [rows, columns].
 
-    words   [rows, ceil(columns * num_bits / 32)] int32
+    words    [rows, ceil(columns * num_bits / 32)] int32
+    lowest   what is stored as 0
+    dtype    of what is returned, which must hold them
 
     >>> unpack_codes(torch.tensor([[0x76543210]], dtype=torch.int32), 4, 8).tolist()
     [[0, 1, 2, 3, 4, 5, 6, 7]]
     """
     rows = len(words)
-    codes = np.empty((rows, columns), np.uint8)
-    for part in rounding.strips(rows, columns):
+    codes = pages.empty((rows, columns), dtype)
+
+    def work(part: slice) -> None:
         stored = np.zeros((part.stop - part.start, -(-columns // 32) * num_bits), "<i4")
         stored[:, : words.shape[1]] = words[part].numpy()
-        lanes = np.zeros((len(stored), -(-columns // 32) * 4, 8), np.uint8)
-        lanes[:, :, :num_bits] = stored.view(np.uint8).reshape(*lanes.shape[:2], num_bits)
+        own = codes[part].copy_(
+            torch.from_numpy(_split(stored.view(np.uint8), num_bits)[:, :columns])
+        )
+        if lowest:
+            own += lowest
+
+    parallel.each(work, rounding.strips(rows, columns))
+    return codes
+
+
+def _joined(lanes: npt.NDArray[np.uint8], num_bits: int) -> npt.NDArray[np.uint8]:
+    """Return the bytes of codes in a row, lowest bits first, given a byte with each.
+
+    lanes   [rows, a multiple of 32]
+    """
+    if 8 % num_bits:
+        x = lanes.view("<u8")
+        for mask, used, gap in _folds(num_bits):
+            x = (x & mask) | (x >> gap & mask << used)
+        stream = np.ascontiguousarray(x.view(np.uint8).reshape(*x.shape, 8)[:, :, :num_bits])
+        return stream.reshape(len(x), -1)
+    for used in _doublings(num_bits):  # pairs of bytes become one
+        pairs = lanes.view("<u2")
+        lanes = (pairs | pairs >> (8 - used)).astype(np.uint8)
+    return lanes
+
+
+def _split(stream: npt.NDArray[np.uint8], num_bits: int) -> npt.NDArray[np.uint8]:
+    """Return a byte with each code; the same the other way round."""
+    if 8 % num_bits:
+        lanes = np.zeros((len(stream), stream.shape[1] // num_bits, 8), np.uint8)
+        lanes[:, :, :num_bits] = stream.reshape(*lanes.shape[:2], num_bits)
         x = lanes.view("<u8")[:, :, 0]
         for mask, used, gap in reversed(_folds(num_bits)):
             x = (x & mask) | (x & mask << used) << gap
-        codes[part] = x.view(np.uint8)[:, :columns]
-    return torch.from_numpy(codes)
+        return x.view(np.uint8)
+    for used in reversed(_doublings(num_bits)):
+        pairs = stream.astype("<u2")
+        pairs |= pairs << (8 - used)
+        pairs &= 0x0101 * ((1 << used) - 1)
+        stream = pairs.view(np.uint8)
+    return stream
+
+
+def _doublings(num_bits: int) -> list[int]:
+    """Return how many bits of each byte are used, before each step that joins two to one."""
+    return [used for used in (1, 2, 4) if used >= num_bits]
 
 
 def _folds(num_bits: int) -> list[tuple[int, int, int]]:
@@ -163,12 +212,11 @@ class PackedWeight:
     def unpack(self) -> QuantizedWeight:
         """Return what was packed, but for `order`, `info` and `events`."""
         bits, groups = self.scheme.num_bits, self.scale.shape[1]
-        codes = unpack_codes(self.words, bits, self.columns).to(torch.int16).add_(self.grid.qmin)
+        codes = unpack_codes(self.words, bits, self.columns, self.grid.qmin, torch.int16)
         if self.zero_point is None:
             zero_point = torch.zeros(self.scale.shape, dtype=torch.int16)
         else:
-            stored = unpack_codes(self.zero_point, bits, groups)
-            zero_point = stored.to(torch.int16) + self.grid.qmin
+            zero_point = unpack_codes(self.zero_point, bits, groups, self.grid.qmin, torch.int16)
         index = self.group_index
         if index is None:
             index = rounding.group_index(self.columns, self.scheme)

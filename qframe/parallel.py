@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
 
+RUN = 4  # pieces that are handed over at a time
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -48,6 +49,35 @@ def one_torch_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+_here = threading.local()
+
+
+@contextmanager
+def sharing(threads: int) -> Iterator[None]:
+    """Let `each` share the work of this thread with so many threads."""
+    before = getattr(_here, "threads", 1)
+    _here.threads = threads
+    try:
+        yield
+    finally:
+        _here.threads = before
+
+
+def each(work: Callable[[T], object], pieces: Iterable[T]) -> None:
+    """Do some work for every piece, on as many threads as this thread shares its work with.
+
+    Pieces come in runs, as some of them are too small to be handed over one by one.
+    """
+    every = list(pieces)
+    runs = [every[first : first + RUN] for first in range(0, len(every), RUN)]
+
+    def one(run: Sequence[T]) -> None:
+        for piece in run:
+            work(piece)
+
+    spread(one, runs, getattr(_here, "threads", 1))
 
 
 _pools: dict[int, ThreadPoolExecutor] = {}  # threads -> a pool of so many, kept for the next call

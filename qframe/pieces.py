@@ -7,6 +7,7 @@ most, so that the exact bound is worked out only for the few groups that may com
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -54,17 +55,25 @@ class Piece:
         found -= self.weight
         return found
 
-    def change(self) -> npt.NDArray[np.float32]:
-        """Return the same in float32, which is twice as fast and rounds."""
+    def values(self) -> torch.Tensor:
+        """Return what the codes stand for in float32, rounded once where it is no float32."""
         import torch
 
         values = self._steps().float()
         if self.zero_point.any():
             values -= torch.from_numpy(self.zero_point).float()
-        values *= torch.from_numpy(self.scale).float()
-        values -= torch.from_numpy(self.weight)
-        found: npt.NDArray[np.float32] = values.numpy()
-        return found
+        return values.mul_(torch.from_numpy(self.scale).float())
+
+    def within(self, grid: Grid) -> torch.Tensor:
+        """Return the weights in float32, those beyond the ends of the grid being moved there.
+
+        The ends are the values that the outermost codes have in `values`.
+        """
+        import torch
+
+        scale, zero = (torch.from_numpy(each).float() for each in (self.scale, self.zero_point))
+        lowest, highest = (scale * (end - zero) for end in (grid.qmin, grid.qmax))
+        return torch.minimum(torch.from_numpy(self.weight), highest).maximum(lowest)
 
     def _steps(self) -> torch.Tensor:
         """Return what codes stand for at scale 1, before zero points; the caller may change it."""
@@ -76,40 +85,53 @@ class Piece:
         values = torch.tensor(self.grid.values, dtype=torch.float64)
         return values[(codes - self.grid.qmin).int()]
 
-    def strips(self, chosen: npt.NDArray[np.bool_]) -> Piece:
+    def strips(self, places: npt.NDArray[np.intp]) -> Piece:
         """Return some rows, or groups of rows, as rows of their own.
 
-        chosen   [rows], or like the arrays but for the columns
+        places   their numbers, row by row
         """
-        shape, places = self.weight.shape, np.flatnonzero(chosen)
-        wide = shape if chosen.ndim == 1 else (*shape[:-1], self.scale.shape[-1])
+        shape = self.weight.shape[:-1]
+        at = np.unravel_index(places, shape)
 
-        def pick(values: npt.NDArray[Any], shape: tuple[int, ...]) -> npt.NDArray[Any]:
-            return np.broadcast_to(values, shape).reshape(chosen.size, -1)[places]
+        def pick(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+            return np.asarray(np.broadcast_to(values, (*shape, values.shape[-1]))[at])
 
         return Piece(
-            pick(self.weight, shape),
-            pick(self.codes, shape),
-            pick(self.scale, wide),
-            pick(self.zero_point, wide),
+            pick(self.weight),
+            pick(self.codes),
+            pick(self.scale),
+            pick(self.zero_point),
             self.grid,
         )
 
+    def whole_rows(self) -> Piece:
+        """Return the same with arrays [rows, columns], whatever the groups."""
+        shape = self.weight.shape
 
-def highest_ratios_float32(change: npt.NDArray[np.float32], piece: Piece, grid: Grid) -> Float64:
+        def flat(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+            return np.broadcast_to(values, shape).reshape(shape[0], math.prod(shape[1:]))
+
+        return Piece(
+            flat(self.weight), flat(self.codes), flat(self.scale), flat(self.zero_point), self.grid
+        )
+
+
+def highest_ratios_float32(values: torch.Tensor, piece: Piece, grid: Grid) -> Float64:
     """Return for every strip of weights what no ratio of `bounds.nearest` in it exceeds, [...].
 
-    change   `Piece.change`: the values of codes, less than qmax - qmin steps, are rounded once,
-             and so are their differences from the weights
+    values   `Piece.values`, which it may change: those of codes, less than qmax - qmin steps, are
+             rounded once, and so are their differences from the weights
     """
     unit = bounds.UNIT["float32"]
-    most = _half_steps(change, piece.scale)
-    over = ~(most <= 1)  # perhaps the range of the codes excuses it
+    # A weight beyond an end is excused where it has the end's code, and with any other code it is
+    # too far away from the end as well: half a step and more.
+    most = _half_steps(values.sub_(piece.within(grid)).numpy(), piece.scale)
+    over = ~(most <= 1)  # what was moved says too little there
     # In half steps: two units of each step for the value, and less for a difference of at most one.
     most += 4 * unit * (grid.qmax - grid.qmin)
     if over.any():
-        part = piece.strips(over)
-        most[over] = _unexcused(part.delta(), part.codes, part.scale, grid)
+        part = piece.strips(np.flatnonzero(over))
+        most[over] = _highest(part.delta(), part.codes, part.scale, grid)
     return most
 
 
@@ -121,12 +143,7 @@ def highest_ratios(
     delta, codes   [..., width]
     scale          [..., 1 or width]
     """
-    most = _half_steps(delta, scale)
-    over = ~(most <= 1)
-    if over.any():
-        own = np.broadcast_to(scale, (*most.shape, scale.shape[-1]))[over]
-        most[over] = _unexcused(delta[over], codes[over], own, grid)
-    return most
+    return _half_steps(np.where(bounds.beyond_ends(delta, codes, grid), 0.0, delta), scale)
 
 
 def _half_steps(delta: npt.NDArray[Any], scale: Float64) -> Float64:
@@ -143,7 +160,7 @@ def _half_steps(delta: npt.NDArray[Any], scale: Float64) -> Float64:
         return np.asarray(largest / (scale[..., 0] / 2))
 
 
-def _unexcused(delta: Float64, codes: npt.NDArray[np.int16], scale: Float64, grid: Grid) -> Float64:
+def _highest(delta: Float64, codes: npt.NDArray[np.int16], scale: Float64, grid: Grid) -> Float64:
     """Return the largest ratio of each strip when half a step is allowed, but for the ends."""
     error, allowed = bounds.nearest(delta, codes, scale, grid)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):

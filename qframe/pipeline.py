@@ -28,12 +28,13 @@ from qframe.candidates import Candidates, candidates_of
 from qframe.checkpoint import CheckpointWriter, check_output
 from qframe.contracts import Event, LayerOutline, Layout
 from qframe.errors import CalibrationError, FallbackError, RecipeError, UnsupportedError
+from qframe.fingerprints import sha256
 from qframe.freed import hand_back_large, tidy_up
 from qframe.host import Host
 from qframe.kept_blocks import Ledger
 from qframe.kept_decision import as_decision, plain_decision
 from qframe.layouts import OwnLayout, choose
-from qframe.manifest import MANIFEST, sha256
+from qframe.manifest import MANIFEST
 from qframe.memory import calibrates
 from qframe.mixed import decide
 from qframe.model import Network, left_weights
@@ -300,7 +301,8 @@ class _Run:
         ledger = Ledger(kept, outlines, self._ranks)
         way = Walk(job.network, job.plan, outlines, solver, writer, self._progress, ledger)
         tidy_up()
-        with memory_named(solver.where), parallel.one_torch_thread(), solver:
+        one, several = parallel.one_torch_thread(), parallel.sharing(self._threads)
+        with memory_named(solver.where), one, several, solver, way:
             if data is None:
                 way.without_data()
             else:

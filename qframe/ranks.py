@@ -213,8 +213,10 @@ class _Group:
 
     def leave(self) -> None:
         """End what was begun, when all ranks are here."""
-        self._meet("the end", 0)
-        self._end()
+        try:
+            self._meet("the end", 0)
+        finally:
+            self._end()
 
     def _end(self) -> None:
         """End what was begun: threads that are left when the program ends would abort it.

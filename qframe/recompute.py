@@ -20,10 +20,11 @@ from qframe.contracts import Event, QuantizedWeight, RoundingProblem
 from qframe.dividers import Dividers
 from qframe.errors import QframeError, UncalibratedLayerError
 from qframe.fallbacks import FALLBACK, HOST_EVENTS, OVERFIT, claims_about
+from qframe.fingerprints import Origin, fingerprint
 from qframe.hessian import MISMATCH, SECOND_MOMENTS
 from qframe.host import Host
 from qframe.layouts import layout_named
-from qframe.manifest import ORDER, Manifest, fingerprint
+from qframe.manifest import ORDER, Manifest
 from qframe.model import Network
 from qframe.recipe import Method, parse_method
 from qframe.transforms import InputTransform
@@ -81,7 +82,7 @@ def _other_source(network: Network, name: str, layer: FoundLayer) -> str:
         return f"{name}.weight"
     weight = network.weight(name)
     same = tuple(weight.shape) == (layer.record.rows, layer.record.columns)
-    if same and fingerprint(weight) == layer.record.source:
+    if same and network.is_made_of(name, Origin(layer.record.source_dtype, layer.record.source)):
         return ""
     return network.stored_name(f"{name}.weight".lstrip("."))
 

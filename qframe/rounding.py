@@ -18,7 +18,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from qframe import scales
+from qframe import pages, parallel, scales
 from qframe.contracts import Grid, QuantizedWeight, RoundingProblem
 from qframe.errors import NonFiniteError, UnsupportedError
 from qframe.scales import round_down, round_up, smallest_positive
@@ -42,7 +42,7 @@ __all__ = [
     "to_nearest",
 ]
 
-_STRIP = 1 << 16  # weights of a strip
+_STRIP = 1 << 18  # weights of a strip
 SHRINKS = tuple(1 - k / 100 for k in range(80))  # candidates of the mse scale search
 
 
@@ -138,7 +138,7 @@ def fit_scales(
     Raises NonFiniteError when a scale does not fit its storage dtype.
     """
     grouped = _grouped(weight, scheme)
-    lo, hi = grouped.amin(-1), grouped.amax(-1)
+    lo, hi = _ends(grouped)
     whole = tensor_scale(weight, scheme, grid)
     scale, zero = scale_of_range(lo, hi, scheme, grid, whole)
     if scheme.observer == "mse":
@@ -152,6 +152,19 @@ def fit_scales(
             zero = torch.where(better, trial_zero, zero)
     check_scales(scale, scheme, name)
     return scale, zero.to(torch.int16)
+
+
+def _ends(grouped: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the smallest and largest weight of each group, [rows, groups]."""
+    rows, groups, width = grouped.shape
+    lowest, highest = grouped.new_empty(rows, groups), grouped.new_empty(rows, groups)
+
+    def work(part: slice) -> None:
+        torch.amin(grouped[part], -1, out=lowest[part])
+        torch.amax(grouped[part], -1, out=highest[part])
+
+    parallel.each(work, strips(rows, groups * width))
+    return lowest, highest
 
 
 def check_scales(scale: torch.Tensor, scheme: Scheme, name: str) -> None:
@@ -214,9 +227,10 @@ def encode(
     On a grid with values it is the code of the value nearest to w / scale, rounded to float32; of
     two that are as near, the even one.
     """
-    found = torch.empty(weight.shape, dtype=torch.int16)
+    found = pages.empty(weight.shape, torch.int16)
     width = _even_width(index, scale.shape[1])
-    for part in strips(*weight.shape):
+
+    def work(part: slice) -> None:
         own_scale, own_zero = (_of_strip(each, part, width, index) for each in (scale, zero_point))
         shape = (-1, *own_scale.shape[1:2], width) if width else weight[part].shape
         quotient = weight[part].reshape(shape) / own_scale
@@ -225,6 +239,8 @@ def encode(
         else:
             codes = _nearest_place(quotient, grid).add_(grid.qmin)
         found[part].view(shape).copy_(codes)
+
+    parallel.each(work, strips(*weight.shape))
     return found
 
 

@@ -9,8 +9,8 @@ import torch
 
 from qframe import parallel
 from qframe.comparison.identity import environment, model_identity, plugin_identity
+from qframe.fingerprints import fingerprint
 from qframe.fold_search import digest
-from qframe.manifest import fingerprint
 
 if TYPE_CHECKING:
     from qframe.calibration import CalibrationData

@@ -11,7 +11,7 @@ import logging
 import time
 import zlib
 from collections import deque
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Self
@@ -34,6 +34,7 @@ from qframe.errors import (
     UncalibratedLayerError,
 )
 from qframe.fallbacks import FALLBACK, OVERFIT, Fallbacks, energies, massive_token
+from qframe.fingerprints import Origin
 from qframe.folds import Divider, Folded
 from qframe.freed import hand_back
 from qframe.grids import grid_of, input_grid_of
@@ -136,6 +137,7 @@ class Solver:
         self,
         group: InputGroup,
         weights: Mapping[str, torch.Tensor],
+        origins: Mapping[str, Callable[[], Origin]],
         schemes: Mapping[str, Scheme],
         inputs: GroupInputs,
         divider: Divider | None = None,
@@ -144,13 +146,18 @@ class Solver:
         """Quantize the layers of a group; `wait_for` their reports, which `settle` completes.
 
         weights   layer name -> [rows, columns] float32
+        origins   layer name -> what tells how that was stored
         inputs    empty for a data-free run
         divider   what takes up a scale of the input; None for nothing
         others    layers that are other ranks'
         """
-        # What verdicts hold is let go before more comes; without inputs rounding goes on meanwhile.
-        self._court.catch_up(0 if inputs.fitted.lengths else 1)
-        hand_back()
+        # What verdicts hold is let go before more comes; without inputs rounding goes on meanwhile,
+        # and takes up what they leave.
+        if inputs.fitted.lengths:
+            self._court.catch_up(0)
+            hand_back()
+        else:
+            self._court.catch_up(1)
         clock = time.perf_counter()
         self.where.at(group.name, "taking statistics of its inputs")
         beside = inputs.pairs()
@@ -265,7 +272,7 @@ class Solver:
                 },
             )
             evidence = Evidence(problem, rounded, shared)
-            judged = Judged(evidence, original, made, running, errors, report)
+            judged = Judged(evidence, original, origins[layer.name], made, running, errors, report)
             self._court.hear(partial(self._judge, judged))
             if kept and quantized.order is not None:
                 orders[f"{layer.name}.{ORDER}"] = quantized.order.to(torch.int32)

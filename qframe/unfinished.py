@@ -29,8 +29,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from qframe.errors import NonFiniteError, QframeError, UnfinishedError
+from qframe.fingerprints import sha256
 from qframe.locks import locked_folder
-from qframe.manifest import MANIFEST, sha256
+from qframe.manifest import MANIFEST
 from qframe.writing import put_in_place, written
 
 State = Literal["new", "resume", "restart", "none"]

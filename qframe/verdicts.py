@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from qframe import rounding
-from qframe.certificates import Certificate, Evidence, check_certificates, function_preserved
+from qframe.certificates import (
+    Certificate,
+    Evidence,
+    check_certificates,
+    function_preserved,
+    squared,
+)
 from qframe.contracts import Event
 from qframe.fallbacks import claims_about
-from qframe.manifest import fingerprint
+from qframe.fingerprints import Origin, fingerprint
 from qframe.recipe import Method, Recipe
 from qframe.report.layers import LayerReport
 from qframe.report.measure import OutputErrors, clipped_share, sqnr_db
@@ -24,11 +32,13 @@ from qframe.weights import check_finite
 class Judged:
     """What is needed to complete a layer's report.
 
-    made   what takes the place of the original weight, where it is at hand
+    origin   tells what the original weight was, as it was stored
+    made     what takes the place of it, where it is at hand
     """
 
     evidence: Evidence
     original: torch.Tensor
+    origin: Callable[[], Origin]
     made: torch.Tensor | None
     running: StoredLayer
     errors: OutputErrors
@@ -47,15 +57,15 @@ def verdict(judged: Judged, recipe: Recipe, method: Method) -> list[Event]:
     clock = time.perf_counter()
     report, problem = judged.report, judged.evidence.problem
     original = judged.original
-    report.source = fingerprint(original)
+    origin = judged.origin()
+    report.source, report.source_dtype = origin.sha256, origin.dtype
     if judged.running.transform is not None:
         report.rewritten = fingerprint(problem.weight)
-    if judged.running.transform is None:
-        change = torch.from_numpy(judged.evidence.change())
-    else:
+    signal, noise = _energies(judged)
+    if not math.isfinite(noise):
         change = judged.effective() - original
-    check_finite(change, f"layer {problem.name!r}: the quantized weight less the original")
-    report.sqnr_db = sqnr_db(original, change)
+        check_finite(change, f"layer {problem.name!r}: the quantized weight less the original")
+    report.sqnr_db = sqnr_db(signal, noise)
     low, high = (torch.from_numpy(ends).float() for ends in judged.evidence.ranges())
     report.clipped = clipped_share(
         problem.weight, judged.evidence.quantized, problem.grid, (low, high)
@@ -73,6 +83,17 @@ def verdict(judged: Judged, recipe: Recipe, method: Method) -> list[Event]:
     report.certificates, events = _certify(judged, recipe, method)
     report.seconds["certify"] = time.perf_counter() - clock
     return events
+
+
+def _energies(judged: Judged) -> tuple[float, float]:
+    """Return the sums of the squares of the original weights, and of what became of them less."""
+    if judged.running.transform is None:
+        found = judged.evidence.differences()
+        return found.signal, found.noise
+    original, made = judged.original, judged.effective()
+    strips = list(rounding.strips(*original.shape))
+    signal = sum(squared(original[part]) for part in strips)
+    return signal, sum(squared(made[part] - original[part]) for part in strips)
 
 
 def _certify(

@@ -20,6 +20,7 @@ from torch import nn
 from qframe import parallel
 from qframe.certificates import Certificate
 from qframe.errors import CertificateError, QframeError, VerifyError
+from qframe.fingerprints import fingerprint_of, sha256
 from qframe.host import Host
 from qframe.manifest import (
     MANIFEST,
@@ -27,9 +28,7 @@ from qframe.manifest import (
     LayerRecord,
     Manifest,
     TensorRecord,
-    fingerprint_of,
     parse_manifest,
-    sha256,
 )
 from qframe.report.layers import words_for_infinities
 from qframe.stored import StoredLayer

@@ -14,11 +14,12 @@ from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby, islice
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
 
+from qframe.behind import Behind
 from qframe.calibration import Arrival, CalibrationData, Lockstep, Stop, layer_input
 from qframe.checkpoint import CheckpointWriter
 from qframe.contracts import Event, InputGroup, LayerOutline
@@ -26,12 +27,13 @@ from qframe.errors import ModelError
 from qframe.feeders import Feeder
 from qframe.fold_search import UNSEEN, Source
 from qframe.folds import Divider, Division, Folded
-from qframe.freed import hand_back
+from qframe.freed import hand_back, keep_more
 from qframe.grouping import Groups
 from qframe.inputs import GroupInputs, Split, Waiting
 from qframe.kept_blocks import DoneBlock, DoneGroup, Ledger
 from qframe.model import Network, replace_module, set_weight
 from qframe.original import OriginalPass, check_pairs
+from qframe.pages import kept_pages
 from qframe.parts import PARTS
 from qframe.ranks import shares
 from qframe.recipe import Plan
@@ -64,8 +66,20 @@ class _Left:
     seconds: float
 
 
+@dataclass(frozen=True, slots=True)
+class _Written:
+    """What there is to tell of a block once it is written."""
+
+    block: str
+    layers: Sequence[str]
+    seconds: float
+
+
 class Walk:
-    """Takes every layer of the plan through the solver, and hands the results to the writer."""
+    """Takes every layer of the plan through the solver, and hands the results to the writer.
+
+    Use as a context manager: what is being written has to end before the folder goes.
+    """
 
     def __init__(
         self,
@@ -91,6 +105,8 @@ class Walk:
         self._blocks_written: set[str] = set()
         self._block: str | None = None
         self._left: _Left | None = None
+        self._behind = Behind(solver.threads)
+        self._being_written: _Written | None = None
         self._dtype = torch.float32
         self._spills: tuple[Spill | None, Spill | None] = (None, None)
         self._shown = False  # whether the network runs
@@ -105,11 +121,18 @@ class Walk:
         self._expected: dict[str, dict[int, torch.Tensor]] = {}
         self._before: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._behind.__exit__(*error)
+
     def without_data(self) -> None:
         """Quantize every layer on its weights alone: ranks do one each at a time."""
-        for block, layers in groupby(self._plan.schemes, self._network.block_of):
-            while batch := list(islice(layers, self._ranks.size)):
-                self._quantize_alone(block, batch)
+        with kept_pages(), keep_more():
+            for block, layers in groupby(self._plan.schemes, self._network.block_of):
+                while batch := list(islice(layers, self._ranks.size)):
+                    self._quantize_alone(block, batch)
         self._finish()
 
     def with_data(
@@ -270,6 +293,8 @@ class Walk:
         inputs   of all of them: of several groups there are none
         owners   layer -> the rank that quantizes it
         """
+        if self._behind.idle:
+            self._await_written()
         known = [self._ledger.group(group) for group in groups]
         anew = [group for group, found in zip(groups, known, strict=True) if found is None]
         made: Iterator[DoneGroup] = iter(())
@@ -324,7 +349,7 @@ class Walk:
         """Quantize those layers of a group that are not other ranks'."""
         events = self._solver.events
         before = len(events)
-        weights = {}
+        weights, origins = {}, {}
         for layer in group.layers:
             if self._network.is_tied(layer.name):
                 events.append(
@@ -335,9 +360,12 @@ class Walk:
                     )
                 )
             weights[layer.name] = self._network.weight(layer.name)
+            origins[layer.name] = self._network.origin(layer.name)
         divider = self._divider(group.name)
         given = None if isinstance(divider, str) else divider
-        solved = self._solver.solve(group, weights, self._plan.schemes, inputs, given, others)
+        solved = self._solver.solve(
+            group, weights, origins, self._plan.schemes, inputs, given, others
+        )
         done = DoneGroup(
             layers=solved.layers,
             statistics=solved.statistics,
@@ -441,6 +469,7 @@ class Walk:
             self._keep_left()
         else:  # its codes need not wait
             self._write_left()
+            hand_back()
 
     def _write_left(self, still_waiting: int = 0) -> None:
         """Write the layers of the block that was left last; those of later ones are waiting."""
@@ -448,10 +477,20 @@ class Walk:
         left, self._left = self._left, None
         if left is None:
             return
-        self._ledger.keep(left.done, judged)
+        work: list[Callable[[], None]] = [partial(self._ledger.keep, left.done, judged)]
         for name, solved in left.layers.items():
-            self._write_layer(name, solved)
-        self._write_divided(left.divided)
+            work += self._write_layer(name, solved)
+        work += self._write_divided(left.divided)
+        self._await_written()
+        self._behind.do(partial(_one_by_one, work))
+        self._being_written = _Written(left.block, list(left.layers), left.seconds)
+
+    def _await_written(self) -> None:
+        """Wait for the block that is being written, and tell that it is done."""
+        self._behind.wait()
+        left, self._being_written = self._being_written, None
+        if left is None:
+            return
         self._blocks_written.add(left.block)
         if self._progress is not None and left.layers:
             self._progress(
@@ -469,13 +508,16 @@ class Walk:
         if self._left is not None:
             judged = self._solver.judged(len(self._left.layers))
             if judged is not None:
-                self._ledger.keep(self._left.done, judged)
+                self._await_written()
+                self._behind.do(partial(self._ledger.keep, self._left.done, judged))
 
-    def _write_layer(self, name: str, solved: Solved) -> None:
+    def _write_layer(self, name: str, solved: Solved) -> list[Callable[[], None]]:
+        """Let go of a layer; return what is to be done to write it."""
         self._before.pop(name, None)  # or the layer would be held until the end
         prefix = f"{name}." if name else ""
+        work: list[Callable[[], None]] = []
         if self._writer is not None:
-            self._writer.add_layer(self._outlines[name], solved.stored)
+            work.append(partial(self._writer.add_layer, self._outlines[name], solved.stored))
         if not self._network.is_tied(name):  # else the other user still needs it
             self._written.add(self._network.stored_name(f"{prefix}weight"))
         if self._network.folder is None:
@@ -485,15 +527,17 @@ class Walk:
             self._network.module = replace_module(self._network.module, name, new)
             if solved.stored is not solved.running:
                 self._at_last[name] = solved.stored
+        return work
 
-    def _write_divided(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Write parameters of what divides; a module in memory gets them in the end."""
+    def _write_divided(self, tensors: Mapping[str, torch.Tensor]) -> list[Callable[[], None]]:
+        """Return the same for parameters of what divides; a module in memory gets them last."""
         if self._network.folder is None:
             self._divided_at_last.update(tensors)
         elif self._writer is not None:
             stored = {self._network.stored_name(name): tensor for name, tensor in tensors.items()}
-            self._writer.add(stored)
             self._written.update(stored)
+            return [partial(self._writer.add, stored)] if stored else []
+        return []
 
     def _fold_module(self) -> None:
         """Let what was found divide, instead of the layers that read it.
@@ -516,6 +560,7 @@ class Walk:
         """Leave the last block, and carry over every tensor no quantized layer stands for."""
         self._leave()
         self._write_left()
+        self._await_written()
         self._fold_module()
         if self._writer is None:
             return
@@ -535,6 +580,11 @@ class Walk:
         for name, tensor in self._network.module.state_dict().items():
             if name not in packed:
                 self._writer.add({name: self._network.carried(name, tensor).clone()})
+
+
+def _one_by_one(work: Sequence[Callable[[], None]]) -> None:
+    for each in work:
+        each()
 
 
 def load_on_demand(network: Network) -> list[Any]:

@@ -6,9 +6,12 @@ and be whole, and pickle files are never opened.
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,10 +20,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from qframe import pages, parallel
 from qframe.errors import NonFiniteError, WeightsError
+from qframe.fingerprints import fingerprint_of
 
 LONGEST_NAME = 255  # of a file
 PIECE_BYTES = 1 << 24  # of a tensor that is read in pieces
+HASH_BYTES = 1 << 19  # of a piece that is hashed
+CACHE_BYTES = 1 << 20  # of a piece that is made another dtype at once
 MODEL = "model"  # the stem of the files with weights
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _WEIGHT_SUFFIXES = {
@@ -74,12 +81,14 @@ class StoredTensor:
     """Where a tensor lies, and what the header says of it.
 
     start   of its numbers in the file
+    stamp   size of the file, and when it was changed
     """
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
     start: int
+    stamp: tuple[int, int]
 
     @property
     def bytes(self) -> int:
@@ -105,6 +114,7 @@ class ModelFolder:
 
     def __init__(self, path: str | Path, stem: str = MODEL) -> None:
         self.path, self._stem = Path(path), stem
+        self._fingerprints: dict[str, str] = {}
         if not self.path.is_dir():
             raise WeightsError(
                 f"{self.path}: no such folder; a model is a folder with config.json and "
@@ -129,7 +139,7 @@ class ModelFolder:
         for file in self._files():
             # Not "pt": that maps the file as a whole for writing, which limits of memory count.
             with _open(file, "np") as handle:
-                starts = _starts(file)
+                starts, stamp = _starts(file)
                 for name in handle.keys():  # noqa: SIM118 - not a mapping
                     view = handle.get_slice(name)
                     if name in found:
@@ -137,7 +147,7 @@ class ModelFolder:
                             f"tensor {name!r} is both in {found[name].file.name} and {file.name}"
                         )
                     kind, shape = view.get_dtype(), tuple(view.get_shape())
-                    found[name] = StoredTensor(file, kind, shape, starts[name])
+                    found[name] = StoredTensor(file, kind, shape, starts[name], stamp)
         index = self.path / index_name(self._stem)
         if index.is_file():
             promised = set(read_json(index)["weight_map"])
@@ -153,7 +163,8 @@ class ModelFolder:
         """Return a tensor as stored, whatever is in it."""
         there = self.tensors[name]
         if there.dtype in DTYPES:
-            return _numbers(there, there.start, there.shape)
+            with _reading(there) as stream:
+                return _numbers(stream, there)
         with _open(there.file, "pt") as handle:
             try:
                 tensor: torch.Tensor = handle.get_tensor(name)
@@ -168,24 +179,54 @@ class ModelFolder:
             check_finite(tensor, f"{self.tensors[name].file}: tensor {name!r}")
         return tensor
 
-    def raw_pieces(self, name: str) -> Iterator[torch.Tensor]:
-        """Yield a tensor as stored, whatever is in it, some of its rows at a time."""
-        there = self.tensors[name]
-        if not there.shape or there.bytes <= PIECE_BYTES or there.dtype not in DTYPES:
+    def raw_pieces(self, name: str, size: int | None = None) -> Iterator[torch.Tensor]:
+        """Yield a tensor as stored, whatever is in it, some of its rows at a time.
+
+        size   bytes of a piece, PIECE_BYTES unless told; a row may have more
+        """
+        there, size = self.tensors[name], size or PIECE_BYTES
+        if not there.shape or there.bytes <= size or there.dtype not in DTYPES:
             yield self.raw(name)
             return
-        rows = there.shape[0]
-        step = max(1, PIECE_BYTES * rows // there.bytes)
-        for top in range(0, rows, step):
-            start = there.start + top * (there.bytes // rows)
-            yield _numbers(there, start, (min(step, rows - top), *there.shape[1:]))
+        with _reading(there) as stream:
+            for rows in _cut(there, size):
+                yield _numbers(stream, there, rows)
 
     def pieces(self, name: str) -> Iterator[torch.Tensor]:
         """Yield a tensor as stored, some of its rows at a time; the same errors as for `read`."""
         for piece in self.raw_pieces(name):
-            if piece.is_floating_point() and piece.element_size() > 1 and not _sound(piece):
+            if _doubtful(piece):
                 self.read(name)  # raises, and says where
             yield piece
+
+    def read_float32(self, name: str) -> torch.Tensor:
+        """Return a tensor as float32; the same errors as for `read`.
+
+        What is read is made float32 while it is in the cache, piece by piece.
+        """
+        there = self.tensors[name]
+        if there.bytes <= CACHE_BYTES or not there.shape or there.dtype not in DTYPES:
+            return self.read(name).to(torch.float32)
+        found = pages.empty(there.shape, torch.float32)
+
+        def work(rows: slice) -> None:
+            with _reading(there) as stream:
+                piece = _numbers(stream, there, rows)
+            if _doubtful(piece):
+                self.read(name)  # raises, and says where
+            found[rows] = piece
+
+        parallel.each(work, _cut(there, CACHE_BYTES))
+        return found
+
+    def fingerprint(self, name: str) -> str:
+        """Return the sha256 of a tensor's bytes, which are read for it once.
+
+        Whoever reads the tensor later reads the same bytes, or gets a WeightsError.
+        """
+        if name not in self._fingerprints:
+            self._fingerprints[name] = fingerprint_of(self.raw_pieces(name, HASH_BYTES))
+        return self._fingerprints[name]
 
     def side_files(self) -> list[Path]:
         """Return every file that is not a weight: config, tokenizer, licence, ..."""
@@ -258,6 +299,11 @@ def check_finite(tensor: torch.Tensor, what: str) -> None:
         )
 
 
+def _doubtful(tensor: torch.Tensor) -> bool:
+    """Whether a tensor may hold numbers that are not finite. Floats of 8 bits are not looked at."""
+    return tensor.is_floating_point() and tensor.element_size() > 1 and not _sound(tensor)
+
+
 def _sound(tensor: torch.Tensor) -> bool:
     """Whether it is clear at a glance that all numbers are finite.
 
@@ -267,30 +313,56 @@ def _sound(tensor: torch.Tensor) -> bool:
     return bool(torch.isfinite(tensor.sum()))
 
 
-def _starts(file: Path) -> dict[str, int]:
-    """Return where the numbers of each tensor begin, of a file whose header is sound."""
+def _starts(file: Path) -> tuple[dict[str, int], tuple[int, int]]:
+    """Return where the numbers of each tensor begin, of a file whose header is sound; its stamp."""
     with file.open("rb") as stream:
+        stamp = _stamp(stream)
         length = int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(length))
-    return {
+    starts = {
         name: 8 + length + entry["data_offsets"][0]
         for name, entry in header.items()
         if name != "__metadata__"
     }
+    return starts, stamp
 
 
-def _numbers(there: StoredTensor, start: int, shape: tuple[int, ...]) -> torch.Tensor:
-    """Read a tensor, or rows of it, from where they begin in the file. Raises WeightsError."""
-    size = SIZES[there.dtype]
-    data = torch.empty(size * math.prod(shape), dtype=torch.uint8)
-    view = memoryview(data.numpy().data)
+@contextmanager
+def _reading(there: StoredTensor) -> Iterator[io.FileIO]:
+    """Open the file of a tensor to read from it. Raises WeightsError, also where that fails."""
     try:
         with there.file.open("rb", buffering=0) as stream:
-            stream.seek(start)
-            while view and (count := stream.readinto(view)):
-                view = view[count:]
+            if _stamp(stream) != there.stamp:
+                raise WeightsError(f"{there.file}: it was changed while it was being used")
+            yield stream
     except OSError as error:
         raise WeightsError(f"{there.file}: cannot be read: {error.strerror}") from None
+
+
+def _stamp(stream: io.FileIO | io.BufferedReader) -> tuple[int, int]:
+    """Return what tells whether a file has been changed."""
+    status = os.fstat(stream.fileno())
+    return status.st_size, status.st_mtime_ns
+
+
+def _cut(there: StoredTensor, size: int) -> list[slice]:
+    """Return slices of all rows of a tensor, of so many bytes each, unless a row has more."""
+    rows = there.shape[0]
+    step = max(1, size * rows // max(there.bytes, 1))
+    return [slice(top, min(top + step, rows)) for top in range(0, rows, step)]
+
+
+def _numbers(stream: io.FileIO, there: StoredTensor, rows: slice | None = None) -> torch.Tensor:
+    """Read a tensor, or some of its rows. Raises WeightsError."""
+    size, start, shape = SIZES[there.dtype], there.start, there.shape
+    if rows is not None:
+        start += rows.start * (there.bytes // there.shape[0])
+        shape = (rows.stop - rows.start, *there.shape[1:])
+    data = torch.empty(size * math.prod(shape), dtype=torch.uint8)
+    view = memoryview(data.numpy().data)
+    stream.seek(start)
+    while view and (count := stream.readinto(view)):
+        view = view[count:]
     if view:
         raise WeightsError(f"{there.file}: it ends within a tensor: download it again")
     return data.view(DTYPES[there.dtype]).reshape(shape)

@@ -120,6 +120,20 @@ def test_the_certificate_is_round_to_nearest_of_compensated_weights():
     assert np.array_equal(half, allowed)
 
 
+def test_only_what_lies_beyond_an_end_is_excused_and_whatever_its_distance():
+    from qframe import Grid
+
+    grid, ends = Grid(-2, 1), np.array([-2, -2, -2, 1, 1, 1, 0, -1])
+    delta = np.array([0.1, 9, -0.1, -0.1, -9, 0.1, 9, -9])
+    beyond = bounds.beyond_ends(delta, ends, grid)
+    assert beyond.tolist() == [True, True, False, True, True, False, False, False]
+    error, _ = bounds.nearest(delta, ends, 1.0, grid)
+    assert error.tolist() == [0, 0, 0.1, 0, 0, 0.1, 9, 9]
+    for infinite in (np.inf, -np.inf, np.nan):  # that is no distance
+        delta = np.full(2, infinite)
+        assert not bounds.beyond_ends(delta, np.array([-2, 1]), grid).any()
+
+
 def test_a_worst_case_of_half_steps_attains_b10_b():
     """All errors of half a step, and inputs that all move together."""
     step = np.ones(8)

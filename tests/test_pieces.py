@@ -10,7 +10,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from qframe import Grid, Scheme, bounds, rounding
+from qframe import Grid, Scheme, bounds, certificates, rounding
 from qframe.certificates import Closest, Evidence
 from qframe.claims import Babai, HalfStep, Radius
 from qframe.contracts import RoundingProblem
@@ -134,7 +134,7 @@ def test_no_ratio_of_a_strip_is_higher_than_float32_says(layer):
     problem, made = layer
     piece, grid = Evidence(problem, made).piece(slice(None)), problem.grid
     error, allowed = bounds.nearest(piece.delta(), piece.codes, piece.scale, grid)
-    highest = highest_ratios_float32(piece.change(), piece, grid)
+    highest = highest_ratios_float32(piece.values(), piece, grid)
     assert (error <= allowed * highest[..., None] * bounds.CHECKER).all()
     exact = highest_ratios(piece.delta(), piece.codes, piece.scale, grid)
     assert np.array_equal(exact, (error / allowed).max(-1))
@@ -152,7 +152,7 @@ def test_a_difference_that_float32_rounds_down_to_half_a_step_is_more(below):
         scale=torch.ones(1, 1),
     )
     piece = Evidence(problem, made).piece(slice(None))
-    highest = highest_ratios_float32(piece.change(), piece, problem.grid)
+    highest = highest_ratios_float32(piece.values(), piece, problem.grid)
     assert (2 * np.abs(piece.delta()).max() <= highest).all()
 
 
@@ -171,10 +171,13 @@ def test_the_first_of_equally_close_weights_is_found_in_whatever_strip(error, sp
     strips = (len(errors), per_row, 6 // per_row)
     most = errors.reshape(strips).max(-1)
 
-    def judge(chosen):
-        return errors.reshape(strips)[chosen], allowed.reshape(strips)[chosen]
+    def judge(places):
+        return errors.reshape(-1, strips[-1])[places], allowed.reshape(-1, strips[-1])[places]
 
-    assert Closest.screened(most, judge, strips[-1]) == Closest.of(errors, allowed)
+    for at_once in (1, strips[-1], 2 * strips[-1], 100):
+        with mock.patch.object(certificates, "_PIECE", at_once):
+            found = Closest.screened(most, judge, strips[-1])
+        assert found == Closest.of(errors, allowed)
 
 
 @given(layer=layers())
@@ -204,18 +207,19 @@ def test_what_is_not_finite_is_found_wherever_it_is():
         assert (found.ratio, found.place) == (float("inf"), (7, 21))
 
 
-@given(st.integers(0, 5), st.integers(0, 7), st.integers(1, 40), st.integers(0, 99))
-def test_signal_and_noise_are_those_of_all_weights(rows, columns, strip, seed):
-    rng = np.random.default_rng(seed)
-    weight, change = rng.normal(size=(2, rows, columns)).astype(np.float32)
-    with mock.patch.object(rounding, "_STRIP", strip):
-        found = sqnr_db(torch.from_numpy(weight), torch.from_numpy(change))
-    if not weight.size:
-        assert found == np.inf
-        return
-    signal, noise = (math.fsum(each.astype(np.float64).ravel() ** 2) for each in (weight, change))
-    unit = bounds.UNIT["float64"]
-    # Both sums and their quotient are off by so many roundings; the logarithm, and ten times it.
-    allowed = bounds.gamma(2 * weight.size + 4, unit) * 10 / math.log(10)
-    allowed += bounds.gamma(4, unit) * abs(found)
-    assert abs(found - 10 * math.log10(signal / noise)) <= allowed
+@pytest.mark.parametrize("height", [1, 5, 64])
+@given(layer=layers())
+def test_signal_and_noise_are_those_of_all_weights(layer, height):
+    problem, made = layer
+    with pytest.MonkeyPatch.context() as patch:
+        cut_into(height, patch)
+        found = Evidence(problem, made).differences()
+    weight = problem.weight.double()
+    change = (rounding.dequantize(made) - problem.weight).double()
+    signal, noise = (math.fsum((each**2).flatten().tolist()) for each in (weight, change))
+    allowed = bounds.gamma(weight.numel() + 1, bounds.UNIT["float64"])
+    assert bounds.ratio(abs(found.signal - signal), allowed * signal) <= 1
+    assert bounds.ratio(abs(found.noise - noise), allowed * noise) <= 1
+    assert sqnr_db(signal, noise) == (
+        math.inf if noise == 0 else 10 * math.log10(signal / noise) if signal else -math.inf
+    )

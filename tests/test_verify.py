@@ -25,7 +25,9 @@ from qframe import (
 )
 from qframe.claims import HalfStep
 from qframe.errors import CertificateError, HessianError, RecipeError, VerifyError
-from qframe.manifest import STATISTICS, fingerprint, own_hash, sha256
+from qframe.fingerprints import Origin, fingerprint, sha256
+from qframe.manifest import STATISTICS, own_hash
+from qframe.model import Network, set_weight
 from qframe.weights import ModelFolder
 
 FLIPS = settings(suppress_health_check=list(HealthCheck))
@@ -392,7 +394,7 @@ def test_other_versions_of_the_manifest_are_refused_with_a_way_out(folder):
     out = folder("rtn")
     rewrite_manifest(out, lambda m: m.update(manifest_version=1))
     for look in (qframe.verify, lambda out: qframe.load(out, network())):
-        with pytest.raises(VerifyError, match=r"manifest_version 1.* reads 6; quantize .* again"):
+        with pytest.raises(VerifyError, match=r"manifest_version 1.* reads 7; quantize .* again"):
             look(out)
 
 
@@ -431,6 +433,29 @@ def test_another_reference_is_refused_by_its_first_tensor(folders):
     assert report.exit_code == 4
     report = qframe.verify(folders["rtn"], network(seed=1))
     assert [(p.kind, p.name) for p in report.problems] == [("reference", "0.weight")]
+
+
+def test_a_weight_is_known_again_in_another_dtype():
+    short = network().to(torch.bfloat16)
+    wide = nn.Sequential(*network().to(torch.bfloat16).float())
+    origin, of_wide = (Network(each).origin("0")() for each in (short, wide))
+    assert origin == Origin("BF16", fingerprint(short[0].weight))
+    assert of_wide == Origin("F32", fingerprint(wide[0].weight))
+    for each in (short, wide):
+        assert Network(each).is_made_of("0", origin)
+        assert Network(each).is_made_of("0", of_wide)
+    assert not Network(short).is_made_of("0", Origin("no dtype", origin.sha256))
+    with torch.no_grad():
+        wide[0].weight[3, 5] *= 1 + 2.0**-20  # which bfloat16 rounds away
+    assert not Network(wide).is_made_of("0", origin)
+
+
+def test_what_a_weight_was_is_told_whatever_becomes_of_the_module():
+    made = network()
+    telling = Network(made).origin("2")
+    before = fingerprint(made[2].weight)
+    set_weight(made[2], torch.zeros(20, 24))
+    assert telling() == Origin("F32", before)
 
 
 def test_without_statistics_what_needs_them_is_read_only(tmp_path, host):

@@ -78,6 +78,7 @@ from qframe.bounds.rewrites import (
 )
 from qframe.bounds.rotations import hadamard, incoherence, rotated_product
 from qframe.bounds.rounding import (
+    beyond_ends,
     chosen_before,
     coverage,
     decode,
@@ -110,6 +111,7 @@ __all__ = [
     "Array",
     "Numbers",
     "accumulate",
+    "beyond_ends",
     "binned_search",
     "chosen_before",
     "coverage",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
@@ -45,22 +47,28 @@ def nearest(
     """B1.b: (each error that needs and has no excuse, what is allowed). Complete.
 
     A code is the nearest to its weight if and only if the error is at most half a step, or the
-    code is an end of the grid and the weight lies beyond it: a larger error counts as 0 there. This
-    is `nearest_code` without the search, for a grid of equal steps. B2.d: on a grid with values it
-    is half of the gap on the side of the weight.
+    code is an end of the grid and the weight lies beyond it: an error counts as 0 there. This is
+    `nearest_code` without the search, for a grid of equal steps. B2.d: on a grid with values it is
+    half of the gap on the side of the weight.
 
     delta       s (c - z) - w, or s v - w
     allowance   the rounding of the quotient, `roundings` u |w|; and `zero_point_added`
     """
     d, c = as_array(delta), np.asarray(codes)
     half = as_array(scale) * _half_gaps(d, c, grid)
-    error, allowed = np.asarray(np.abs(d)), as_array(half + as_array(allowance))
-    over = np.flatnonzero(error > half)  # few: only these need an excuse
-    if len(over):
-        beyond, code = d.reshape(-1)[over], np.broadcast_to(c, d.shape).reshape(-1)[over]
-        excused = ((code == grid.qmin) & (beyond > 0)) | ((code == grid.qmax) & (beyond < 0))
-        np.put(error, over[excused & np.isfinite(beyond)], 0)
-    return error, allowed
+    error = np.where(beyond_ends(d, c, grid), 0.0, np.abs(d))
+    return error, as_array(half + as_array(allowance))
+
+
+def beyond_ends(delta: Array, codes: npt.NDArray[Any], grid: Grid) -> npt.NDArray[np.bool_]:
+    """B1.b: which codes are ends of the grid whose weights lie beyond them, at a finite distance.
+
+    delta   what the codes stand for minus the weights
+    """
+    beyond = np.asarray(((codes == grid.qmin) & (delta > 0)) | ((codes == grid.qmax) & (delta < 0)))
+    if beyond.any():
+        beyond &= np.isfinite(delta)
+    return beyond
 
 
 def _half_gaps(delta: Array, codes: npt.NDArray[np.integer], grid: Grid) -> Array:

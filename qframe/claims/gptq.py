@@ -81,8 +81,8 @@ class Babai:
             delta = piece.delta().reshape(weight[rows].shape)
             residual = replay.residual(delta)
 
-            def judge(chosen: npt.NDArray[np.bool_]) -> tuple[Float64, Float64]:
-                part = piece.strips(chosen)
+            def judge(chosen: npt.NDArray[np.intp]) -> tuple[Float64, Float64]:
+                part = evidence.piece(rows.start + chosen, weight).whole_rows()
                 error = bounds.decode(part.scale, part.codes - part.zero_point)
                 if moved is not None:
                     rounded = bounds.gptq_aim_rounded(

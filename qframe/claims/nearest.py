@@ -13,7 +13,7 @@ from qframe import bounds
 from qframe.certificates import Certificate, Closest, Evidence
 from qframe.contracts import Grid
 from qframe.hessian import Float64
-from qframe.pieces import Piece, highest_ratios_float32
+from qframe.pieces import Piece
 from qframe.scheme import Scheme
 
 
@@ -44,32 +44,23 @@ class HalfStep:
 
     def certify(self, evidence: Evidence) -> Certificate:
         """Compare each weight with what its code stands for."""
-        from qframe import parallel
-
         grid, gamma = evidence.problem.grid, bounds.gamma(self.roundings)
         if grid.values is not None:
             return evidence.closest(self._of_values(grid)).certificate(self)
-        change = evidence.change()
         added = self.zero_point == "before" and not evidence.problem.scheme.symmetric
 
-        def highest(rows: slice) -> Float64:
-            piece = evidence.piece(rows)
-            own = change[rows].reshape(piece.weight.shape)
-            return highest_ratios_float32(own, piece, grid)
+        most, groups = evidence.differences().highest, evidence.piece(slice(0))
+        # Where groups are wide alike, the whole is nothing but views.
+        whole = evidence.piece(slice(None)) if most.ndim > 1 else None
 
-        def judge(chosen: npt.NDArray[np.bool_]) -> tuple[Float64, Float64]:
-            if chosen.ndim > 1:  # groups of a row: the whole is nothing but views
-                part = evidence.piece(slice(None)).strips(chosen)
-            else:
-                part = evidence.piece(np.flatnonzero(chosen))
+        def judge(places: npt.NDArray[np.intp]) -> tuple[Float64, Float64]:
+            part = evidence.piece(places) if whole is None else whole.strips(places)
             allowance = gamma * np.abs(part.weight, dtype=np.float64)
             if added:
                 allowance += bounds.zero_point_added(part.scale, grid)
             return bounds.nearest(part.delta(), part.codes, part.scale, grid, allowance)
 
-        most = np.concatenate(parallel.spread(highest, evidence.cut(), evidence.threads))
-        width = evidence.piece(slice(0)).width
-        return Closest.screened(most, judge, width).certificate(self)
+        return Closest.screened(most, judge, groups.width).certificate(self)
 
     def _of_values(self, grid: Grid) -> Callable[[Piece], tuple[Float64, Float64]]:
         """Return what judges a piece of a layer on a grid with values."""

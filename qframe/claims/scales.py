@@ -87,17 +87,21 @@ class SchemeScale:
         problem = evidence.problem
         lo, hi = evidence.ranges()
         ideal = bounds.ideal_scale(lo, hi, problem.grid, symmetric=problem.scheme.symmetric)
-        scale = evidence.quantized.scale.numpy().astype(np.float64)
+        scale = evidence.quantized.scale.numpy()
         if problem.scheme.scale_rule == "ocp":
             wanted = bounds.ocp_scale(lo, hi, problem.grid)
-            error = np.abs(scale - np.where(wanted > 0, wanted, 1))
+            error = np.abs(scale.astype(np.float64) - np.where(wanted > 0, wanted, 1))
             return Closest.of(error, np.zeros_like(error)).certificate(self)
         unit, of_tensor = 1.0, 0.0
         if evidence.quantized.global_scale is not None:
             unit = float(evidence.quantized.global_scale)
             of_tensor = _of_tensor(unit, ideal)
-        judged = against_rule(scale, ideal, ideal, ideal, problem.scheme, unit)
-        found = Closest.of(*judged)
+
+        def judge(rows: slice) -> tuple[Float64, Float64]:
+            own = ideal[rows]
+            return against_rule(scale[rows].astype(np.float64), own, own, own, problem.scheme, unit)
+
+        found = evidence.closest_group(judge, len(ideal))
         if of_tensor > max(found.ratio, 1):
             note = f"the scale of the tensor is {unit:.9g}"
             return Certificate(claim=self.name, theorem="B2.e", ratio=of_tensor, note=note)
@@ -143,16 +147,21 @@ class Covers:
         """Compare the ends of every group with the ends of its codes."""
         problem, grid = evidence.problem, evidence.problem.grid
         lo, hi = evidence.ranges()
-        scale = evidence.quantized.scale.numpy().astype(np.float64)
-        zero = evidence.quantized.zero_point.numpy().astype(np.float64)
+        scales, zeros = evidence.quantized.scale.numpy(), evidence.quantized.zero_point.numpy()
         scheme = problem.scheme
-        allowed = bounds.coverage(
-            lo,
-            hi,
-            scale,
-            grid,
-            symmetric=scheme.symmetric,
-            rule=scheme.scale_rule,
-            two_level=scheme.two_level,
-        )
-        return Closest.of(beyond(lo, hi, scale, zero, grid), allowed).certificate(self)
+
+        def judge(rows: slice) -> tuple[Float64, Float64]:
+            low, high = lo[rows], hi[rows]
+            scale, zero = (each[rows].astype(np.float64) for each in (scales, zeros))
+            allowed = bounds.coverage(
+                low,
+                high,
+                scale,
+                grid,
+                symmetric=scheme.symmetric,
+                rule=scheme.scale_rule,
+                two_level=scheme.two_level,
+            )
+            return beyond(low, high, scale, zero, grid), allowed
+
+        return evidence.closest_group(judge, len(lo)).certificate(self)

@@ -23,7 +23,7 @@ import torch
 
 import qframe
 from qframe import parallel
-from qframe.manifest import sha256
+from qframe.fingerprints import sha256
 from qframe.pipeline import compute_dtype
 from qframe.run_records import plugins_used
 
@@ -40,14 +40,19 @@ _PROCESS = uuid.uuid4().hex  # stands for code whose source cannot be read
 
 
 def model_identity(folder: ModelFolder, threads: int = 1) -> dict[str, str]:
-    """Return file name -> sha256 of every file that the network or its tokens are made of.
+    """Return the sha256 of everything that the network or its tokens are made of, by name.
 
-    The name of the folder does not count: a copy is the same model.
+    That is each tensor, which is not hashed again when a layer is made of it, and each file that
+    holds none. The names of the folder and of files with tensors do not count: a copy is the same
+    model.
     """
-    weights = {tensor.file for tensor in folder.tensors.values()}
-    files = sorted({*weights, *folder.side_files()})
-    hashes = parallel.spread(sha256, files, threads)
-    return {file.name: found for file, found in zip(files, hashes, strict=True)}
+    tensors, files = folder.tensors, folder.side_files()
+    found = parallel.spread(folder.fingerprint, list(tensors), threads)
+    named = {
+        f"tensor {name}": f"{there.dtype} {list(there.shape)} {own}"
+        for (name, there), own in zip(tensors.items(), found, strict=True)
+    }
+    return named | {file.name: sha256(file) for file in files}
 
 
 def evaluation_identity(protocol: Protocol, windows: torch.Tensor) -> dict[str, Any]:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from qframe.folds import Division
 
 SCHEMA_VERSION = 3
-_ELSEWHERE = frozenset({"source", "rewritten", "input_group", "certificates"})
+_ELSEWHERE = frozenset({"source", "source_dtype", "rewritten", "input_group", "certificates"})
 """Fields that are not figures: they are recorded apart, or for verifying alone."""
 
 
@@ -69,6 +69,7 @@ class LayerReport:
     inputs: Mapping[str, float | int | str] = field(default_factory=dict)
     certificates: Sequence[Certificate] = ()
     source: str = ""
+    source_dtype: str = ""
     rewritten: str | None = None
     input_group: str = ""
     folded: str | None = None

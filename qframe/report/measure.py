@@ -102,16 +102,11 @@ def input_errors(
     return found
 
 
-def sqnr_db(weight: torch.Tensor, change: torch.Tensor) -> float:
+def sqnr_db(signal: float, noise: float) -> float:
     """Return 10 log10(||W||^2 / ||Q - W||^2), inf for an exact copy.
 
-    change   Q - W
+    signal, noise   the two sums of squares
     """
-    strips = list(rounding.strips(*weight.shape))
-    signal, noise = (
-        sum(total(matrix[part].double().square_()) for part in strips)
-        for matrix in (weight, change)
-    )
     if noise == 0:
         return math.inf
     return 10 * math.log10(signal / noise) if signal > 0 else -math.inf

@@ -128,7 +128,7 @@ def test_one_that_is_killed_ends_the_run_and_another_number_goes_on(
     model, alone, processes, tmp_path, killed
 ):
     recipe = RECIPES["compensation"]
-    codes, said = processes(2, [{"recipe": recipe, "killed": [killed, 2]}])
+    codes, said = processes(2, [{"recipe": recipe, "killed": [killed, 1]}])
     other = 1 - killed
     assert (codes[killed], codes[other]) == (-9, 0)
     assert f"run 0: RanksError: rank {other} (process " in said[other]
@@ -152,18 +152,32 @@ def test_one_that_is_killed_ends_the_run_and_another_number_goes_on(
 )
 def test_one_that_is_stopped_ends_the_run_of_the_other(processes, stopped, told):
     """The store is rank 0's where there is no launcher: then it does not answer either."""
-    run = {"recipe": RECIPES["rounding"], "stopped": [stopped, 2], "gone": 3.0, "until": 15}
+    run = {"recipe": RECIPES["rounding"], "stopped": [stopped, 1], "gone": 3.0, "until": 15}
     codes, said = processes(2, [run])
     other = 1 - stopped
     assert (codes[stopped], codes[other]) == (-9, 0), said
     assert told in said[other]
 
 
+def test_one_that_fails_when_the_others_have_done_all_does_not_keep_them(processes, tmp_path):
+    """Its last progress is told when there is nothing left to meet for but the end."""
+    runs = [
+        {"recipe": RECIPES["rounding"], "failed": [1, BLOCKS]},
+        {"recipe": RECIPES["rounding"], "options": {"state": "restart", "overwrite": True}},
+    ]
+    codes, said = processes(2, runs)
+    assert codes == [0, 0], said
+    assert "run 0: AnythingError: which it was" in said[1]
+    assert "has failed: AnythingError('which it was')" in said[0]
+    assert "run 1: " not in said[0] + said[1]
+    assert (tmp_path / "1" / "qframe.json").is_file()
+
+
 def test_what_is_wrong_is_told_on_all_of_them_and_no_one_waits(processes, tmp_path):
     (tmp_path / "3").mkdir()
     (tmp_path / "3" / "in the way").touch()
     runs = [
-        {"recipe": RECIPES["rounding"], "failed": [1, 2]},
+        {"recipe": RECIPES["rounding"], "failed": [1, 1]},
         {"recipe": RECIPES["compensation"], "elsewhere": {"seed": 7}},
         {"recipe": {"method": "autoround_block", "scheme": W4, "calibration": TEXT}},
         {"recipe": RECIPES["rounding"]},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,9 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from qframe.errors import NonFiniteError
-from qframe.manifest import fingerprint
+from qframe import parallel
+from qframe.errors import NonFiniteError, WeightsError
+from qframe.fingerprints import fingerprint
 from qframe.shards import ALIGNMENT, Shards
 from qframe.weights import DTYPE_NAMES, SIZES, ModelFolder
 
@@ -132,6 +134,55 @@ def test_a_number_that_is_none_is_named_by_its_place_in_the_tensor(tmp_path, sma
     tensor[row, 4] = float("nan")
     with pytest.raises(NonFiniteError, match=rf"at index \[{row}, 4\]"):
         list(folder_with(tmp_path / "m", tensor).pieces("x"))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("shape", [(), (0, 3), (5,), (1, 100), (7, 9), (40, 3, 5)])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.float8_e4m3fn]
+)
+def test_float32_is_made_piece_by_piece_of_the_same_numbers(
+    tmp_path, monkeypatch, shape, dtype, threads
+):
+    monkeypatch.setattr("qframe.weights.CACHE_BYTES", 48)
+    tensor = torch.randn(shape, generator=torch.Generator().manual_seed(0)).mul(9).to(dtype)
+    folder = folder_with(tmp_path / "m", tensor)
+    with parallel.sharing(threads):
+        found = folder.read_float32("x")
+    assert found.dtype is torch.float32
+    assert torch.equal(found, tensor.float())
+
+
+@pytest.mark.parametrize("row", [0, 38])
+def test_a_number_that_is_none_is_named_by_its_place_in_what_becomes_float32(
+    tmp_path, monkeypatch, row
+):
+    monkeypatch.setattr("qframe.weights.CACHE_BYTES", 48)
+    tensor = torch.ones(40, 9, dtype=torch.bfloat16)
+    tensor[row, 4] = float("inf")
+    with pytest.raises(NonFiniteError, match=rf"at index \[{row}, 4\]"):
+        folder_with(tmp_path / "m", tensor).read_float32("x")
+
+
+def test_a_fingerprint_is_that_of_the_bytes_and_is_taken_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("qframe.weights.HASH_BYTES", 64)
+    tensor = torch.arange(63, dtype=torch.bfloat16).reshape(7, 9)
+    folder = folder_with(tmp_path / "m", tensor)
+    assert folder.fingerprint("x") == fingerprint(tensor)
+    monkeypatch.setattr("qframe.weights._numbers", None)  # nothing is read any more
+    assert folder.fingerprint("x") == fingerprint(tensor)
+
+
+@pytest.mark.parametrize("reading", ["raw", "read", "read_float32", "fingerprint"])
+def test_a_file_that_was_changed_meanwhile_is_not_read(tmp_path, reading):
+    folder = folder_with(tmp_path / "m", torch.ones(300, 1000))
+    assert folder.tensors
+    file = tmp_path / "m" / "model.safetensors"
+    save_file({"x": torch.zeros(300, 1000)}, file)
+    status = file.stat()
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    with pytest.raises(WeightsError, match=r"model.safetensors: it was changed"):
+        getattr(folder, reading)("x")
 
 
 def test_a_spool_takes_no_more_disk_than_what_is_in_it(tmp_path):

@@ -1,0 +1,112 @@
+"""Large tensors in memory that the process has used before.
+
+A page of memory that a process touches for the first time has to be found and cleared by the
+system, which can take longer than all that is done to the numbers in it. Where layer after layer
+comes and goes, what one leaves is given to the next: never more than was in use at one time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import mmap
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+LARGE = 1 << 20  # bytes of a tensor that is worth it
+_WASTE = 16  # how many times as large as what is asked for memory may be that is used again
+
+
+class Pages:
+    """Memory that tensors leave, for others to come."""
+
+    def __init__(self) -> None:
+        self._spare: list[mmap.mmap] = []
+        self._lock = threading.Lock()
+        self._total = 0  # bytes, used and spare
+        self._most = 0  # bytes that were used at one time
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """Return a tensor of any numbers, contiguous."""
+        size = math.prod(shape) * dtype.itemsize
+        with self._lock:
+            region = self._take(size) or self._make(size)
+        numbers = np.frombuffer(region, np.uint8, size)
+        # The tensor keeps the array; when no tensor does any more, the memory is spare again. That
+        # may happen in any thread, in the middle of anything, so that no lock must be asked for.
+        weakref.finalize(numbers, self._spare.append, region).atexit = False
+        return torch.from_numpy(numbers).view(dtype).reshape(tuple(shape))
+
+    @property
+    def spare(self) -> int:
+        """Bytes that no tensor uses."""
+        return sum(map(len, self._spare))
+
+    @property
+    def total(self) -> int:
+        """Bytes in all."""
+        return self._total
+
+    def _take(self, size: int) -> mmap.mmap | None:
+        """Return the smallest spare memory that is large enough, and not much too large."""
+        fitting = [r for r in self._spare if size <= len(r) <= _WASTE * size]
+        found = min(fitting, key=len, default=None)
+        if found is not None:  # not `remove`, which would look for the same content
+            del self._spare[next(i for i, r in enumerate(self._spare) if r is found)]
+        return found
+
+    def _make(self, size: int) -> mmap.mmap:
+        """Return new memory; what is spare is let go where there would be more than ever before."""
+        self._most = max(self._most, self._total - self.spare + size)
+        while self._spare and self._total + size > self._most:
+            self._total -= len(self._spare.pop(0))
+        self._total += size
+        return _region(size)
+
+
+def _region(size: int) -> mmap.mmap:
+    """Return memory of the process's own, in as few pieces as the system can give."""
+    if not hasattr(mmap, "MAP_PRIVATE"):  # Windows
+        return mmap.mmap(-1, size)
+    region = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a system that has no large pages
+            region.madvise(mmap.MADV_HUGEPAGE)
+    return region
+
+
+_pages: Pages | None = None
+_users = 0
+_users_lock = threading.Lock()
+
+
+@contextmanager
+def kept_pages() -> Iterator[Pages]:
+    """Let `empty` use memory again that its tensors leave; at the end it is the system's."""
+    global _pages, _users
+    with _users_lock:
+        _users += 1
+        pages = _pages = _pages or Pages()
+    try:
+        yield pages
+    finally:
+        with _users_lock:
+            _users -= 1
+            if not _users:
+                _pages = None
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """Return a tensor of any numbers, contiguous, in memory that was used before where it can be.
+
+    That is within `kept_pages`, and for large ones.
+    """
+    pages = _pages
+    if pages is None or math.prod(shape) * dtype.itemsize < LARGE:
+        return torch.empty(tuple(shape), dtype=dtype)
+    return pages.empty(shape, dtype)

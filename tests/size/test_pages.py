@@ -1,0 +1,111 @@
+"""Memory that tensors leave is given to others: never while one of them can still be read."""
+
+from __future__ import annotations
+
+import gc
+import threading
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qframe import pages
+from qframe.pages import LARGE, Pages, empty, kept_pages
+
+SIZES = st.integers(1, 5).map(lambda size: size * LARGE // 4)
+
+
+@given(st.lists(st.tuples(st.booleans(), SIZES, st.integers(0, 9)), max_size=40))
+def test_tensors_that_live_at_the_same_time_never_share_memory(steps):
+    """Some are let go, in any order, while views of them may stay."""
+    made, live = Pages(), {}
+    for number, (take, size, which) in enumerate(steps):
+        if take or not live:
+            tensor = made.empty((size,), torch.uint8)
+            tensor.fill_(number % 256)
+            live[number] = tensor[size // 2 :]  # a view keeps the memory
+        else:
+            del live[sorted(live)[which % len(live)]]
+        assert all(bool((view == key % 256).all()) for key, view in live.items())
+    tensor = None
+    live.clear()
+    assert made.spare == made.total  # all of it has come back
+
+
+@given(st.lists(SIZES, min_size=1, max_size=30))
+def test_there_is_never_more_than_was_used_at_one_time(sizes):
+    made = Pages()
+    for size in sizes:
+        made.empty((size,), torch.uint8)  # used, and left at once
+        assert made.total <= max(sizes)
+        assert made.spare == made.total
+
+
+def test_what_a_tensor_leaves_is_used_again():
+    made = Pages()
+    first = made.empty((LARGE,), torch.float32)
+    view, place = first[7:], first.data_ptr()
+    del first
+    assert made.empty((LARGE,), torch.float32).data_ptr() != place
+    del view
+    places = {made.empty((LARGE // 2,), torch.int16).data_ptr() for _ in range(3)}
+    kept = [made.empty((LARGE,), torch.float32) for _ in range(2)]
+    assert places <= {place, *(tensor.data_ptr() for tensor in kept)}
+    assert made.total == 8 * LARGE
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [((3, LARGE), torch.float32), ((LARGE, 2), torch.int16), ((LARGE,), torch.bool)],
+)
+def test_tensors_are_what_torch_would_give(shape, dtype):
+    with kept_pages():
+        tensor = empty(shape, dtype)
+    assert (tensor.shape, tensor.dtype, tensor.is_contiguous()) == (torch.Size(shape), dtype, True)
+    assert tensor.fill_(1).sum() == tensor.numel()
+
+
+def test_small_ones_and_those_of_others_are_torchs_own():
+    assert pages._pages is None
+    with kept_pages() as outer:
+        with kept_pages() as inner:
+            assert inner is outer
+        small, large = empty((LARGE - 1,), torch.uint8), empty((LARGE,), torch.uint8)
+        assert outer.total == LARGE
+    assert pages._pages is None
+    assert empty((LARGE,), torch.uint8).numel() == LARGE
+    assert outer.total == LARGE
+    small.fill_(1), large.fill_(1)  # which are still there
+
+
+def test_a_run_that_ends_leaves_nothing_behind():
+    with kept_pages() as made:
+        empty((LARGE,), torch.uint8)
+        with pytest.raises(KeyError), kept_pages():
+            raise KeyError
+        assert pages._pages is made
+    assert pages._pages is None
+
+
+def test_threads_take_and_leave_memory_at_the_same_time():
+    made, wrong = Pages(), []
+
+    def work(own):
+        for turn in range(60):
+            tensor = made.empty((LARGE + turn,), torch.uint8)
+            tensor.fill_(own)
+            if turn % 7 == 0:
+                gc.collect()
+            if not bool((tensor == own).all()):
+                wrong.append(own)
+            del tensor
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert made.total <= 4 * (LARGE + 60)
+    assert made.spare == made.total
