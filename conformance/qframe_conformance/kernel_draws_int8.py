@@ -139,6 +139,24 @@ def outliers(rng: np.random.Generator, columns: int, rows: int, threshold: float
     return {"x": x, "threshold": threshold, **made}
 
 
+def faint(rng: np.random.Generator, columns: int, rows: int, threshold: float) -> Operands:
+    """Return operands of `linear_int8_outliers` with tokens next to the ends of float32.
+
+    The scale of some is the smallest number, or next to it; of another all is 0 but for the largest
+    number, which meets weights of 0 unless it is an outlier.
+    """
+    x = rng.integers(-3, 4, (9, columns)) * 2.0**-149
+    x[1] *= 40
+    x[2] = rng.normal(size=columns)
+    x[3] *= 2.0**20
+    x[4] = 0
+    place = int(rng.integers(columns))
+    x[5, place] = float(np.finfo(np.float32).max)
+    w = rng.normal(size=(rows, columns)) / 8
+    w[:, place] = 0
+    return {"x": x.astype(np.float32), "threshold": threshold, **weight(w.astype(np.float32))}
+
+
 def weight(w: Array) -> Operands:
     """Return a weight [rows, columns] float32 in eight bits, per channel, and as it is."""
     absmax = np.abs(w).max(1, initial=0)

@@ -36,6 +36,7 @@ WEIGHTS = (
     ("one, odd groups", 4, 7, (1, 131, 38)),
     ("one, odd groups of 8 bits", 8, 3, (1, 65, 38)),
     ("one, a step of 8 bits", 8, 64, (1, 32, 67)),
+    ("one, whole fours of 8 bits", 8, 32, (1, 64, 36)),
     ("many, tiles", 4, 32, (34, 64, 68)),
     ("many, odd tiles", 4, 16, (35, 65, 67)),
     ("many, tiles of 8 bits", 8, 64, (36, 64, 66)),
@@ -59,6 +60,12 @@ def _int8() -> Iterator[Beyond]:
     shapes = (("few", 7, 161, 21), ("few, in place", 6, 256, 18), ("nearly two tiles", 60, 64, 20))
     for name, *shape in shapes:
         yield name, tuple(shape), W8A8, _draw(kernel_draws_int8.codes, *shape)
+
+
+def _outliers() -> Iterator[Beyond]:
+    for name, columns, threshold in (("faint", 7, 0.0), ("faint rounds", 645, 6.0)):
+        draw = _draw(kernel_draws_int8.faint, columns, 5, threshold)
+        yield name, (9, columns, 5), W8A8, draw
 
 
 def _hadamard() -> Iterator[Beyond]:
@@ -99,6 +106,7 @@ def _newest() -> Iterator[Beyond]:
     sizes = (
         ("pieces", (2, 1), 1100, 16),
         ("wide", (1, 1), 140, 160),
+        ("nearly wide", (1, 1), 130, 66),
         ("4 pieces", (1, 1), 2000, 2),
         ("9 pieces", (1, 1), 4200, 2),
         ("three threads", (1, 1), 140, 40),
@@ -121,6 +129,7 @@ _OF: dict[str, Callable[[], Iterator[Beyond]]] = {
     "linear_weight_only": _weight_only,
     "quantize_activations": _activations,
     "linear_int8": _int8,
+    "linear_int8_outliers": _outliers,
     "hadamard": _hadamard,
     "attention_kv": _attention,
     "attention_rotary": _newest,
