@@ -22,9 +22,12 @@ if TYPE_CHECKING:
 
 PROGRAM_BYTES = 425_000_000  # Python with torch, transformers, numba and kernels; on Linux
 TEXT_BYTES = 115_000_000  # more: a tokenizer, the text, and what a pass through the network needs
-LAYER_BYTES = 16  # for a weight of the largest layer: itself, its codes twice, differences, hashes
+LAYER_BYTES = 9  # for a weight of the largest layer: itself, its codes twice, what groups have
+BUSY = 8  # threads that have such pieces at the same time, at most
 REWRITTEN_BYTES = 12  # more for a weight that is rewritten: that, and what its codes stand for
-NEXT_BYTES = 9  # more for a weight that is read and rounded while the one before it is judged
+NEXT_BYTES = 11  # more for a weight that is read and rounded while the one before it is judged
+PIECES_BYTES = 28  # for a weight of a piece, on each thread: what is made of it in the cache
+PIECE = 900_000  # weights of such pieces, at most
 ROUNDING_BYTES = 21  # for a weight with statistics: itself, quotients, scales, and in between
 JUDGING_BYTES = 15  # itself, what became of it, the difference, codes; beside the next rounding
 CODED_BYTES = 1.1  # for a stored byte of a block: its codes wait until the block is done
@@ -60,22 +63,31 @@ def peak_memory(
 
 
 def _weights_alone(job: Job, threads: int) -> dict[str, int]:
-    """Layers are read, rounded and written one by one, the one before is judged; then the rest."""
+    """Layers are read, rounded and written one by one, the one before is judged; then the rest.
+
+    With several threads the codes of a block are written while those of the next one are made.
+    """
     network, layers = job.network, job.plan.schemes
     largest = max(network.layers[name].size for name in layers)
     rewritten = REWRITTEN_BYTES if job.method.handlers else 0
+    pieces = PIECES_BYTES * min(largest, PIECE) * min(threads, BUSY)
     one = {
         "program": PROGRAM_BYTES,
+        "pieces of weights": pieces,
         "largest layer": (LAYER_BYTES + rewritten) * largest,
         "layer after it": (NEXT_BYTES + rewritten) * largest if threads > 1 else 0,
-        "codes of a block": _codes(job),
+        "codes of blocks": _codes(job) * (2 if threads > 1 else 1),
     }
     left = 0
     if network.folder is not None:
         coded = {network.stored_name(f"{name}.weight") for name in layers}
         stored = network.folder.tensors.items()
         left = max((there.bytes for name, there in stored if name not in coded), default=0)
-    carried = {"program": PROGRAM_BYTES, "tensors as they are": 2 * min(left, PIECE_BYTES)}
+    carried = {
+        "program": PROGRAM_BYTES,
+        "pieces of weights": pieces,
+        "tensors as they are": 2 * min(left, PIECE_BYTES),
+    }
     return max(one, carried, key=lambda parts: sum(parts.values()))
 
 

@@ -13,6 +13,7 @@ from qframe_conformance.checks import checks_of
 from qframe_conformance.kernel_case import KernelCase
 from qframe_conformance.kernel_frames import LAYOUTS, frame
 from qframe_conformance.kernel_scenarios import scenarios, variants
+from qframe_plugins.kernels.numba_ops import LinearInt8
 from qframe_plugins.kernels.torch_ops import qframe_kernels
 from tests.mutants import (
     kernels_activations,
@@ -211,3 +212,56 @@ def test_a_case_can_be_run_by_hand():
     tensors = [torch.from_numpy(each) for each in operands.values()]
     assert run(KERNELS["linear_int8"], tensors).tolist() == [[11]]
     assert KernelCase(KERNELS["linear_int8"], operands).judged["B5.b"].ratio == 0
+
+
+# Refusals -------------------------------------------------------------------------------------
+
+
+class Picky(LinearInt8):
+    """The kernel of numba, but for what the test wants refused or answered otherwise."""
+
+    def from_activations(self, x, *constants):
+        return self.otherwise(super().from_activations(x, *constants))
+
+    def otherwise(self, made):
+        raise UnsupportedError("not these")
+
+
+class Halves(Picky):
+    def otherwise(self, made):
+        return made[: len(made) // 2]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "check", "said"),
+    [
+        (Picky(), "takes_activations", "refused: UnsupportedError: not these"),
+        (Halves(), "takes_activations", "expected float32"),
+    ],
+)
+def test_what_one_call_answers_a_call_like_it_may_not_refuse(kernel, check, said):
+    report = check_plugin(kernel, profile="fast", only=[check])
+    assert not report.ok
+    assert {failure.check for failure in report.failures} == {check}
+    assert said in str(report.failures[0].message)
+
+
+def test_a_call_that_supports_has_refused_may_be_refused():
+    class Large(LinearInt8):
+        def supports(self, call):
+            if call.op == self.op and call.shape[0] < 2:
+                return Unsupported("fewer than two tokens")
+            return super().supports(call)
+
+        def __call__(self, x_codes, *rest):
+            if len(x_codes) < 2:
+                raise UnsupportedError("fewer than two tokens")
+            return super().__call__(x_codes, *rest)
+
+        def from_activations(self, x, *constants):
+            if len(x) < 2:
+                raise UnsupportedError("fewer than two tokens")
+            return super().from_activations(x, *constants)
+
+    report = check_plugin(Large(), profile="fast")
+    assert report.ok, report.line()

@@ -38,7 +38,14 @@ SHRINK_EXAMPLES = 500  # cases that are tried to make a counterexample smaller
 
 
 class Refused(Exception):  # noqa: N818 - a signal from a case to the engine
-    """The plugin raised a typed error instead of answering; whether it may is for a check."""
+    """The plugin raised a typed error instead of answering; whether it may is for a check.
+
+    foreseen   the plugin has said before that it does not take such a call
+    """
+
+    def __init__(self, said: str, *, foreseen: bool = False) -> None:
+        super().__init__(said)
+        self.foreseen = foreseen
 
 
 class OutOfMemory(BaseException):
@@ -155,8 +162,9 @@ def run(each: Check, case: Any) -> float | _Skipped | Violation | None:
         outcome = each.function(case)
     except Violation as violation:
         return violation
-    except Refused:
-        return SKIPPED
+    except Refused as refusal:
+        skipped = refusal.foreseen or not _must_answer(case)
+        return SKIPPED if skipped else Violation(str(refusal))
     except QframeError as error:
         return Violation(f"refused: {type(error).__name__}: {error}")
     except (KeyboardInterrupt, StopTest, OutOfMemory):
@@ -168,6 +176,14 @@ def run(each: Check, case: Any) -> float | _Skipped | Violation | None:
     if isinstance(outcome, float) and not outcome <= 1:
         return Violation(f"error / allowed = {outcome:.6g}", ratio=outcome)
     return outcome
+
+
+def _must_answer(case: Any) -> bool:
+    """Return whether a call that is like this one, but for what a check changed, has an answer."""
+    try:
+        return bool(getattr(case, "must_answer", False))
+    except Exception:  # which another check tells
+        return False
 
 
 def is_out_of_memory(error: BaseException) -> bool:

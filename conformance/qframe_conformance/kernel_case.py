@@ -75,6 +75,14 @@ class KernelCase:
         """
         return self._call(self.frames)
 
+    @property
+    def must_answer(self) -> bool:
+        """Whether this call is answered, and no one may refuse one that is like it.
+
+        Raises Refused where it is not answered, which is for the check `answers`.
+        """
+        return not self.optional and bool(self.answer)
+
     def again(self) -> tuple[Array, ...]:
         """Call once more with the same tensors in the same places."""
         frames = dict(self.frames)
@@ -97,7 +105,7 @@ class KernelCase:
             given = frame(x, layout, device, self.dtype).tensor
             made = self.kernel.from_activations(given, *constants)
         except QframeError as error:
-            raise Refused(f"refused: {type(error).__name__}: {error}") from error
+            raise self._refused(error) from error
         self._check((made,), self.dtype)
         return _array(made)
 
@@ -109,12 +117,16 @@ class KernelCase:
         try:
             made = run(self.kernel, given)
         except QframeError as error:
-            raise Refused(f"refused: {type(error).__name__}: {error}") from error
+            raise self._refused(error) from error
         if self.op.in_place:
             return tuple(_array(frames[name].tensor) for name in self.op.in_place)
         parts = made if isinstance(made, tuple) else (made,)
         self._check(parts)
         return tuple(_array(part) for part in parts)
+
+    def _refused(self, error: QframeError) -> Refused:
+        foreseen = self.call is not None and self.kernel.supports(self.call) is not None
+        return Refused(f"refused: {type(error).__name__}: {error}", foreseen=foreseen)
 
     def _check(self, parts: tuple[Any, ...], dtype: str | None = None) -> None:
         """Raise Refused unless the parts are what the op promises; dtype: another for all."""

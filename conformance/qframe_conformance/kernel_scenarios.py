@@ -101,6 +101,8 @@ _IN_SHORT = {
         "int4-asymmetric-group",
         "int8-asymmetric-channel",
         "few, rounds",
+        "few, rounds of 8 bits",
+        "one, rounds",
         "one, rounds of 8 bits",
         "many, odd tiles",
         "many, tiles of 8 bits",
