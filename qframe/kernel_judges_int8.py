@@ -81,8 +81,7 @@ def linear_int8_outliers(operands: Operands, answer: Answer, arithmetic: Arithme
     main = np.rint(quotient) @ w_codes.T * scale[:, None] * w_scale
     kept = x[:, outlier] @ weight[:, outlier].T
     kept_size = np.abs(x[:, outlier]) @ np.abs(weight[:, outlier]).T
-    doubt = bounds.doubtful(quotient) @ np.abs(w_codes).T * scale[:, None] * w_scale
-
+    doubt = bounds.doubtful_codes(quotient, w_codes, scale, w_scale)
     decoded = bounds.int8_mixed(np.abs(main) + kept_size, doubt, count, unit, inputs)
     step = np.where(rest.any(1), scale, 0)  # zeros are not rounded
     output = bounds.int8_output(x, weight, w_codes * w_scale[:, None], step, outlier, unit, inputs)

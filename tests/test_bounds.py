@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from qframe import bounds
@@ -132,6 +132,37 @@ def test_only_what_lies_beyond_an_end_is_excused_and_whatever_its_distance():
     for infinite in (np.inf, -np.inf, np.nan):  # that is no distance
         delta = np.full(2, infinite)
         assert not bounds.beyond_ends(delta, np.array([-2, 1]), grid).any()
+
+
+@pytest.mark.parametrize("form", ["quotient", "product", "reciprocal"])
+@given(
+    x=st.lists(st.integers(-400, 400), min_size=1, max_size=9).filter(any),
+    exponent=st.integers(-149, -110),
+    seed=st.integers(0, 99),
+)
+@example(x=[1, 0, 3], exponent=-149, seed=0)
+@example(x=[127, -64, 65], exponent=-149, seed=0)
+def test_faint_tokens_are_off_by_no_more_than_b5_e_says(form, x, exponent, seed):
+    f32 = np.float32
+    token = np.array([x], f32) * f32(2.0) ** f32(exponent)
+    largest = np.abs(token).max()
+    with np.errstate(all="ignore"):
+        made = {
+            "quotient": lambda: largest / f32(127),
+            "product": lambda: largest * (f32(1) / f32(127)),
+            "reciprocal": lambda: f32(1) / (f32(127) / largest),
+        }[form if np.isfinite(f32(127) / largest) else "quotient"]()
+        scale = max(made, f32(2.0**-149))
+        codes = np.clip(np.rint(token / scale), -127, 127).astype(np.float64)
+    w = np.random.default_rng(seed).integers(-127, 128, (4, len(x)))
+    exact = np.float64(largest) / 127
+    quotient = token.astype(np.float64) / exact
+    wanted = exact * (np.rint(quotient) @ w.T)
+    off = np.abs(np.float64(scale) * (codes @ w.T) - wanted)
+    allowed = bounds.doubtful_codes(quotient, w, [exact], np.ones(4))
+    assert (
+        bounds.ratio(off, (1 + bounds.gamma(6)) * allowed + bounds.gamma(6) * np.abs(wanted)) <= 1
+    )
 
 
 def test_a_worst_case_of_half_steps_attains_b10_b():

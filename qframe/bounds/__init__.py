@@ -25,11 +25,13 @@ from qframe.bounds.arithmetic import (
 )
 from qframe.bounds.eight_bit import (
     doubtful,
+    doubtful_codes,
     int8_decode,
     int8_groups,
     int8_mixed,
     int8_output,
     int32_columns,
+    scale_moved,
     token_scale,
 )
 from qframe.bounds.formats import float_element, half_cell, nearest_value, representable
@@ -118,6 +120,7 @@ __all__ = [
     "cross_sum",
     "decode",
     "doubtful",
+    "doubtful_codes",
     "exact_sum",
     "fitted_scale",
     "float_element",
@@ -176,6 +179,7 @@ __all__ = [
     "rotated_output",
     "rotated_product",
     "sample_slack",
+    "scale_moved",
     "scale_rule",
     "search_slack",
     "second_moments",

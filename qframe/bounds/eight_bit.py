@@ -47,7 +47,7 @@ def int8_mixed(
     """B5.b: the error of s_x s_w a + sum over outlier columns x w, against what x and codes say.
 
     magnitude   |s_x s_w a| + sum over outlier columns of |x w|, [tokens, rows]
-    doubt       s_x s_w times the sum of |w codes| where the code of x is in `doubtful`
+    doubt       what codes and scale of x may be off by: `doubtful_codes`
     outliers    how many outlier columns there are
     """
     relative = compound(gamma(outliers + 2, unit), gamma(6), inputs, inputs)
@@ -56,13 +56,37 @@ def int8_mixed(
     )
 
 
-def doubtful(quotient: Numbers) -> npt.NDArray[np.bool_]:
+def doubtful(quotient: Numbers, moved: Numbers = 0.0) -> npt.NDArray[np.bool_]:
     """B5.e: where x / s is so near to a half that roundings of s and of the quotient decide.
 
     quotient   x / s in real numbers
+    moved      `scale_moved`, for tokens so faint that it counts
     """
-    t = np.abs(as_array(quotient))
-    return np.asarray(np.abs(t - np.floor(t) - 1 / 2) <= gamma(4) * t)
+    t, m = np.abs(as_array(quotient)), as_array(moved)
+    with np.errstate(divide="ignore", invalid="ignore"):  # 0 stays 0
+        reach = np.where(m < 1, (gamma(4) + m) / (1 - m), np.inf) * t
+    return np.asarray(np.abs(t - np.floor(t) - 1 / 2) <= reach)
+
+
+def scale_moved(x_scale: Numbers) -> Array:
+    """B6.a: what the scale of a token may be off by beyond its roundings, 2 eta, over the scale."""
+    return as_array(2 * ETA["float32"] / as_array(x_scale))
+
+
+def doubtful_codes(
+    quotient: Numbers, w_codes: Numbers, x_scale: Numbers, w_scale: Numbers
+) -> Array:
+    """B5.e: what s_x s_w a may be off by for codes and a scale that a kernel made, [tokens, rows].
+
+    quotient   x / s_x in real numbers, [tokens, columns]
+    w_codes    [rows, columns]
+    x_scale    [tokens], and w_scale, [rows]
+    """
+    scale, codes = as_array(x_scale)[:, None], as_array(w_codes)
+    moved = scale_moved(scale)
+    steps = (1 + moved) * (doubtful(quotient, moved) @ np.abs(codes).T)
+    steps += moved * np.abs(np.rint(as_array(quotient)) @ codes.T)
+    return as_array(steps * scale * as_array(w_scale))
 
 
 def int8_output(
@@ -83,7 +107,7 @@ def int8_output(
     """
     size, w, kept = np.abs(as_array(x)), as_array(weight), ~outlier
     codes_for = np.abs(as_array(weight_values))
-    moved_x = as_array(x_scale)[:, None] / 2 + gamma(4) * size
+    moved_x = as_array(x_scale)[:, None] / 2 + ETA["float32"] + gamma(4) * size
     rounding = size[:, kept] @ np.abs(w - as_array(weight_values)).T[kept]
     rounding += moved_x[:, kept] @ codes_for.T[kept]
     magnitude = (size + moved_x)[:, kept] @ codes_for.T[kept]
