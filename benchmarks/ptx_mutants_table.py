@@ -41,8 +41,8 @@ the score is {without:.1%}.
 
 The suite's draws were made stronger by what these samples had left alive, so for mutants that were
 not in them the score is likely to be lower; another seed says by how much. Kernels of 16 bits round
-their outputs to as many, which hides most other roundings in between: what survives there as "rn -> rz"
-is the same instruction as in the kernel for float32, whose bits tell.
+their outputs to as many, which hides most other roundings in between: what survives there as
+"rn -> rz" is the same instruction as in the kernel for float32, whose bits tell.
 
 | kernel | mutants | tried | killed | by bits alone | equivalent | survive | score | at least |
 |---|--:|--:|--:|--:|--:|--:|--:|--:|
