@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from qframe import Grid, Scheme, bounds, certificates, rounding
 from qframe.certificates import Closest, Evidence
-from qframe.claims import Babai, HalfStep, Radius
+from qframe.claims import Babai, Covers, HalfStep, Radius, SchemeScale
 from qframe.contracts import RoundingProblem
 from qframe.pieces import highest_ratios, highest_ratios_float32
 from qframe.report.measure import clipped_share, sqnr_db
@@ -180,6 +180,35 @@ def test_the_first_of_equally_close_weights_is_found_in_whatever_strip(error, sp
         assert found == Closest.of(errors, allowed)
 
 
+def test_a_wrong_code_of_a_weight_that_zero_points_shift_is_found():
+    weight = torch.linspace(0, 1, 32).reshape(1, 32).clone()
+    weight[0, ::16] = -1  # alone below 0, so that no other one makes its group suspicious
+    scheme, grid = Scheme(num_bits=4, group_size=16, symmetric=False), Grid(0, 15)
+    made = rounding.to_nearest(
+        RoundingProblem(name="layer", weight=weight, scheme=scheme, grid=grid)
+    )
+    for column in (0, 15, 16, 31):
+        codes = made.codes.clone()
+        codes[0, column] = made.zero_point[0, column // 16]  # it stands for 0
+        problem = RoundingProblem(name="layer", weight=weight, scheme=scheme, grid=grid)
+        found = HalfStep().certify(Evidence(problem, replace(made, codes=codes)))
+        right = bool((codes == made.codes).all())
+        assert found.holds == right
+        assert right or found.place == (0, column)
+
+
+@pytest.mark.parametrize("claim", [SchemeScale(), Covers()], ids=lambda claim: claim.name)
+@given(layer=layers(), wrong=st.integers(0, 999), factor=st.sampled_from([0.5, 1, 3]))
+def test_the_certificates_of_groups_are_those_of_all_groups(claim, layer, wrong, factor):
+    problem, made = layer
+    scale = made.scale.clone()
+    scale.view(-1)[wrong % scale.numel()] *= factor
+    found = claim.certify(Evidence(problem, replace(made, scale=scale)))
+    for piece in (1, 5, 64):
+        with mock.patch.object(certificates, "_PIECE", piece):
+            assert claim.certify(Evidence(problem, replace(made, scale=scale))) == found
+
+
 @given(layer=layers())
 def test_the_share_of_clipped_weights_is_counted_over_all(layer):
     problem, made = layer
@@ -203,8 +232,10 @@ def test_what_is_not_finite_is_found_wherever_it_is():
     for bad in (float("nan"), float("inf"), -float("inf")):
         weight[7, 21] = bad
         problem = RoundingProblem(name="layer", weight=weight, scheme=scheme, grid=grid)
-        found = HalfStep().certify(Evidence(problem, made))
-        assert (found.ratio, found.place) == (float("inf"), (7, 21))
+        for code in (grid.qmin, 0, grid.qmax):  # at an end it is not excused
+            made.codes[7, 21] = code
+            found = HalfStep().certify(Evidence(problem, made))
+            assert (found.ratio, found.place) == (float("inf"), (7, 21))
 
 
 @pytest.mark.parametrize("height", [1, 5, 64])
