@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import socket
 from itertools import groupby
@@ -15,13 +16,15 @@ from torch import nn
 
 from qframe import ranks
 from qframe.calibration import Lockstep, Stop
-from qframe.contracts import InputGroup, LayerInfo
+from qframe.contracts import Event, InputGroup, LayerInfo
 from qframe.errors import PluginError, RanksError
 from qframe.host import Host
 from qframe.inputs import GroupInputs, Split, Waiting
 from qframe.launcher import launched
 from qframe.merging import observed, restore, taken_down
 from qframe.ranks import ALONE, SLOTS, _packed, _unpacked, rank_of, shares, slot_of
+from qframe.report.layers import LayerReport
+from qframe.solve import Solver
 from qframe.weights import DTYPE_NAMES
 from tests.ranks.threads import together
 
@@ -302,6 +305,64 @@ def test_ranks_stop_together_where_chunks_of_any_of_them_wait(size, signs):
         there = sorted(number for met in found for number in met[place][1])
         wanted = {"left": "+", "right": "-", "last": "+-"}[name]
         assert there == [number for number, sign in enumerate(signs) if sign in wanted]
+
+
+# What others have done ------------------------------------------------------------------------
+
+
+def judged(layer, **told):
+    given = {"method": "rtn", "scheme": "int4", "rows": 2, "columns": 4, "bits_per_weight": 4.5}
+    report = LayerReport(name=layer, **given)
+    for name, value in told.items():
+        setattr(report, name, value)
+    return report
+
+
+def test_reports_and_events_of_other_ranks_layers_are_taken_over_in_their_order():
+    theirs = judged("b", sqnr_db=17.5, source="abc", clipped=0.25)
+    event = Event(kind="certificate violated", layer="b", message="by much")
+
+    class Two:
+        size, rank = 2, 0
+
+        def exchange(self, place, tensors, own):
+            told = {"report": dataclasses.asdict(theirs), "events": [dataclasses.asdict(event)]}
+            return [({}, own), ({}, {"b": told})]
+
+    solver = object.__new__(Solver)
+    solver.ranks = Two()
+    own = judged("b")
+    due = [(judged("a"), 0), (own, 1), (judged("c"), 0), (judged("d"), None)]
+    events = [Event(kind="test", layer=layer, message="") for layer in ("c", "a", "d")]
+    found = solver._exchanged(due, events)
+    assert [each.layer for each in found] == ["a", "b", "c", "d"]
+    assert found[1] == event
+    assert own == theirs
+
+
+def test_ranks_that_are_at_different_places_are_told_where():
+    group = object.__new__(ranks._Group)
+    group.rank, group.size, group._group = 0, 2, None
+    group._names = ["rank 0 (here)", "rank 1 (there)"]
+
+    class Work:
+        def is_completed(self):
+            return True
+
+        def wait(self):
+            pass
+
+    class Distributed:
+        def all_gather(self, every, own, **options):
+            there = b"statistics of up".ljust(ranks.LABEL_BYTES) + (0).to_bytes(8, "little")
+            every[0].copy_(own)
+            every[1].copy_(torch.frombuffer(bytearray(there), dtype=torch.uint8))
+            return Work()
+
+    group._distributed = Distributed
+    assert group._meet("statistics of up", 7) == [7, 0]
+    with pytest.raises(RanksError, match=r"rank 0 \(here\) is at 'the end', and rank 1 \(there\)"):
+        group._meet("the end", 7)
 
 
 # A launcher -----------------------------------------------------------------------------------
