@@ -32,7 +32,7 @@ class Pages:
         self._most = 0  # bytes that were used at one time
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """Return a tensor of any numbers, contiguous."""
+        """Return a tensor of any numbers, contiguous. Raises MemoryError."""
         size = math.prod(shape) * dtype.itemsize
         with self._lock:
             region = self._take(size) or self._make(size)
@@ -64,16 +64,33 @@ class Pages:
         """Return new memory; what is spare is let go where there would be more than ever before."""
         self._most = max(self._most, self._total - self.spare + size)
         while self._spare and self._total + size > self._most:
-            self._total -= len(self._spare.pop(0))
-        self._total += size
-        return _region(size)
+            self._let_go()
+        while True:
+            try:
+                region = _region(size)
+            except MemoryError:
+                if not self._spare:
+                    raise
+                self._let_go()
+            else:
+                self._total += size
+                return region
+
+    def _let_go(self) -> None:
+        """Give the oldest spare memory back to the system."""
+        self._total -= len(self._spare.pop(0))
 
 
 def _region(size: int) -> mmap.mmap:
-    """Return memory of the process's own, in as few pieces as the system can give."""
-    if not hasattr(mmap, "MAP_PRIVATE"):  # Windows
-        return mmap.mmap(-1, size)
-    region = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    """Return memory of the process's own, in as few pieces as the system can give.
+
+    Raises MemoryError.
+    """
+    private = getattr(mmap, "MAP_PRIVATE", 0) | getattr(mmap, "MAP_ANONYMOUS", 0)
+    try:  # Windows has no flags
+        region = mmap.mmap(-1, size, flags=private) if private else mmap.mmap(-1, size)
+    except OSError as error:
+        raise MemoryError(f"{error.strerror}: tried to allocate {size} bytes") from error
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a system that has no large pages
             region.madvise(mmap.MADV_HUGEPAGE)

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qframe import pages
+from qframe.out_of_memory import bytes_asked
 from qframe.pages import LARGE, Pages, empty, kept_pages
 
 SIZES = st.integers(1, 5).map(lambda size: size * LARGE // 4)
@@ -109,3 +110,27 @@ def test_threads_take_and_leave_memory_at_the_same_time():
     assert not wrong
     assert made.total <= 4 * (LARGE + 60)
     assert made.spare == made.total
+
+
+def test_what_is_spare_goes_before_memory_is_said_to_be_over(monkeypatch):
+    """Where it is over all the same, it is the error that a run names its layer in."""
+    made = Pages()
+    small = [made.empty((LARGE,), torch.uint8) for _ in range(3)]
+    del small[:2]
+    left, whole = 2, pages._region
+
+    def tight(size):
+        if len(made._spare) > left:
+            raise MemoryError
+        return whole(size)
+
+    monkeypatch.setattr(pages, "_region", tight)
+    made._most = 100 * LARGE  # so that nothing is let go for another reason
+    assert made.empty((20 * LARGE,), torch.uint8).numel() == 20 * LARGE
+    left = 0
+    assert made.empty((40 * LARGE,), torch.uint8).numel() == 40 * LARGE
+    monkeypatch.undo()
+    with pytest.raises(MemoryError) as error:
+        made.empty((1 << 60,), torch.uint8)
+    assert bytes_asked(str(error.value)) == 1 << 60
+    assert made.empty((LARGE,), torch.uint8).numel() == LARGE
