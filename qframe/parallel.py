@@ -104,4 +104,6 @@ def spread(work: Callable[[T], R], pieces: Sequence[T], threads: int) -> list[R]
 
 def _start_worker() -> None:
     _worker.busy = True
+    # A thread that has not asked yet would take over, later, what another one has set by then.
+    torch.get_num_threads()
     torch.set_num_threads(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from unittest import mock
 
 import pytest
 import torch
@@ -53,6 +54,42 @@ def test_what_a_piece_raises_is_raised():
 
     with parallel.sharing(2), pytest.raises(KeyError, match="9"):
         parallel.each(work, range(20))
+
+
+def test_a_worker_keeps_its_one_torch_thread_whatever_others_set():
+    """Bits depend on it: products of matrices are summed up in another order by two."""
+
+    def others():
+        torch.set_num_threads(3)
+
+    def work(_):
+        before = torch.get_num_threads()
+        for call in (others, others):
+            thread = threading.Thread(target=call)
+            thread.start()
+            thread.join()
+        with parallel.one_torch_thread():
+            pass
+        return before, torch.get_num_threads()
+
+    own = torch.get_num_threads()
+    others()
+    start = parallel._start_worker
+
+    def late():
+        start()
+        thread = threading.Thread(target=others)
+        thread.start()
+        thread.join()
+
+    try:
+        with (
+            mock.patch.object(parallel, "_pools", {}),
+            mock.patch.object(parallel, "_start_worker", late),
+        ):
+            assert set(parallel.spread(work, range(4), 2)) == {(1, 1)}
+    finally:
+        torch.set_num_threads(own)
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
