@@ -219,9 +219,11 @@ class Network:
 
     def is_made_of(self, layer: str, origin: Origin) -> bool:
         """Return whether the weight of a layer is one that was stored, now or in another dtype."""
+        if self.origin(layer)() == origin:
+            return True
         dtype = DTYPES.get(origin.dtype)
-        if self.origin(layer)() == origin or dtype is None:
-            return dtype is not None
+        if dtype is None:
+            return False
         weight = self.own(f"{layer}.weight".lstrip("."))
         there = weight.to(dtype)
         return torch.equal(there.to(weight.dtype), weight) and fingerprint(there) == origin.sha256

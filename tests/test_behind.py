@@ -100,7 +100,7 @@ def test_it_is_idle_when_all_is_done_also_where_that_failed():
         behind.do(wait_for_it)
         assert not behind.idle
         goes.set()
-        while not behind.idle:
-            pass
+        assert isinstance(behind._last.exception(LONG), KeyError)
+        assert behind.idle
         with pytest.raises(KeyError):
             behind.wait()

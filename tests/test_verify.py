@@ -445,6 +445,9 @@ def test_a_weight_is_known_again_in_another_dtype():
         assert Network(each).is_made_of("0", origin)
         assert Network(each).is_made_of("0", of_wide)
     assert not Network(short).is_made_of("0", Origin("no dtype", origin.sha256))
+    rare = Network(short)  # a dtype that only files have
+    rare.origin = lambda layer: lambda: Origin("no dtype", origin.sha256)
+    assert rare.is_made_of("0", Origin("no dtype", origin.sha256))
     with torch.no_grad():
         wide[0].weight[3, 5] *= 1 + 2.0**-20  # which bfloat16 rounds away
     assert not Network(wide).is_made_of("0", origin)
