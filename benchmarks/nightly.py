@@ -12,7 +12,6 @@ processors, and more one-instruction mutants of the GPU kernels, another seed ea
 
     python benchmarks/ptx_mutants.py --sample 200 --seed 1 --minutes 300
     python benchmarks/ptx_mutants_table.py
-    qframe crosscheck --target sm_80
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from qframe_conformance.target import all_targets
 
 def objects(only: Sequence[str]) -> list[tuple[str, str]]:
     """Return (kind, name) of every installed object that can be checked, or of those named."""
-    targets, problems = all_targets()
+    targets, problems, _ = all_targets()
     if problems:
         raise SystemExit("\n".join(problems))
     found = [(target.kind or "", target.name) for target in targets]

@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 from qframe import errors
 from qframe.errors import PluginError, QframeError
 from qframe_conformance import wire
-from qframe_conformance.process import Contained
+from qframe_conformance.process import Place
 from qframe_conformance.report import Record, Report
 from qframe_conformance.running import crash, strict
 from qframe_conformance.suite import SUITE_VERSION
@@ -45,12 +46,16 @@ def check_contained(
     seconds: float = SECONDS,
     memory: int = MEMORY,
     restarts: int = RESTARTS,
+    beside: bool = False,
+    place: Place | None = None,
 ) -> Report:
     """Run the suite on a plugin in another process; the report is that of `check_plugin`.
 
     seconds    how long the plugin may be silent: one case of one scenario
     memory     bytes that it may take beside the libraries', where the system can limit it
     restarts   after so many crashes the scenarios that are left are given up
+    beside     where a kernel is wrong, tell what the other kernels answer
+    place      where it is done; None: in a process for it alone. `seconds` is the place's then
 
     The other arguments are those of `check_plugin`.
 
@@ -71,26 +76,24 @@ def check_contained(
         },
         "scenarios": None if scenarios is None else list(scenarios),
         "memory": memory,
+        "beside": beside,
     }
     found = _Found(progress)
-    while True:
-        with Contained(job, seconds) as process:
-            what = process.listen(found.hear)
-        if what is None:
-            break
-        if not found.code:
-            raise PluginError(f"loading {target.name!r}: {what}")
-        at = found.now or "(before the first scenario)"
-        found.records.append(crash(found.kind, found.name, at, what, profile, seed))
-        found.crashes += 1
-        left = found.left()
-        if not left or not found.now:
-            break
-        if found.crashes > restarts:
-            message = f"given up after {found.crashes} crashes; not tried: {', '.join(left)}"
-            found.records.append(crash(found.kind, found.name, left[0], message, profile, seed))
-            break
-        job["scenarios"] = left
+    with Place(seconds) if place is None else nullcontext(place) as where:
+        while (what := where.do(job, found.hear)) is not None:
+            if not found.code:
+                raise PluginError(f"loading {target.name!r}: {what}")
+            at = found.now or "(before the first scenario)"
+            found.records.append(crash(found.kind, found.name, at, what, profile, seed))
+            found.crashes += 1
+            left = found.left()
+            if not left or not found.now:
+                break
+            if found.crashes > restarts:
+                message = f"given up after {found.crashes} crashes; not tried: {', '.join(left)}"
+                found.records.append(crash(found.kind, found.name, left[0], message, profile, seed))
+                break
+            job["scenarios"] = left
     return Report(
         plugin=found.name,
         kind=found.kind,

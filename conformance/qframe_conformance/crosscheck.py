@@ -4,6 +4,9 @@ Each kernel is held to the suite: by its theorems against float64, on integers t
 any two that hold agree there, and in the variants that it declares, such as orders of threads. A
 kernel that compiles for several machines declares `targets`, and each of them is a row of its own.
 
+Kernels are checked here, or, with `Apart`, in processes of their own, several at a time: then one
+that hangs or crashes is a finding.
+
 Packages may add verdicts of other sorts, such as what kernels cost: entry points of the group
 "qframe.crosschecks", each a function of the targets that were asked for (None: all) that returns
 verdicts. A verdict has `holds`, and says what it is about as a text.
@@ -12,19 +15,22 @@ verdicts. A verdict has `holds`, and says what it is about as a text.
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from qframe.errors import MissingExtraError, RecipeError
 from qframe.host import Host
 from qframe.kernels import OPS
 from qframe.strict import suggestion
-from qframe_conformance.kernel_case import beside
+from qframe_conformance.kernel_case import beside, peers_of
 from qframe_conformance.kernel_scenarios import variants
 from qframe_conformance.report import Report
+from qframe_conformance.side_by_side import SECONDS, side_by_side
 from qframe_conformance.suite import check_plugin
+from qframe_conformance.target import Target
 
 GROUP: Final = "qframe.crosschecks"
 OWN: Final = ""  # the target of a kernel that has no others
@@ -48,6 +54,49 @@ class Row:
     def label(self) -> str:
         """The backend by its full name: "ptx_host sm_90"."""
         return f"{self.backend} {self.target}".rstrip()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Apart:
+    """In processes of their own.
+
+    files       Python files with plugins that the host was given: processes load them, too
+    processes   at a time
+    seconds     for one case of one scenario
+    """
+
+    files: Sequence[str] = ()
+    processes: int = 1
+    seconds: float = SECONDS
+
+    def reports(
+        self, rows: Sequence[Row], begins: Callable[[Row], None], **options: Any
+    ) -> dict[Row, Report]:
+        """Return the suite's report of every row.
+
+        A kernel's targets share what is compiled, so they are one process's. They come first:
+        simulating takes longest.
+        """
+        named: dict[tuple[str, str], Row] = {}
+        groups: dict[str, list[Target]] = {}
+        for row in sorted(rows, key=lambda each: each.target == OWN):
+            name = f"{row.op}/{row.backend}"
+            target = Target(name=name, kind="kernel", files=self.files, machine=row.target)
+            groups.setdefault(name, []).append(target)
+            named[name, row.target] = row
+        found = side_by_side(
+            [*groups.values()],
+            processes=self.processes,
+            seconds=self.seconds,
+            begins=lambda target: begins(named[target.name, target.machine]),
+            beside=True,
+            **options,
+        )
+        return {
+            named[target.name, target.machine]: report
+            for group, made in zip(groups.values(), found, strict=True)
+            for target, report in zip(group, made, strict=True)
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,8 +135,12 @@ def crosscheck(
     profile: str = "fast",
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
+    apart: Apart | None = None,
 ) -> Outcome:
     """Hold all kernels against one another; None means all of them.
+
+    progress   called with what begins; from any thread, where it is `apart`
+    apart      None: all of it in this process, for kernels that only this host knows, or a debugger
 
     Raises RecipeError for an operation, a backend or a target that no kernel has.
     """
@@ -97,23 +150,29 @@ def crosscheck(
     _known("backend", backends, {each.backend for each in kernels})
     named = {name for each in kernels for name in getattr(each, "targets", {})}
     _known("target", targets, named)
-    peers = [each for each in kernels if not getattr(each, "by_name_only", False)]
-    rows = []
-    for kernel in sorted(kernels, key=lambda each: [*OPS].index(each.op)):
-        if kernel.op not in (ops or OPS) or kernel.backend not in (backends or [kernel.backend]):
-            continue
-        for target, subject in _targets(kernel, targets):
-            row = Row(op=kernel.op, backend=kernel.backend, target=target)
-            if progress is not None:
-                progress(f"{row.op} {row.label}")
-            why = refusal(subject)
-            report = None
-            if not why:
-                with beside(peers):
-                    report = check_plugin(
-                        subject, kind="kernel", profile=profile, seed=seed, host=host
-                    )
-            rows.append(Row(op=row.op, backend=row.backend, target=target, report=report, why=why))
+    subjects = {
+        Row(op=kernel.op, backend=kernel.backend, target=target, why=refusal(subject)): subject
+        for kernel in sorted(kernels, key=lambda each: [*OPS].index(each.op))
+        if kernel.op in (ops or OPS) and kernel.backend in (backends or [kernel.backend])
+        for target, subject in _targets(kernel, targets)
+    }
+    wanted = [row for row in subjects if not row.why]
+    numbers = itertools.count(1)
+
+    def begins(row: Row) -> None:
+        if progress is not None:
+            progress(f"[{next(numbers)}/{len(wanted)}] {row.op} {row.label}")
+
+    options: dict[str, Any] = {"profile": profile, "seed": seed}
+    if apart is not None:
+        reports = apart.reports(wanted, begins, **options)
+    else:
+        reports = {}
+        with beside(peers_of(host)):
+            for row in wanted:
+                begins(row)
+                reports[row] = check_plugin(subjects[row], kind="kernel", host=host, **options)
+    rows = [replace(row, report=reports.get(row)) for row in subjects]
     verdicts, absent = _others(targets, progress) if backends is None and ops is None else ({}, {})
     return Outcome(
         rows=rows, verdicts=verdicts, absent=absent, seconds=time.perf_counter() - started

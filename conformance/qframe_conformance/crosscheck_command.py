@@ -10,6 +10,7 @@ import typer
 from qframe.cli.command import Debug, Json
 from qframe.cli.progress import progress_shown
 from qframe.cli.screen import note, print_json, print_plain, print_result
+from qframe.errors import RecipeError
 from qframe_conformance.command import NOT_AS_CLAIMED
 
 if TYPE_CHECKING:
@@ -44,6 +45,21 @@ def crosscheck(
         Path | None,
         typer.Option("--save", metavar="DIR", help="Write counterexamples as scripts."),
     ] = None,
+    processes: Annotated[
+        int | None,
+        typer.Option("--processes", min=1, help="Kernels at a time. Default: one for each core."),
+    ] = None,
+    in_process: Annotated[
+        bool,
+        typer.Option(
+            "--in-process",
+            help="Run all here, for a debugger; a kernel that hangs or crashes takes qframe along.",
+        ),
+    ] = False,
+    seconds: Annotated[
+        float | None,
+        typer.Option("--time-limit", min=0, help="Seconds for one drawn case. Default: 300."),
+    ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -51,14 +67,24 @@ def crosscheck(
 
     Example: qframe crosscheck --op linear_int8
 
-    Exit code 0 when all that could be run holds, and 4 when not. What could not be run is listed,
-    with the reason.
+    Kernels run in processes of their own. Exit code 0 when all that could be run holds, and 4 when
+    not. What could not be run is listed, with the reason.
     """
+    if in_process and (processes is not None or seconds is not None):
+        raise RecipeError("--processes and --time-limit do not go with --in-process")
     with progress_shown() as progress:
         progress.step("loading libraries")
         from qframe.host import Host
+        from qframe.parallel import default_threads
+        from qframe_conformance.crosscheck import Apart
         from qframe_conformance.crosscheck import crosscheck as run
+        from qframe_conformance.side_by_side import SECONDS
 
+        apart = Apart(
+            files=[str(file) for file in plugin or ()],
+            processes=processes or default_threads(),
+            seconds=SECONDS if seconds is None else seconds,
+        )
         found = run(
             Host.discover(plugin or ()),
             ops=op or None,
@@ -67,6 +93,7 @@ def crosscheck(
             profile=profile,
             seed=seed,
             progress=progress.step,
+            apart=None if in_process else apart,
         )
     if save is not None:
         for row in found.rows:

@@ -15,6 +15,7 @@ import torch
 from qframe import KVScheme
 from qframe.contracts import OpCall
 from qframe.errors import QframeError
+from qframe.host import Host
 from qframe.kernel_comparisons import Judged
 from qframe.kernel_judges import judge
 from qframe.kernels import Op, arithmetic_of, op_of, run
@@ -212,6 +213,12 @@ print(replay({check!r}, case))
 
 
 _PEERS: ContextVar[tuple[Any, ...]] = ContextVar("peers", default=())
+
+
+def peers_of(host: Host) -> list[Any]:
+    """Return the kernels of a host, but for those that simulate another machine."""
+    kernels = [host.get("kernel", name) for name in host.names("kernel")]
+    return [each for each in kernels if not getattr(each, "by_name_only", False)]
 
 
 @contextmanager

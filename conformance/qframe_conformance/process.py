@@ -1,4 +1,7 @@
-"""One process in which a plugin is contained: started, listened to, and ended whatever it does."""
+"""One process in which a plugin is contained: started, listened to, and ended whatever it does.
+
+A `Place` has one after another: the same for job after job, until one of them does not come back.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +25,18 @@ LOADING = 300.0  # seconds for libraries and the plugin
 _DYING = 3.0  # seconds in which a process may say where it hung
 _GLANCE = 0.2  # seconds between looks at whether a process is alive
 _KEPT = 1 << 16  # characters of stderr, from its end
+_LIMITS = ("QFRAME_THREADS", "NUMBA_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 _FRAME = re.compile(r'^  File "(.+)", line (\d+) in (\S+)$', re.MULTILINE)
 
 
 class Contained:
-    """One process, from its start to its end; leaving it ends all that it started."""
+    """One process, from its start to its end, which `end` brings about, of all that it started.
 
-    def __init__(self, job: Mapping[str, Any], seconds: float) -> None:
+    seconds   how long it may be silent at a job
+    threads   that it may compute on; None: as many as this process
+    """
+
+    def __init__(self, seconds: float, threads: int | None = None) -> None:
         self._seconds = seconds
         self._case = 0  # of the scenario that has begun
         self._process = subprocess.Popen(
@@ -41,6 +49,7 @@ class Contained:
             encoding="utf-8",
             errors="replace",
             start_new_session=True,
+            env=None if threads is None else {**os.environ, **dict.fromkeys(_LIMITS, str(threads))},
         )
         self._lines: queue.Queue[str | None] = queue.Queue()
         self._stderr = ""
@@ -49,20 +58,13 @@ class Contained:
         ]
         for thread in self._threads:
             thread.start()
-        try:
-            _pipe(self._process.stdin).write(json.dumps(job))
-            _pipe(self._process.stdin).close()
-        except BrokenPipeError:  # it has ended; its exit code says more
-            pass
 
-    def __enter__(self) -> Contained:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._kill()
-
-    def listen(self, hear: Callable[[Mapping[str, Any]], None]) -> str | None:
-        """Give messages to `hear` until all is done; return what went wrong, None for nothing."""
+    def do(self, job: Mapping[str, Any], hear: Callable[[Mapping[str, Any]], None]) -> str | None:
+        """Give messages to `hear` until a job is done; return what went wrong, None for nothing."""
+        with contextlib.suppress(BrokenPipeError):  # it has ended; its exit code says more
+            stdin = _pipe(self._process.stdin)
+            stdin.write(json.dumps(job) + "\n")
+            stdin.flush()
         allowed = LOADING
         while True:
             line = self._next(time.monotonic() + allowed)
@@ -79,6 +81,20 @@ class Contained:
             self._case = 0 if "begins" in message else self._case + ("tick" in message)
             hear(message)
             allowed = self._seconds
+
+    def end(self) -> None:
+        """End the process and all that it started."""
+        try:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        except AttributeError:  # no process groups on Windows
+            self._process.kill()
+        except (ProcessLookupError, PermissionError):
+            pass
+        self._process.wait()
+        with contextlib.suppress(BrokenPipeError):  # of a job that it has not read
+            _pipe(self._process.stdin).close()
+        for thread in self._threads:
+            thread.join(_DYING)
 
     def _next(self, until: float) -> str | None:
         """Return the next line; None when the process has ended, "" when it is silent."""
@@ -98,7 +114,7 @@ class Contained:
             self._process.send_signal(signal.SIGABRT)  # faulthandler says where it is
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(_DYING)
-        self._kill()
+        self.end()
         return f"did not come back within {allowed:g} s{self._where()}"
 
     def _ended(self) -> str:
@@ -106,9 +122,9 @@ class Contained:
         try:
             code = self._process.wait(_DYING)
         except subprocess.TimeoutExpired:
-            self._kill()
+            self.end()
             return f"closed the suite's own channel{self._where()}"
-        self._kill()
+        self.end()
         if code < 0:
             name = signal.Signals(-code).name
             hint = " (the system does so when memory is short)" if name == "SIGKILL" else ""
@@ -133,18 +149,6 @@ class Contained:
                 return f", in {function} at {file}:{line}"
         return ""
 
-    def _kill(self) -> None:
-        """End the process and all that it started."""
-        try:
-            os.killpg(self._process.pid, signal.SIGKILL)
-        except AttributeError:  # no process groups on Windows
-            self._process.kill()
-        except (ProcessLookupError, PermissionError):
-            pass
-        self._process.wait()
-        for thread in self._threads:
-            thread.join(_DYING)
-
     def _read(self) -> None:
         """Queue the messages, and None when there are no more."""
         with _pipe(self._process.stdout) as stream:
@@ -157,6 +161,42 @@ class Contained:
         with _pipe(self._process.stderr) as stream:
             while text := stream.read(1 << 12):
                 self._stderr = (self._stderr + text)[-_KEPT:]
+
+
+class Place:
+    """Where jobs are done, one at a time: in one process, and in a new one after one that failed.
+
+    Leaving it ends the process, whatever it does. The arguments are those of `Contained`.
+    """
+
+    def __init__(self, seconds: float, threads: int | None = None) -> None:
+        self._seconds, self._threads = seconds, threads
+        self._process: Contained | None = None
+        self._left = False
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Place:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._left = True
+            if self._process is not None:
+                self._process.end()
+
+    def do(self, job: Mapping[str, Any], hear: Callable[[Mapping[str, Any]], None]) -> str | None:
+        """Do a job as `Contained.do` does it. Raises PluginError once the place was left."""
+        with self._lock:
+            if self._left:
+                raise PluginError("the processes of the suite were ended")
+            if self._process is None:
+                self._process = Contained(self._seconds, self._threads)
+            process = self._process
+        wrong = process.do(job, hear)
+        if wrong is not None:
+            process.end()
+            self._process = None
+        return wrong
 
 
 def _of_a_library(file: str) -> bool:

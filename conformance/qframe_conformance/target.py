@@ -23,6 +23,7 @@ class Target:
     files     Python files to load as plugins first
     disable   plugins to leave out
     options   option -> value
+    machine   of a kernel with `targets`, the name of one of them; "": the kernel itself
     """
 
     name: str
@@ -30,19 +31,28 @@ class Target:
     files: Sequence[str] = ()
     disable: Sequence[str] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
+    machine: str = ""
 
     def load(self) -> tuple[str, Any, Host]:
         """Return (kind, plugin, host): its options are set, and the host knows the files.
 
-        Raises UnknownNameError for a name that no plugin has, PluginError for one that several
-        plugins have or whose plugin failed to load, RecipeError for an option.
+        Raises UnknownNameError for a name that no plugin has, or a machine that a kernel has not,
+        PluginError for a name that several plugins have or whose plugin failed to load,
+        RecipeError for an option.
         """
         if self.kind is not None and self.kind not in MODULES:
             near = suggestion(self.kind, MODULES)
             raise PluginError(f"the suite has no checks of the kind {self.kind!r}{near}")
         host = discover(self.files, self.disable)
         kind, name = (self.kind, self.name) if self.kind is not None else self._found(host)
-        return kind, host.configured(kind, name, self.options, "--set"), host
+        plugin = host.configured(kind, name, self.options, "--set")
+        if self.machine:
+            machines = getattr(plugin, "targets", {})
+            if self.machine not in machines:
+                near = suggestion(self.machine, machines)
+                raise UnknownNameError(f"kernel {name!r} has no target {self.machine!r}{near}")
+            plugin = machines[self.machine]
+        return kind, plugin, host
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values."""
