@@ -24,8 +24,8 @@ from qframe_plugins.kernels.numba_cpu.attention_steps import (
     mix_rows,
     powers,
 )
-from qframe_plugins.kernels.numba_cpu.rows import CHUNK, are_whole, decode, mix, rows_of
-from qframe_plugins.kernels.numba_cpu.simd import claim, kernel, zeros
+from qframe_plugins.kernels.numba_cpu.rows import CHUNK, are_whole, decode, in_order, mix, rows_of
+from qframe_plugins.kernels.numba_cpu.simd import claim, inner, kernel, zeros
 from qframe_plugins.kernels.numba_cpu.threads import share, worth_sharing
 
 PIECE = 1024  # tokens of a piece, at least
@@ -73,19 +73,18 @@ def attend(
 # Pieces ---------------------------------------------------------------------------------------
 
 
-@kernel
+@inner
 def _mix_codes(words, scale, offset, layout, lane, row, count, weights, sums):  # type: ignore[no-untyped-def]
     """Add to sums[g] the sum of weights[g, r] times the row row + r, r < count."""
     width, length = sums.shape[1], weights.shape[1]
-    flat, to = weights.reshape(-1), sums.reshape(-1)
     some = CHUNK if layout[4] > 1 else count  # of rows in groups, those that the cache holds
     for first in range(0, count, some):
         rows = lane, row + first, min(some, count - first)
         for g in range(len(sums)):
-            mix(words, scale, offset, layout, rows, flat, g * length + first, to, g * width)
+            mix(words, scale, offset, layout, rows, weights, g * length + first, sums, g * width)
 
 
-@kernel
+@inner
 def _logits(queries, k, begin, end, taken, chunk, sums, out):  # type: ignore[no-untyped-def]
     """Set out[g, t - begin] to the logits of the tokens begin <= t < end.
 
@@ -121,12 +120,11 @@ def _logits(queries, k, begin, end, taken, chunk, sums, out):  # type: ignore[no
                 for g in range(group):
                     mix_rows(sums, g, queries, first, chunk, count)
         for g in range(group):
-            for t in range(min(step, end - unit * step)):
-                out[g, unit * step + t - begin] = sums[g, place[t]]
+            in_order(sums, g, place, min(step, end - unit * step), out, unit * step - begin)
 
 
-@kernel
-def _output(weights, v, begin, end, taken, chunk, sums, out):  # type: ignore[no-untyped-def]
+@inner
+def _output(weights, v, begin, end, taken, chunk, sums, found, out):  # type: ignore[no-untyped-def]
     """Set out[g] to the sum of weights[g, t - begin] times value t, begin <= t < end."""
     lane, words, scale, offset, place, layout = v
     group, width = out.shape
@@ -142,11 +140,9 @@ def _output(weights, v, begin, end, taken, chunk, sums, out):  # type: ignore[no
                 for g in range(group):
                     mix_rows(sums, g, weights, first - begin, chunk, count)
         for g in range(group):
-            for c in range(width):
-                out[g, c] = sums[g, place[c]]
+            in_order(sums, g, place, width, out, 0)
         return
     out[:, :] = 0
-    found = np.empty((group, CHUNK), np.float32)
     for unit in range(begin // step, -(-end // step)):
         taken[:, :] = 0
         for g in range(group):
@@ -191,6 +187,7 @@ def _share_pieces(  # type: ignore[no-untyped-def]
     logits = zeros(group, wide)
     k_chunk, k_sums, k_taken = _room(k_layout[0], group)
     v_chunk, v_sums, v_taken = _room(v_layout[0], group)
+    found = zeros(group, CHUNK)
     task = claim(counter)
     while task < len(sums):
         lane, begin = task // pieces, task % pieces * piece
@@ -204,7 +201,7 @@ def _share_pieces(  # type: ignore[no-untyped-def]
             state[task, g, 0] = largest
             state[task, g, 1] = powers(logits, g, filled, largest)
         values = (lane, v_words, v_scale, v_offset, v_place, v_layout)
-        _output(logits, values, begin, end, v_taken, v_chunk, v_sums, sums[task])
+        _output(logits, values, begin, end, v_taken, v_chunk, v_sums, found, sums[task])
         task = claim(counter)
 
 

@@ -25,12 +25,12 @@ from numba.extending import intrinsic
 
 from qframe import KVScheme
 from qframe_plugins.kernels.numba_cpu.scratch import LINE
-from qframe_plugins.kernels.numba_cpu.simd import kernel
+from qframe_plugins.kernels.numba_cpu.simd import inner
 from qframe_plugins.kernels.numba_cpu.vectors import FLOAT32, INT8, INT32, INT64, Vectors
 
 CHUNK = 32  # rows that are decoded at a time: what the fastest cache holds
 _TILES = (8, 4, 1)  # registers of sums that rows are added to without being stored
-_AHEAD = 4096  # bytes by which codes are asked for before they are used
+_AHEAD = 8192  # bytes by which codes are asked for before they are used
 _LANES = 16
 _WORD = 32
 
@@ -383,7 +383,7 @@ def _make_mix(bits: int) -> Callable[..., Any]:
 
 
 # Each adds weights[weight_from + r] times the row first + r to sums[sums_from ...], r < count.
-# words, scale, offset, weights, sums   [any], flat
+# words, scale, offset   [any], flat; weights, sums any, of which numbers are counted
 # rows     (first of all rows, count, words of a row, weight_from, sums_from)
 # group    (the one whose scale is taken, groups of a row)
 # taken    (first register of a decoded row, registers)
@@ -391,7 +391,7 @@ def _make_mix(bits: int) -> Callable[..., Any]:
 _mix_2, _mix_4, _mix_8 = (_make_mix(bits) for bits in (2, 4, _BYTE))
 
 
-@kernel
+@inner
 def _code(words, bit, bits):  # type: ignore[no-untyped-def]
     """Return the code whose lowest bit is the given one of all words, without sign."""
     word, move = bit // _WORD, bit % _WORD
@@ -401,7 +401,7 @@ def _code(words, bit, bits):  # type: ignore[no-untyped-def]
     return np.int64((raw >> np.uint64(move)) & np.uint64((1 << bits) - 1))
 
 
-@kernel
+@inner
 def _one_by_one(words, scale, offset, out, rows, group, begin, end, bits, lowest):  # type: ignore[no-untyped-def]
     """Decode the codes begin ... end of some rows; see above."""
     first, count, length = rows
@@ -414,7 +414,7 @@ def _one_by_one(words, scale, offset, out, rows, group, begin, end, bits, lowest
             out[r, j] = np.float32(code) * s + m
 
 
-@kernel
+@inner
 def decode(words, scale, offset, layout, lane, first, count, out):  # type: ignore[no-untyped-def]
     """Set out[r] to the row first + r of a lane, r < count; see `Rows`."""
     total, length, groups, codes, bits, lowest, size, way = layout[2:]
@@ -439,7 +439,15 @@ def decode(words, scale, offset, layout, lane, first, count, out):  # type: igno
             _one_by_one(words, scale, offset, out, rows, group, start, stop, bits, lowest)
 
 
-@kernel
+@inner
+def in_order(decoded, g, place, count, out, first):  # type: ignore[no-untyped-def]
+    """Set out[g, first + i] to what the code i of a row has become, i < count; see `Rows`."""
+    begin = np.uint64(first)  # of places without a sign it is clear that they count from the front
+    for i in range(np.uint64(count)):
+        out[g, begin + i] = decoded[g, np.uint64(place[i])]
+
+
+@inner
 def are_whole(layout):  # type: ignore[no-untyped-def]
     """Return whether every group of a row is decoded in whole registers: what `mix` takes."""
     _, length, groups, codes, bits, _, size, way = layout[2:]
@@ -450,13 +458,13 @@ def are_whole(layout):  # type: ignore[no-untyped-def]
     return codes % _LANES == 0 and length * _WORD == codes * bits
 
 
-@kernel
+@inner
 def mix(words, scale, offset, layout, some, weights, weight_from, sums, sums_from):  # type: ignore[no-untyped-def]
     """Add weights[weight_from + r] times each of some rows to sums[sums_from ...].
 
     The same bits as if each were decoded, and then multiplied and added; see `Rows`.
     some            (lane, first row, how many)
-    weights, sums   flat
+    weights, sums   any, of which weight_from and sums_from count the numbers
     """
     total, length, groups, codes, bits, lowest, size, _ = layout[2:]
     lane, first, count = some

@@ -39,6 +39,16 @@ def kernel(function: Function) -> Function:
     return njit(cache=True, nogil=True, error_model="numpy")(function)
 
 
+def inner(function: Function) -> Function:
+    """Compile `function` for kernels to call on arrays that they hold, and that it makes none of.
+
+    References are not counted there: a count is an instruction that waits for all others, and many
+    of them took as long as a tenth of attention.
+    """
+    function.__qualname__ += f"_{KERNEL_ABI}"
+    return njit(cache=True, nogil=True, error_model="numpy", _nrt=False)(function)
+
+
 def _vector_bytes(context: Any) -> tuple[int, int]:
     """Return the bytes of a register, and how many of them a row of the tile takes at once.
 
