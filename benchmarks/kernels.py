@@ -6,8 +6,8 @@ On one thread the time is that of the processor, on all threads that of the cloc
 turns in every round, each with cold weights: before each call as much memory is read as no cache
 holds, and then the candidate runs once on another weight, so that its code is warm, as it is in a
 network after the layer before. What is reported are medians of ratios, and shares of what the same
-run reads from memory, or multiplies in registers. Writes kernels.json, and docs/performance.md from
-it.
+run reads from memory, or multiplies in registers. Writes kernels.json, in the place of what was
+found on such a processor before, and docs/performance.md from it.
 
 Others take part where they are installed:
 
@@ -17,6 +17,7 @@ Others take part where they are installed:
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import platform
 import statistics
@@ -398,16 +399,14 @@ def table(results: Mapping[str, Any], name: str, peers: Sequence[str]) -> list[s
     return lines
 
 
-def document(record: Mapping[str, Any]) -> str:
-    """Return docs/performance.md."""
+def document(records: Sequence[Mapping[str, Any]]) -> str:
+    """Return docs/performance.md: what was found on each processor."""
     lines = [
         "# How fast the CPU kernels are",
         "",
         "<!-- Written by benchmarks/kernels.py. Do not edit. -->",
         "",
-        f"{record['machine']}; {record['versions']}.",
-        f"Ratios are medians of {record['rounds']} rounds in which all candidates take turns, "
-        "weights being cold and",
+        "Ratios are medians of rounds in which all candidates take turns, weights being cold and",
         "code warm: 2.00 is twice as fast as the peer. Shares are of what the same run reads from "
         "memory, or",
         "multiplies in registers, with nothing else to do. Codes of activations are made inside "
@@ -416,15 +415,18 @@ def document(record: Mapping[str, Any]) -> str:
         "and tokens;",
         f"weights of less than eight bits are in groups of {GROUP}.",
     ]
-    for threads, found in record["found"].items():
-        clock = "processor time" if threads == "1" else "time of the clock"
-        lines += ["", f"## {threads} thread{'s' if threads != '1' else ''}, {clock}"]
-        for name, peers in COLUMNS.items():
-            lines += ["", f"### {name}", "", *table(found["linear"], name, peers)]
-        for name in next(iter(found["attention"].values())):
-            if name.startswith("KV cache"):
-                title = f"{name}, {HEADS} heads of {WIDTH}"
-                lines += ["", f"### {title}", "", *table(found["attention"], name, CACHED)]
+    for record in records:
+        lines += ["", f"## {record['machine']}", ""]
+        lines += [f"Measured {record['when']}, {record['rounds']} rounds; {record['versions']}."]
+        for threads, found in record["found"].items():
+            clock = "processor time" if threads == "1" else "time of the clock"
+            lines += ["", f"### {threads} thread{'s' if threads != '1' else ''}, {clock}"]
+            for name, peers in COLUMNS.items():
+                lines += ["", f"#### {name}", "", *table(found["linear"], name, peers)]
+            for name in next(iter(found["attention"].values())):
+                if name.startswith("KV cache"):
+                    title = f"{name}, {HEADS} heads of {WIDTH}"
+                    lines += ["", f"#### {title}", "", *table(found["attention"], name, CACHED)]
     return "\n".join(lines) + "\n"
 
 
@@ -464,12 +466,15 @@ def main() -> None:
             found[str(threads)] = json.loads(out.read_text(encoding="utf-8"))
     record = {
         "machine": machine(),
+        "when": datetime.date.today().isoformat(),
         "versions": versions(),
         "rounds": given.rounds,
         "found": found,
     }
-    FOUND.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    given.out.write_text(document(record), encoding="utf-8")
+    others = json.loads(FOUND.read_text(encoding="utf-8")) if FOUND.exists() else []
+    records = [record, *(each for each in others if each["machine"] != record["machine"])]
+    FOUND.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
+    given.out.write_text(document(records), encoding="utf-8")
 
 
 if __name__ == "__main__":

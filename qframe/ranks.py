@@ -166,19 +166,23 @@ class _Group:
             )
             self._say("who", f"rank {rank} (process {os.getpid()} on {socket.gethostname()})")
             self._say("alive", "0")
+            self._names = [self._ask("who", other) for other in range(size)]
+            # All are here, so who does not answer now has gone since, or cannot be reached.
+            self._store.set_timeout(timedelta(seconds=GONE))
             self._group = None  # the one that there is
             if distributed.is_initialized():  # by whoever calls qframe, for purposes of their own
-                self._group = distributed.new_group(backend="gloo", timeout=_LONG)
+                made = distributed.new_group(backend="gloo", timeout=timedelta(seconds=GONE))
+                self._group = made
             else:
                 distributed.init_process_group(
                     "gloo",
                     store=distributed.PrefixStore("group", self._store),
                     rank=rank,
                     world_size=size,
-                    timeout=_LONG,
+                    timeout=timedelta(seconds=GONE),
                 )
-            self._names = [self._ask("who", other) for other in range(size)]
-            self._store.set_timeout(timedelta(seconds=GONE))
+                made = distributed.group.WORLD
+            made.set_timeout(_LONG)
         except (RuntimeError, ValueError, OSError) as error:
             raise RanksError(
                 f"rank {rank} of {size} cannot reach the others: {_first_line(error)}"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import socket
+import threading
 from itertools import groupby
 
 import numpy as np
@@ -376,13 +378,41 @@ def test_there_is_one_process_without_a_launcher(monkeypatch):
         assert found is ALONE
 
 
-def test_who_comes_alone_says_so_and_does_not_wait_for_ever(monkeypatch, caplog):
+@pytest.fixture
+def port(monkeypatch):
+    """Be the first of two ranks that a launcher started; return the port of their store."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     place = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     for name, value in place.items():
         monkeypatch.setenv(name, value)
+    ranks._launcher_store.cache_clear()
+    yield port
+    ranks._launcher_store.cache_clear()
+
+
+def test_one_that_goes_while_connections_are_made_is_not_waited_for(port, monkeypatch):
+    """It has come, and is gone before it is talked to: an hour is what the others would wait."""
+    monkeypatch.setattr(ranks, "JOIN", 3600.0)
+    monkeypatch.setattr(ranks, "GONE", 2.0)
+    monkeypatch.setattr(ranks, "_runs", itertools.count(7))
+
+    def come_and_go():
+        store = torch.distributed.TCPStore("localhost", port, 2, is_master=False)
+        other = torch.distributed.PrefixStore("qframe 7", store)
+        other.set("who/1", "rank 1 (elsewhere)")
+        other.set("alive/1", "0")
+
+    thread = threading.Thread(target=come_and_go)
+    thread.start()
+    with pytest.raises(RanksError, match="rank 0 of 2 cannot reach the others"), ranks.together():
+        pass
+    thread.join()
+    assert not torch.distributed.is_initialized()
+
+
+def test_who_comes_alone_says_so_and_does_not_wait_for_ever(port, monkeypatch, caplog):
     monkeypatch.setattr(ranks, "JOIN", 2.0)
     monkeypatch.setattr(ranks, "PATIENCE", 0.1)
     with pytest.raises(RanksError, match="rank 0 of 2 cannot reach the others"), ranks.together():
