@@ -6,13 +6,14 @@ SmolLM2-135M-Instruct under transformers in float32 and bfloat16, with torch.ao'
 as qframe loads it; and llama.cpp where it is installed: pip install xllamacpp. All take turns in
 every round, and read and write as many tokens; times are those of the clock, on one thread and on
 all. Layers that predict tokens have eight bits in all that is quantized, as llama.cpp has it.
-Writes docs/generation_speed.md.
+Writes docs/generation_speed.md, where what was found on other processors stays.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import datetime
 import json
 import os
 import subprocess
@@ -229,26 +230,36 @@ def table(found: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def document(found: Mapping[int, Mapping[str, Any]], rounds: int) -> str:
-    """Return docs/generation_speed.md."""
+INTRODUCTION = f"""\
+# How fast a quantized network is
+
+<!-- Written by benchmarks/generation.py. Do not edit. -->
+
+SmolLM2-135M-Instruct, {PROMPT} tokens read at once and {NEW} written one by one. Medians of the
+ratios of rounds in which all take turns: 2.00 is twice as fast. The last column is the share of a
+new token's time that passes in linear layers; the rest are PyTorch's small operations between
+them, the same in every row but llama.cpp's. `lm_head` has eight bits in all that is quantized
+(`ignore: []` in a recipe). Weights of four bits are in groups of 64, those of llama.cpp in blocks
+of 32.
+"""
+
+
+def document(found: Mapping[int, Mapping[str, Any]], rounds: int, before: str = "") -> str:
+    """Return docs/generation_speed.md: what was found on this processor, and before on others.
+
+    before   the document as it was
+    """
     names = ("torch", "transformers", "numba", "xllamacpp")
     versions = ", ".join(f"{each} {metadata.version(each)}" for each in names if find_spec(each))
-    lines = [
-        "# How fast a quantized network is",
-        "",
-        "<!-- Written by benchmarks/generation.py. Do not edit. -->",
-        "",
-        f"SmolLM2-135M-Instruct, {PROMPT} tokens read at once and {NEW} written one by one.",
-        f"{machine()}; {versions}.",
-        f"Medians of the ratios of {rounds} rounds in which all take turns: 2.00 is twice as fast.",
-        "The last column is the share of a new token's time that passes in linear layers; the rest",
-        "are PyTorch's small operations between them, the same in every row but llama.cpp's.",
-        "`lm_head` has eight bits in all that is quantized (`ignore: []` in a recipe). Weights of",
-        "four bits are in groups of 64, those of llama.cpp in blocks of 32.",
-    ]
+    today = datetime.date.today().isoformat()
+    lines = [f"Measured {today}, {rounds} rounds; {versions}."]
     for threads, each in found.items():
-        lines += ["", f"## {threads} thread{'s' if threads != 1 else ''}", "", *table(each)]
-    return "\n".join(lines) + "\n"
+        lines += ["", f"### {threads} thread{'s' if threads != 1 else ''}", "", *table(each)]
+    sections = {machine(): "\n".join(lines)}
+    for section in before.split("\n## ")[1:]:
+        name, _, text = section.partition("\n")
+        sections.setdefault(name, text.strip("\n"))
+    return INTRODUCTION + "".join(f"\n## {name}\n\n{text}\n" for name, text in sections.items())
 
 
 def _say(line: str) -> None:
@@ -275,7 +286,8 @@ def main() -> None:
             command += ["--rounds", str(given.rounds), "--folder", str(folder)]
             made = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
             found[threads] = json.loads(made.stdout.splitlines()[-1])
-    given.out.write_text(document(found, given.rounds), encoding="utf-8")
+    before = given.out.read_text(encoding="utf-8") if given.out.exists() else ""
+    given.out.write_text(document(found, given.rounds, before), encoding="utf-8")
 
 
 if __name__ == "__main__":
