@@ -15,7 +15,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from qframe_plugins.kernels.numba_cpu.simd import claim, kernel
+from qframe_plugins.kernels.numba_cpu.simd import claim, inner, kernel
 from qframe_plugins.kernels.numba_cpu.vectors import INT32, INT64, Vectors
 
 PANEL = 64  # rows of a weight that are laid out together: lanes of the tile
@@ -105,7 +105,7 @@ def tokens_at(v: Vectors, x_at: Any, columns: Any, token: Any, first: Any, heigh
     return v.at(x_at, b.mul(place, INT64(BYTES)))
 
 
-@kernel
+@inner
 def height_of(left):  # type: ignore[no-untyped-def]
     """Return how many of the tokens that are left the next tile takes."""
     return 6 if left >= 6 else 4 if left >= 4 else 2 if left >= 2 else 1
@@ -180,7 +180,7 @@ def _sum_codes(typing: Any, x: Any, token: Any, first: Any, passes: Any) -> Any:
     return types.int32(x, index, index, index), emit
 
 
-@kernel
+@inner
 def _total_of(x, codes, token, first, quads):  # type: ignore[no-untyped-def]
     """Return the sum of the codes of a token in some quads."""
     passes = quads // _SUMMED
@@ -190,7 +190,7 @@ def _total_of(x, codes, token, first, quads):  # type: ignore[no-untyped-def]
     return total
 
 
-@kernel
+@inner
 def _sum_up(x, token, height, totals):  # type: ignore[no-untyped-def]
     """Set the sums of some tokens' codes, group by group."""
     groups = totals.shape[1]
@@ -201,7 +201,7 @@ def _sum_up(x, token, height, totals):  # type: ignore[no-untyped-def]
             totals[token + m, group] = _total_of(x, codes, token + m, group * width, width)
 
 
-@kernel
+@inner
 def _interleaved(x, token, height, first, quads, flat, start):  # type: ignore[no-untyped-def]
     """Set flat[start + q height + m] = x[token + m, first + q] for q < quads."""
     passes = quads // _LANES
@@ -218,7 +218,7 @@ def _interleaved(x, token, height, first, quads, flat, start):  # type: ignore[n
             flat[start + quad * height + m] = x[token + m, first + quad]
 
 
-@kernel
+@inner
 def part_of(first, quads, width, limit):  # type: ignore[no-untyped-def]
     """Return how many quads from the quad `first` on are taken together.
 
@@ -231,7 +231,7 @@ def part_of(first, quads, width, limit):  # type: ignore[no-untyped-def]
     return min(limit, width - first % width)
 
 
-@kernel
+@inner
 def arrange(x, token, last, start, count, limit, flat, totals):  # type: ignore[no-untyped-def]
     """Lay out the tokens from `token` to `last` as tiles read them, and sum their codes.
 
@@ -256,7 +256,7 @@ def arrange(x, token, last, start, count, limit, flat, totals):  # type: ignore[
         token += height
 
 
-@kernel
+@inner
 def arrange_few(x, flat, totals):  # type: ignore[no-untyped-def]
     """Do the same for a few tokens that are one block and one part, with little code to compile."""
     tokens, quads = x.shape

@@ -26,7 +26,7 @@ from qframe_plugins.kernels.numba_cpu.dot_tile import (
     emit_tile,
 )
 from qframe_plugins.kernels.numba_cpu.scratch import LINE
-from qframe_plugins.kernels.numba_cpu.simd import kernel
+from qframe_plugins.kernels.numba_cpu.simd import inner
 from qframe_plugins.kernels.numba_cpu.vectors import FLOAT32, INT32, INT64, Vectors
 
 _POINT = 16  # bits after the point of a number of lines
@@ -254,7 +254,7 @@ def _larger(b: Any, one: Any, other: Any) -> Any:
 _part_6, _part_4, _part_2, _part_1 = map(_make_part, HEIGHTS)
 
 
-@kernel
+@inner
 def multiply_part(height, rows, w, scale, zero, between, others, y, ahead, columns, tokens, how):  # type: ignore[no-untyped-def]
     """Run tiles of `height` tokens; see above."""
     if height == 6:

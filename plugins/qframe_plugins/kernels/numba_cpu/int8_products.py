@@ -29,7 +29,7 @@ from qframe_plugins.kernels.numba_cpu.few_codes import FEW, multiply_few
 from qframe_plugins.kernels.numba_cpu.group_tile import multiply_part
 from qframe_plugins.kernels.numba_cpu.packed import PackedPanels, unpack
 from qframe_plugins.kernels.numba_cpu.scratch import LINE
-from qframe_plugins.kernels.numba_cpu.simd import QUAD, claim, kernel, tile_add
+from qframe_plugins.kernels.numba_cpu.simd import QUAD, claim, inner, kernel, tile_add
 from qframe_plugins.kernels.numba_cpu.threads import share, worth_sharing
 from qframe_plugins.kernels.numba_cpu.tokens import quantize, quantize_token
 
@@ -99,13 +99,13 @@ def multiply_activations(x: Float32, weight: PackedPanels) -> Float32:
     return y
 
 
-@kernel
+@inner
 def _zero_of(zero, panel, group, lane):  # type: ignore[no-untyped-def]
     """Return a zero point; `zero` may be one for all."""
     return np.int32(zero) if isinstance(zero, int) else zero[panel, group, lane]
 
 
-@kernel
+@inner
 def _owed(sums, totals, start, count, panel, group, zero):  # type: ignore[no-untyped-def]
     """Set the sums of a block to what makes up for codes without sign, before a group."""
     for m in range(count):
@@ -114,11 +114,13 @@ def _owed(sums, totals, start, count, panel, group, zero):  # type: ignore[no-un
             sums[m, lane] = -_zero_of(zero, panel, group, lane) * total
 
 
-@kernel
-def _kept_products(others, columns_of, start, count, row, extra):  # type: ignore[no-untyped-def]
-    """Set extra [count, PANEL] to the products of the kept columns of some tokens with a panel."""
+@inner
+def _kept_products(others, columns_of, start, count, row, stripes, extra):  # type: ignore[no-untyped-def]
+    """Set extra [count, PANEL] to the products of the kept columns of some tokens with a panel.
+
+    stripes   [kept columns, PANEL], of which nothing is kept
+    """
     columns = len(others)
-    stripes = np.empty((columns, PANEL), np.float32)
     for k in range(columns):
         for lane in range(PANEL):
             stripes[k, lane] = columns_of[k, row + lane]
@@ -140,6 +142,7 @@ def _share_few(counter, x, x_scale, planes, widths, scale, zero, others, columns
     made = np.empty((tokens, PANEL), np.float32)
     if others is not None:
         extra = np.empty((QUAD, PANEL), np.float32)
+        stripes = np.empty((len(others), PANEL), np.float32)
     panel = claim(counter)
     while panel * PANEL < y.shape[1]:
         made[:] = _NOTHING
@@ -152,7 +155,7 @@ def _share_few(counter, x, x_scale, planes, widths, scale, zero, others, columns
                 token += height
         row = panel * PANEL
         if others is not None:
-            _kept_products(others, columns_of, 0, tokens, row, extra)
+            _kept_products(others, columns_of, 0, tokens, row, stripes, extra)
         for token in range(tokens):
             for lane in range(min(PANEL, y.shape[1] - row)):
                 value = made[token, lane] * x_scale[token]
@@ -184,18 +187,35 @@ def _share_panels(counter, rows, planes, scale, zero, sizes, others, columns_of,
     flat, totals, _ = rows
     block, limit, bits, in_tiles = sizes
     tokens, groups = totals.shape
-    quads, wide, panels = len(flat) // tokens, len(y) // tokens, len(scale)
-    width = quads // groups
+    width = len(flat) // tokens // groups
     goes_on = width > limit or not in_tiles  # with sums that are there before
-    one, other = planes
-    ahead = one.reshape(-1)
-    size = one.shape[1]
-    low = size // quads  # bytes of a quad in the plane that is asked for ahead
     codes = np.empty(0 if bits == 8 else limit * QUAD_BYTES, np.uint8)
     sums = np.empty((block if goes_on else 0, PANEL), np.int32)
     made = np.empty((block, PANEL), np.float32)
     ragged = np.empty(block * PANEL, np.float32)
     extra = np.empty((0 if others is None else block, PANEL), np.float32)
+    room = codes, sums, made, ragged, extra
+    stripes = np.empty((0 if others is None else len(others), PANEL), np.float32)
+    _claim_panels(
+        counter, rows, planes, scale, zero, sizes, goes_on, others, columns_of, stripes, room, y
+    )
+
+
+@inner
+def _claim_panels(  # type: ignore[no-untyped-def]
+    counter, rows, planes, scale, zero, sizes, goes_on, others, columns_of, stripes, room, y
+):
+    """Do it with what `_share_panels` has made."""
+    flat, totals, _ = rows
+    block, limit, bits, _ = sizes
+    codes, sums, made, ragged, extra = room
+    tokens, groups = totals.shape
+    quads, wide, panels = len(flat) // tokens, len(y) // tokens, len(scale)
+    width = quads // groups
+    one, other = planes
+    ahead = one.reshape(-1)
+    size = one.shape[1]
+    low = size // quads  # bytes of a quad in the plane that is asked for ahead
     between = sums, made, extra
     blocks = -(-tokens // block)
     task = claim(counter)
@@ -206,7 +226,7 @@ def _share_panels(counter, rows, planes, scale, zero, sizes, others, columns_of,
         row = panel * PANEL
         full = row + PANEL <= wide
         if others is not None:
-            _kept_products(others, columns_of, start, count, row, extra)
+            _kept_products(others, columns_of, start, count, row, stripes, extra)
         made[:count] = _NOTHING
         tiles = -(-count // HEIGHTS[0])
         first = 0

@@ -23,7 +23,7 @@ from numba.extending import intrinsic
 
 from qframe_plugins.kernels.numba_cpu.dot_tile import BYTES, PANEL, QUAD_BYTES
 from qframe_plugins.kernels.numba_cpu.scratch import aligned
-from qframe_plugins.kernels.numba_cpu.simd import kernel
+from qframe_plugins.kernels.numba_cpu.simd import inner
 from qframe_plugins.kernels.numba_cpu.vectors import INT32, INT64, Vectors
 
 WIDTHS = (2, 3, 4, 8)  # bits that there are layouts for
@@ -245,7 +245,7 @@ def field_of(v: Vectors, raw: Any, bits: int, field: int, shift: int) -> Any:
 _unpack_2, _unpack_3, _unpack_4 = (_make_unpack(planes) for planes in ((2,), (2, 1), (4,)))
 
 
-@kernel
+@inner
 def unpack(one, other, bits, panel, first, quads, out):  # type: ignore[no-untyped-def]
     """Set `out` to the codes of some quads of a panel; see above. There is none for 8 bits."""
     if bits == 2:
