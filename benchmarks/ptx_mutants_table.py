@@ -21,6 +21,7 @@ from typing import Any
 HERE = Path(__file__).parent
 DOCUMENT = HERE.parent / "docs" / "ptx_mutants.md"
 CONFIDENCE = 0.95
+ANY = ((0, 10**9),)  # line
 HEAD = """# One-instruction mutants of the GPU kernels
 
 Each kernel's PTX, for sm_90, is changed in one instruction: a comparison takes the bound in, an
@@ -64,8 +65,9 @@ def reason_of(kernel: str, survivor: dict[str, Any], known: list[dict[str, Any]]
     for each in known:
         if (
             any(fnmatch.fnmatch(name, pattern) for pattern in each["kernels"] for name in names)
-            and re.fullmatch(each["text"], survivor["text"])
-            and re.fullmatch(each["change"], survivor["change"])
+            and re.fullmatch(each.get("text", ".*"), survivor["text"])
+            and re.fullmatch(each.get("change", ".*"), survivor["change"])
+            and any(first <= survivor["line"] <= last for first, last in each.get("lines", ANY))
         ):
             return str(each["why"])
     return ""
@@ -84,6 +86,9 @@ def least(killed: int, of: int) -> float:
 
 def lines(records: dict[str, Any]) -> Iterator[str]:
     known, survivors, same = reasons(), [], Counter[str]()
+    for each in known:
+        if "lines" in each and [records[name]["ptx"] for name in each["kernels"]] != each["ptx"]:
+            raise SystemExit(f"{each['kernels']}: lines {each['lines']} are those of another PTX")
     rows, sums = [], Counter[str]()
     for name, record in records.items():
         dead = {check: len(each) for check, each in record["killed"].items()}

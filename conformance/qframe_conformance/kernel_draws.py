@@ -83,6 +83,37 @@ def linear(
     return {"x": found[chosen], **weight(rng, scheme, rows, columns)}
 
 
+HALVES = (101, 1001)
+"""Three times these lies half way between two numbers of bfloat16, and of float16; up is even."""
+
+HALF_STEP, LOST_STEP = 2.0**6, 2.0**-24
+"""What they are multiples of, and numbers that are lost where they are added to three of them."""
+
+
+def halves(
+    rng: np.random.Generator, tokens: int, columns: int, rows: int, scheme: Scheme
+) -> Operands:
+    """Return operands of `linear_weight_only` whose outputs of 16 bits are rounded at a half.
+
+    All that is added to three times the largest number of a token is too small to change it, but a
+    sum that is cut, or rounded down, ends below the half: the output is another one.
+    """
+    shape = scheme.scale_shape(rows, columns)
+    codes = rng.integers(1, 8, (rows, columns))
+    codes[:, rng.integers(columns)] = (1 << scheme.num_bits) - 1  # which as few bits do not hold
+    x = np.full((tokens, columns), -LOST_STEP)
+    largest = rng.integers(0, columns, tokens)
+    codes[:, largest] = 3
+    x[np.arange(tokens), largest] = HALF_STEP * np.resize(rng.permutation(HALVES), tokens)
+    return {
+        "x": (x * rng.choice([-1, 1], (tokens, 1))).astype(np.float32),
+        "codes": codes.astype(np.int16),
+        "scale": np.full(shape, 2.0 ** rng.integers(-6, -3), np.float32),
+        "zero_point": np.zeros(shape, np.int16),
+        "group_index": (np.arange(columns) // scheme.group_width(columns)).astype(np.int32),
+    }
+
+
 def shuffled_groups(rng: np.random.Generator, operands: Operands) -> Operands:
     """Return the weight with groups of scattered columns, as GPTQ's activation order makes them."""
     return {**operands, "group_index": rng.permutation(operands["group_index"])}

@@ -43,11 +43,22 @@ WEIGHTS = (
 )
 """(family, bits, group_size, (tokens, columns, rows))"""
 
+HALVES = (
+    ("few, halves", 4, 64, (6, 1056, 20)),
+    ("few, halves of 8 bits", 8, 96, (6, 1056, 20)),
+    ("one, halves", 4, 32, (1, 1056, 36)),
+    ("one, halves of 8 bits", 8, 64, (1, 1088, 36)),
+    ("many, halves", 4, 32, (34, 64, 68)),
+    ("many, halves of 8 bits", 8, 64, (34, 64, 68)),
+)
+"""The same, where outputs of 16 bits are rounded at a half."""
+
 
 def _weight_only() -> Iterator[Beyond]:
-    for name, bits, size, shape in WEIGHTS:
-        scheme = Scheme(num_bits=bits, symmetric=False, group_size=size)
-        yield name, shape, scheme, _draw(kernel_draws.linear, *shape, scheme)
+    for families, draw in ((WEIGHTS, kernel_draws.linear), (HALVES, kernel_draws.halves)):
+        for name, bits, size, shape in families:
+            scheme = Scheme(num_bits=bits, symmetric=False, group_size=size)
+            yield name, shape, scheme, _draw(draw, *shape, scheme)
 
 
 def _activations() -> Iterator[Beyond]:
@@ -60,6 +71,20 @@ def _int8() -> Iterator[Beyond]:
     shapes = (("few", 7, 161, 21), ("few, in place", 6, 256, 18), ("nearly two tiles", 60, 64, 20))
     for name, *shape in shapes:
         yield name, tuple(shape), W8A8, _draw(kernel_draws_int8.codes, *shape)
+
+
+GROUPS = (
+    ("tiles", 4, 32, (34, 64, 68)),
+    ("odd tiles", 4, 7, (35, 65, 67)),
+    ("tiles of 8 bits", 8, 16, (33, 48, 73)),
+)
+"""(family, bits, group_size, (tokens, columns, rows))"""
+
+
+def _groups() -> Iterator[Beyond]:
+    for name, bits, size, shape in GROUPS:
+        scheme = Scheme(num_bits=bits, symmetric=False, group_size=size)
+        yield name, shape, scheme, _draw(kernel_draws_int8.groups, *shape, scheme)
 
 
 def _outliers() -> Iterator[Beyond]:
@@ -110,6 +135,7 @@ def _newest() -> Iterator[Beyond]:
         ("4 pieces", (1, 1), 2000, 2),
         ("9 pieces", (1, 1), 4200, 2),
         ("three threads", (1, 1), 140, 40),
+        ("four threads", (1, 1), 140, 32),
     )
     for name, heads, tokens, width in sizes:
         draw = _draw(kernel_draws_other.newest, heads, tokens, width, width**-0.5)
@@ -129,6 +155,7 @@ _OF: dict[str, Callable[[], Iterator[Beyond]]] = {
     "linear_weight_only": _weight_only,
     "quantize_activations": _activations,
     "linear_int8": _int8,
+    "linear_int8_groups": _groups,
     "linear_int8_outliers": _outliers,
     "hadamard": _hadamard,
     "attention_kv": _attention,
