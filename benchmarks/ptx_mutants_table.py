@@ -41,9 +41,9 @@ the comparison with the kernel for another architecture, or in another order of 
 the score is {without:.1%}.
 
 The suite's draws were made stronger by what these samples had left alive, so for mutants that were
-not in them the score is likely to be lower; another seed says by how much. Kernels of 16 bits round
-their outputs to as many, which hides most other roundings in between: what survives there as
-"rn -> rz" is the same instruction as in the kernel for float32, whose bits tell.
+not in them the score is likely to be lower; "At first sight", below, says by how much. Kernels of
+16 bits round their outputs to as many, which hides other roundings in between: what survives there
+as "rn -> rz" is the same instruction as in the kernel for float32, whose bits tell.
 
 | kernel | mutants | tried | killed | by bits alone | equivalent | survive | score | at least |
 |---|--:|--:|--:|--:|--:|--:|--:|--:|
@@ -124,6 +124,16 @@ def lines(records: dict[str, Any]) -> Iterator[str]:
         f"{sums['equivalent']} | {sums['alive']} | {sums['killed'] / sums['of']:.1%} | "
         f"{least(sums['killed'], sums['of']):.1%} |"
     )
+    yield "\n## At first sight\n"
+    yield "What a seed's mutants came to before anything was done about those left alive.\n"
+    yield "| seed | tried | killed | equivalent | survive | score |\n|--:|--:|--:|--:|--:|--:|"
+    for each in reasons("seed"):
+        alive = each["tried"] - each["killed"] - each["equivalent"]
+        score = each["killed"] / (each["tried"] - each["equivalent"])
+        yield (
+            f"| {each['number']} | {each['tried']:,} | {each['killed']} | {each['equivalent']} | "
+            f"{alive} | {score:.1%} |"
+        )
     yield "\n## Survivors\n"
     yield "| kernel | line | instruction | change | remark |\n|---|--:|---|---|---|"
     seen = reasons("seen")

@@ -34,7 +34,7 @@ def subjects(only: Sequence[str] = ()) -> list[tuple[str, str, int]]:
 
     only   their names; all where there are none
     """
-    targets, problems = all_targets()
+    targets, problems, _ = all_targets()
     if problems:
         raise SystemExit("\n".join(problems))
     found = [(target.kind or "", target.name, -1) for target in targets]

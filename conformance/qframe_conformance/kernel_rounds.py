@@ -44,12 +44,12 @@ WEIGHTS = (
 """(family, bits, group_size, (tokens, columns, rows))"""
 
 HALVES = (
-    ("few, halves", 4, 64, (6, 1056, 20)),
-    ("few, halves of 8 bits", 8, 96, (6, 1056, 20)),
-    ("one, halves", 4, 32, (1, 1056, 36)),
-    ("one, halves of 8 bits", 8, 64, (1, 1088, 36)),
-    ("many, halves", 4, 32, (34, 64, 68)),
-    ("many, halves of 8 bits", 8, 64, (34, 64, 68)),
+    ("few, halves", 4, 64, (6, 1056, 22)),
+    ("few, halves of 8 bits", 8, 96, (6, 1056, 23)),
+    ("one, halves", 4, 32, (1, 1056, 33)),
+    ("one, halves of 8 bits", 8, 64, (1, 1088, 35)),
+    ("many, halves", 4, 32, (33, 64, 69)),
+    ("many, halves of 8 bits", 8, 64, (39, 64, 65)),
 )
 """The same, where outputs of 16 bits are rounded at a half."""
 
@@ -114,7 +114,7 @@ def _attention() -> Iterator[Beyond]:
     found: list[tuple[Any, Any, str, int, int, int | None]]
     found = [(*pair, "wide", 140, 160, 20) for pair in every]
     found += [(*pair, "whole rows", 140, 40, None) for pair in every]
-    found += [("token", "channel", f"{count} pieces", 512 * count - 80, 2, 64) for count in (4, 9)]
+    found += [("token", "channel", f"{count} pieces", 512 * count - 80, 3, 64) for count in (4, 9)]
     for keys, values, name, tokens, width, size in found:
         k, v = (_of_three_bits(axis, size) for axis in (keys, values))
         draw = _draw(kernel_draws_other.attention, (1, 1), tokens, width, k, v)
@@ -132,8 +132,8 @@ def _newest() -> Iterator[Beyond]:
         ("pieces", (2, 1), 1100, 16),
         ("wide", (1, 1), 140, 160),
         ("nearly wide", (1, 1), 130, 66),
-        ("4 pieces", (1, 1), 2000, 2),
-        ("9 pieces", (1, 1), 4200, 2),
+        ("4 pieces", (1, 1), 2000, 6),
+        ("9 pieces", (1, 1), 4200, 6),
         ("three threads", (1, 1), 140, 40),
         ("four threads", (1, 1), 140, 32),
     )
