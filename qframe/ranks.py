@@ -169,9 +169,12 @@ class _Group:
             self._names = [self._ask("who", other) for other in range(size)]
             # All are here, so who does not answer now has gone since, or cannot be reached.
             self._store.set_timeout(timedelta(seconds=GONE))
+            # torch before 2.9 keeps a group's first timeout, which must not end what takes long.
+            adjusts = hasattr(distributed.ProcessGroup, "set_timeout")
+            connecting = timedelta(seconds=GONE) if adjusts else _LONG
             self._group = None  # the one that there is
             if distributed.is_initialized():  # by whoever calls qframe, for purposes of their own
-                made = distributed.new_group(backend="gloo", timeout=timedelta(seconds=GONE))
+                made = distributed.new_group(backend="gloo", timeout=connecting)
                 self._group = made
             else:
                 distributed.init_process_group(
@@ -179,10 +182,11 @@ class _Group:
                     store=distributed.PrefixStore("group", self._store),
                     rank=rank,
                     world_size=size,
-                    timeout=timedelta(seconds=GONE),
+                    timeout=connecting,
                 )
                 made = distributed.group.WORLD
-            made.set_timeout(_LONG)
+            if adjusts:
+                made.set_timeout(_LONG)
         except (RuntimeError, ValueError, OSError) as error:
             raise RanksError(
                 f"rank {rank} of {size} cannot reach the others: {_first_line(error)}"

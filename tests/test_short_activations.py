@@ -9,11 +9,11 @@ import torch
 from hypothesis import given
 from hypothesis.extra import numpy as arrays
 
-from qframe import Unsupported, bounds
+from qframe import Scheme, Unsupported, bounds
 from qframe.host import Host
 from qframe.kernel_comparisons import of_output, rounded_to
 from qframe.kernels import ACTIVATIONS, OPS
-from qframe_conformance import check_plugin
+from qframe_conformance import check_plugin, kernel_draws, kernel_rounds
 from qframe_conformance.kernel_scenarios import scenarios, variants
 from qframe_plugins.kernels import numba_ops, torch_ops
 from qframe_plugins.kernels.short import through_float32
@@ -207,3 +207,21 @@ def test_every_installed_kernel_says_why_not():
         _, call, _ = next(variants(kernel))
         said = kernel.supports(replace(call, dtype="float64"))
         assert said is not None, name
+
+
+@given(st.integers(0, 2**32), st.sampled_from(kernel_rounds.HALVES), st.sampled_from(SHORT))
+def test_a_sum_that_is_cut_once_is_another_output(seed, family, dtype):
+    """Of tokens whose largest number is half way in this dtype: nothing else changes their sums."""
+    _, bits, size, shape = family
+    scheme = Scheme(num_bits=bits, symmetric=False, group_size=size)
+    made = kernel_draws.halves(np.random.default_rng(seed), *shape, scheme)
+    half = kernel_draws.HALF_STEP * kernel_draws.HALVES[SHORT.index(dtype)]
+    x = made["x"][np.abs(made["x"]).max(1) == half]
+    assert np.array_equal(rounded_to(x, dtype), x)
+    weight = made["codes"] * made["scale"][:, made["group_index"]]
+    outputs = np.zeros((len(x), len(weight)), np.float32)
+    for column in range(x.shape[1]):
+        outputs += x[:, column, None] * weight[:, column]
+    assert np.array_equal(np.abs(outputs), np.full(outputs.shape, 3 * half * made["scale"].max()))
+    cut = np.nextafter(outputs, np.float32(0))
+    assert not np.any(rounded_to(outputs, dtype) == rounded_to(cut, dtype))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import psutil
 import pytest
@@ -87,6 +88,18 @@ def test_a_process_that_is_taken_along_is_replaced(tmp_path):
     assert len(processes(tmp_path)) == 2  # one that died, and the one after it
 
 
+def test_threads_are_shared_and_a_case_is_counted_in_its_own_job(tmp_path, monkeypatch):
+    monkeypatch.setenv("QFRAME_THREADS", "6")
+    say = "open(__file__ + os.environ['QFRAME_THREADS'] + os.environ['OMP_NUM_THREADS'], 'w')"
+    well, dies = tmp_path / "well.py", tmp_path / "dies.py"
+    last = Target(name="mine", files=[str(dies)])
+    dies.write_text("import os\nos._exit(9)\n")
+    groups = [[write(well, {"says": say}), last], [write(tmp_path / "other.py", {"x": "pass"})]]
+    with pytest.raises(PluginError, match=r"process ended with exit code 9$"):
+        side_by_side(groups, processes=2)
+    assert Path(f"{well}33").exists()
+
+
 def test_time_and_memory_are_limited_anew_for_each(tmp_path):
     wants = "kept = bytearray(1 << 29)"
     large, small = (write(tmp_path / f"{n}.py", {"wants": wants}) for n in ("large", "small"))
@@ -96,6 +109,10 @@ def test_time_and_memory_are_limited_anew_for_each(tmp_path):
             [record] = check_contained(small, memory=1 << 27, place=place).records
             assert record.status == "crashed"
             assert "out of memory" in record.message
+    Path(large.files[0]).write_text(f"{wants}\n{Path(large.files[0]).read_text()}")
+    with Place(30) as place:  # what a plugin takes while it is loaded is not limited
+        check_contained(small, memory=1 << 27, place=place)
+        assert check_contained(large, memory=1 << 31, place=place).ok
     hang = write(tmp_path / "hang.py", {"hang": "while True: time.sleep(1)"})
     [[report]] = side_by_side([[hang]], processes=1, seconds=1.0)
     assert "did not come back within 1 s" in report.records[0].message
@@ -142,16 +159,19 @@ def test_each_target_of_a_kernel_is_a_row_whatever_the_others_do(kernels):
         ops=["hadamard"],
         backends=["one", "several"],
         progress=began.append,
-        apart=Apart(files=[kernels], processes=2),
+        apart=Apart(files=[kernels], processes=1),
     )
     rows = {row.label: row.report for row in found.rows}
     assert list(rows) == ["one", "several right", "several dies", "several doubles"]
     assert [label for label, report in rows.items() if report.ok] == ["several right"]
     assert {record.status for record in rows["several dies"].records} == {"crashed"}
-    assert sorted(line.partition("] ")[2] for line in began) == sorted(
-        f"hadamard {label}" for label in rows
-    )
-    assert sorted(line.partition("]")[0] for line in began) == ["[1/4", "[2/4", "[3/4", "[4/4"]
+    # What has targets, as it is simulated, takes longest and comes first.
+    assert began == [
+        "[1/4] hadamard several right",
+        "[2/4] hadamard several dies",
+        "[3/4] hadamard several doubles",
+        "[4/4] hadamard one",
+    ]
 
 
 def test_apart_or_here_a_row_says_the_same(kernels):

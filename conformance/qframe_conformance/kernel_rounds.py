@@ -53,6 +53,9 @@ HALVES = (
 )
 """The same, where outputs of 16 bits are rounded at a half."""
 
+AS_DRAWN = frozenset(name for name, *_ in HALVES)
+"""Families whose tokens are what they are for, so that none of them is made louder or fainter."""
+
 
 def _weight_only() -> Iterator[Beyond]:
     for families, draw in ((WEIGHTS, kernel_draws.linear), (HALVES, kernel_draws.halves)):

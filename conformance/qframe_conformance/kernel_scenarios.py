@@ -152,7 +152,7 @@ def cases(draw: st.DrawFn, kernel: Any, supported: tuple[Variant, ...]) -> Kerne
     for operand in op_of(kernel.op).operands:
         if operand.activation and call.dtype != "float32":
             made[operand.name] = _held_by(call.dtype, made[operand.name])
-    as_drawn = "halves" in supported[0][0]  # scaled, their outputs would be none
+    as_drawn = supported[0][0].removesuffix(f", {call.dtype}") in kernel_rounds.AS_DRAWN
     if call.dtype == "float16" and call.op in _LINEAR and not as_drawn:
         x = made["x"]
         for token, most in zip(rng.permutation(len(x)), (LOUD, FAINT), strict=False):

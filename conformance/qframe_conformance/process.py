@@ -65,7 +65,7 @@ class Contained:
             stdin = _pipe(self._process.stdin)
             stdin.write(json.dumps(job) + "\n")
             stdin.flush()
-        allowed = LOADING
+        allowed, self._case = LOADING, 0
         while True:
             line = self._next(time.monotonic() + allowed)
             if line is None:

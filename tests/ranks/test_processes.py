@@ -159,6 +159,15 @@ def test_one_that_is_stopped_ends_the_run_of_the_other(processes, stopped, told)
     assert told in said[other]
 
 
+def test_one_that_takes_long_is_waited_for(processes, tmp_path):
+    """It says that it is alive: longer than it takes to be gone, or to connect, is not too long."""
+    run = {"recipe": RECIPES["rounding"], "slow": [1, 1], "gone": 2.0, "until": 7}
+    codes, said = processes(2, [run])
+    assert codes == [0, 0], said
+    assert "run 0: " not in said[0] + said[1]
+    assert (tmp_path / "0" / "qframe.json").is_file()
+
+
 def test_one_that_fails_when_the_others_have_done_all_does_not_keep_them(processes, tmp_path):
     """Its last progress is told when there is nothing left to meet for but the end."""
     runs = [

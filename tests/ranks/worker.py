@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,8 @@ def quantize(plan: dict[str, Any], run: dict[str, Any], out: Path, rank: int) ->
             late = f"sleep {run['until']}; kill -9 {os.getpid()}"
             subprocess.Popen(["/bin/sh", "-c", late], stderr=subprocess.DEVNULL)
             os.kill(os.getpid(), signal.SIGSTOP)
+        if [rank, done.done] == run.get("slow"):
+            time.sleep(run["until"])
         if [rank, done.done] == run.get("failed"):
             raise AnythingError("which it was")
 
