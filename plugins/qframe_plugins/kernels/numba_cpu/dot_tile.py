@@ -258,16 +258,12 @@ def arrange(x, token, last, start, count, limit, flat, totals):  # type: ignore[
 
 @inner
 def arrange_few(x, flat, totals):  # type: ignore[no-untyped-def]
-    """Do the same for a few tokens that are one block and one part, with little code to compile."""
+    """Do the same for a few tokens, of which those of a quad are to be neighbours."""
     tokens, quads = x.shape
-    token = 0
-    while token < tokens:
-        height = height_of(tokens - token)
-        _sum_up(x, token, height, totals)
-        for m in range(height):
-            for quad in range(quads):
-                flat[token * quads + quad * height + m] = x[token + m, quad]
-        token += height
+    _sum_up(x, 0, tokens, totals)
+    for m in range(tokens):
+        for quad in range(quads):
+            flat[quad * tokens + m] = x[m, quad]
 
 
 @kernel

@@ -140,22 +140,17 @@ def multiply_part(height, between, x, w, scale, columns, tokens):  # type: ignor
 
 @kernel
 def lay_out(given, spread, flat):  # type: ignore[no-untyped-def]
-    """Lay out a few tokens as `share_arrange` does, as one part.
+    """Lay out a few tokens so that those of a column are neighbours.
 
     given    [tokens, all columns] float32
     spread   where each column lies among those of `flat`; None: where it is
     flat     [tokens * columns] float32; what is beyond those of the tokens stays
     """
     tokens = len(given)
-    columns = len(flat) // tokens
-    token = 0
-    while token < tokens:
-        height = height_of(tokens - token)
-        for m in range(height):
-            for column in range(given.shape[1]):
-                to = column if spread is None else spread[column]
-                flat[token * columns + to * height + m] = given[token + m, column]
-        token += height
+    for m in range(tokens):
+        for column in range(given.shape[1]):
+            to = column if spread is None else spread[column]
+            flat[to * tokens + m] = given[m, column]
 
 
 @kernel

@@ -134,10 +134,8 @@ def _kept_products(others, columns_of, start, count, row, stripes, extra):  # ty
 @kernel
 def _share_few(counter, x, x_scale, planes, widths, scale, zero, others, columns_of, y):  # type: ignore[no-untyped-def]
     """Claim panels, and compute their columns of y, for a few tokens."""
-    tokens, quads = x.shape
-    groups = scale.shape[1]
-    width = quads // groups
-    laid, totals = np.empty(x.shape, np.int32), np.empty((tokens, groups), np.int32)
+    tokens = len(x)
+    laid, totals = np.empty(x.shape, np.int32), np.empty((tokens, scale.shape[1]), np.int32)
     arrange_few(x, laid.reshape(-1), totals)
     made = np.empty((tokens, PANEL), np.float32)
     if others is not None:
@@ -146,13 +144,7 @@ def _share_few(counter, x, x_scale, planes, widths, scale, zero, others, columns
     panel = claim(counter)
     while panel * PANEL < y.shape[1]:
         made[:] = _NOTHING
-        for group in range(groups):
-            token = 0
-            while token < tokens:
-                height = height_of(tokens - token)
-                place = (panel, group, token, group * width, width)
-                multiply_few(made, laid, totals, planes, widths, scale, zero, place, height)
-                token += height
+        multiply_few(made, laid, totals, planes, widths, scale, zero, panel)
         row = panel * PANEL
         if others is not None:
             _kept_products(others, columns_of, 0, tokens, row, stripes, extra)

@@ -67,22 +67,14 @@ def _share_few(counter, given, spread, columns, planes, widths, scale, zero, y):
     given     [tokens, all columns] float32
     spread    where each column lies among `columns`; None: where it is
     """
-    tokens, groups = len(y), scale.shape[1]
+    tokens = len(y)
     x = np.zeros((tokens, columns), np.float32)
     lay_out(given, spread, x.reshape(-1))
-    quads = columns // BYTES // groups  # of a group
     made = np.empty((tokens, PANEL), np.float32)
     panel = claim(counter)
     while panel * PANEL < y.shape[1]:
         made[:] = 0
-        for group in range(groups):
-            place = (panel, group)
-            token = 0
-            while token < tokens:
-                height = height_of(tokens - token)
-                part = (token, group * quads, quads)
-                multiply_few(made, x, planes, widths, scale, zero, place, part, height)
-                token += height
+        multiply_few(made, x, planes, widths, scale, zero, panel)
         for token in range(tokens):
             for lane in range(min(PANEL, y.shape[1] - panel * PANEL)):
                 y[token, panel * PANEL + lane] = made[token, lane]
