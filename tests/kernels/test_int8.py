@@ -18,11 +18,17 @@ from qframe.contracts import OpCall
 from qframe.kernel_judges import judge
 from qframe.kernels import ARITHMETICS
 from qframe_plugins.kernels import numba_ops, torch_ops
-from qframe_plugins.kernels.numba_cpu import int8_outliers, int8_products, packed, tokens
+from qframe_plugins.kernels.numba_cpu import (
+    few_codes,
+    int8_outliers,
+    int8_products,
+    packed,
+    tokens,
+)
 from qframe_plugins.kernels.numba_cpu.dot_tile import PANEL
 
 ROOT = Path(__file__).parents[2]
-COUNTS = st.one_of(st.integers(0, 14), st.sampled_from([47, 48, 49, 53, 97]))
+COUNTS = st.one_of(st.integers(0, 19), st.sampled_from([47, 48, 49, 53, 97]))
 COLUMNS = st.one_of(st.integers(1, 9), st.sampled_from([63, 64, 130, 2047, 2048, 2053, 4100]))
 ROWS = st.one_of(st.integers(1, 3), st.sampled_from([63, 64, 65, 130, 200]))
 SEEDS = st.integers(0, 2**32 - 1)
@@ -246,6 +252,36 @@ def test_sums_of_groups_are_exact(count, columns, rows, bits, size, signed, scat
     made = int8_products.multiply(x, x_scale, packed.pack(w, scale, zero, index))
     whole = [np.broadcast_to(each, (rows, groups)) for each in (scale, zero.astype(np.int64))]
     assert np.array_equal(made, in_order(x, x_scale, w, *whole, index))
+
+
+@given(
+    COLUMNS,
+    ROWS,
+    st.sampled_from([2, 3, 4, 8]),
+    st.sampled_from([3, 32, 128, None]),
+    st.booleans(),
+    SEEDS,
+)
+@example(2053, 65, 8, None, False, 0)
+@example(2053, 65, 3, None, True, 0)
+def test_how_many_tokens_there_are_changes_no_bit(columns, rows, bits, size, signed, seed):
+    """Up to some number they are multiplied in another way, in tiles of other heights."""
+    assume(columns <= 300 or size is None or size >= 32)
+    rng = np.random.default_rng(seed)
+    most = few_codes.few(bits)
+    x = rng.normal(size=(most + 5, columns)).astype(np.float32)
+    lowest = -(1 << bits - 1) if signed else 0
+    w = rng.integers(lowest, lowest + (1 << bits), (rows, columns)).astype(np.int16)
+    index = (np.arange(columns) // (size or columns)).astype(np.int32)
+    shape = rows, int(index[-1]) + 1
+    scale = rng.random(shape).astype(np.float32)
+    zero = rng.integers(lowest, lowest + (1 << bits), shape).astype(np.int16)
+    laid = packed.pack(w, scale, zero, index)
+    many = int8_products.multiply_activations(x, laid)
+    for count in range(1, most + 5):
+        assert np.array_equal(int8_products.multiply_activations(x[:count], laid), many[:count])
+        made = int8_products.multiply(*tokens.quantize(x[-count:]), laid)
+        assert np.array_equal(made, many[-count:])
 
 
 @pytest.mark.parametrize(("bits", "bytes_"), [(2, 16), (3, 24), (4, 32), (8, 64)])

@@ -191,7 +191,7 @@ def _total_of(x, codes, token, first, quads):  # type: ignore[no-untyped-def]
 
 
 @inner
-def _sum_up(x, token, height, totals):  # type: ignore[no-untyped-def]
+def sum_up(x, token, height, totals):  # type: ignore[no-untyped-def]
     """Set the sums of some tokens' codes, group by group."""
     groups = totals.shape[1]
     width = x.shape[1] // groups
@@ -246,7 +246,7 @@ def arrange(x, token, last, start, count, limit, flat, totals):  # type: ignore[
     width = quads // totals.shape[1]
     while token < last:
         height = height_of(last - token)
-        _sum_up(x, token, height, totals)
+        sum_up(x, token, height, totals)
         first = 0
         while first < quads:
             deep = part_of(first, quads, width, limit)
@@ -254,16 +254,6 @@ def arrange(x, token, last, start, count, limit, flat, totals):  # type: ignore[
             _interleaved(x, token, height, first, deep, flat, at)
             first += deep
         token += height
-
-
-@inner
-def arrange_few(x, flat, totals):  # type: ignore[no-untyped-def]
-    """Do the same for a few tokens, of which those of a quad are to be neighbours."""
-    tokens, quads = x.shape
-    _sum_up(x, 0, tokens, totals)
-    for m in range(tokens):
-        for quad in range(quads):
-            flat[quad * tokens + m] = x[m, quad]
 
 
 @kernel

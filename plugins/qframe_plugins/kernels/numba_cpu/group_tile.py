@@ -208,9 +208,12 @@ def _make_part(height: int) -> Callable[..., Any]:
                 line = b.add(wanted, b.mul(line, INT64(LINE)))
                 ahead_at = v.at(address(7, INT64(0)), line)
 
-                def meanwhile(quad: Any) -> None:
+                def meanwhile(quad: Any) -> None:  # every line once: to ask twice is dear
                     line = b.lshr(b.mul(quad, rate), INT64(_POINT))
-                    v.prefetch(v.at(ahead_at, b.mul(line, INT64(LINE))), 2)
+                    until = b.lshr(b.mul(b.add(quad, INT64(1)), rate), INT64(_POINT))
+                    with v.loop(b.sub(until, line)) as more:
+                        spot = b.mul(b.add(line, more.index), INT64(LINE))
+                        v.prefetch(v.at(ahead_at, spot), 2)
 
                 emit_tile(
                     v,

@@ -1,8 +1,9 @@
 """Products of codes of tokens with a weight in codes: `linear_int8` and `linear_int8_groups`.
 
 Method: a part of a panel, some groups or a piece of one, meets all tokens of a block in the tile;
-        codes of less than eight bits are unpacked to bytes in the fastest cache before. Blocks are
-        as many tokens as stay in L2, so that a weight is read once for each of them.
+        codes of less than eight bits are unpacked to bytes in the fastest cache before, or, where
+        tokens are few, in registers. Blocks are as many tokens as stay in L2, so that a weight is
+        read once for each of them.
         The codes of a weight have no sign: sum x (c - z) = sum x u - (z - lowest) sum x, per group,
         all of it in integers. One scale per channel is one group.
 Error:  docs/bounds.md, B5.b and B5.f: sums of groups are exact, and added in float32 in order. The
@@ -20,12 +21,11 @@ from qframe_plugins.kernels.numba_cpu.dot_tile import (
     HEIGHTS,
     PANEL,
     QUAD_BYTES,
-    arrange_few,
     height_of,
     part_of,
     share_arrange,
 )
-from qframe_plugins.kernels.numba_cpu.few_codes import FEW, multiply_few
+from qframe_plugins.kernels.numba_cpu.few_codes import arrange_few, few, multiply_few
 from qframe_plugins.kernels.numba_cpu.group_tile import multiply_part
 from qframe_plugins.kernels.numba_cpu.packed import PackedPanels, unpack
 from qframe_plugins.kernels.numba_cpu.scratch import LINE
@@ -68,7 +68,7 @@ def multiply(
     panels, quads = len(weight.scale), x.shape[1]
     kept = others, columns_of
     tasks = worth_sharing(panels, weight.nbytes, tokens * weight.rows * weight.columns)
-    if tokens <= FEW:
+    if tokens <= few(weight.bits):
         share(_share_few, tasks, x, x_scale, *weight.filled, weight.scale, weight.points, *kept, y)
         return y
     limit = _AS_THEY_ARE if weight.bits == 8 else _UNPACKED
@@ -89,7 +89,7 @@ def multiply(
 
 def multiply_activations(x: Float32, weight: PackedPanels) -> Float32:
     """Return the same for activations [tokens, columns] float32, of which it makes codes."""
-    if len(x) > FEW or not x.size or not weight.rows:
+    if len(x) > few(weight.bits) or not x.size or not weight.rows:
         return multiply(*quantize(x), weight)
     y = np.empty((len(x), weight.rows), np.float32)
     tasks = worth_sharing(len(weight.scale), weight.nbytes, len(x) * weight.rows * weight.columns)
@@ -136,15 +136,16 @@ def _share_few(counter, x, x_scale, planes, widths, scale, zero, others, columns
     """Claim panels, and compute their columns of y, for a few tokens."""
     tokens = len(x)
     laid, totals = np.empty(x.shape, np.int32), np.empty((tokens, scale.shape[1]), np.int32)
-    arrange_few(x, laid.reshape(-1), totals)
-    made = np.empty((tokens, PANEL), np.float32)
+    arrange_few(x, laid, totals)
+    sums, made = np.empty((tokens, PANEL), np.int32), np.empty((tokens, PANEL), np.float32)
+    rows = sums, made
     if others is not None:
-        extra = np.empty((QUAD, PANEL), np.float32)
+        extra = np.empty((others.shape[1], PANEL), np.float32)
         stripes = np.empty((len(others), PANEL), np.float32)
     panel = claim(counter)
     while panel * PANEL < y.shape[1]:
         made[:] = _NOTHING
-        multiply_few(made, laid, totals, planes, widths, scale, zero, panel)
+        multiply_few(rows, laid, totals, planes, widths, scale, zero, panel)
         row = panel * PANEL
         if others is not None:
             _kept_products(others, columns_of, 0, tokens, row, stripes, extra)
@@ -236,7 +237,7 @@ def _claim_panels(  # type: ignore[no-untyped-def]
             wanted = panel * size + after * low
             if after == quads:
                 wanted = following % panels * size
-            lines = min(-(-deep * low // (LINE * tiles)), deep)
+            lines = -(-deep * low // (LINE * tiles))
             columns = panel, first, deep, width, base
             token = 0
             while token < count:
