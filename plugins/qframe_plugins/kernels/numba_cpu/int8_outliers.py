@@ -2,7 +2,8 @@
 
 Source: Dettmers et al., LLM.int8(), NeurIPS 2022, arXiv:2208.07339, section 3.2 and equation (8).
 Method: one pass over the tokens finds the columns; a second makes codes and takes those columns for
-        zeros. The few columns are multiplied panel by panel while the sums of codes lie there.
+        zeros. The few columns are multiplied panel by panel, while its codes and their sums are in
+        the cache.
 Error:  docs/bounds.md, B5.b: the products of outliers are summed in float32, column by column, and
         added last. The bits do not depend on the number of threads.
 """
@@ -13,13 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from qframe_plugins.kernels.numba_cpu.dot_tile import BYTES, PANEL
-from qframe_plugins.kernels.numba_cpu.int8_products import Float32, Int8
+from qframe_plugins.kernels.numba_cpu.dot_tile import PANEL
+from qframe_plugins.kernels.numba_cpu.few_codes import few
+from qframe_plugins.kernels.numba_cpu.int8_products import Float32, Int8, quantize_few, share_few
 from qframe_plugins.kernels.numba_cpu.int8_products import multiply as multiply_codes
 from qframe_plugins.kernels.numba_cpu.packed import PackedPanels, pack_channels
 from qframe_plugins.kernels.numba_cpu.scratch import aligned
@@ -42,21 +43,11 @@ class Int8AndColumns:
 
     panels    the codes
     columns   [columns, panels * PANEL] float32, the weight transposed, 0 beyond it; None where the
-              weight is what the codes stand for: then columns are made when they are asked for
+              weight is what the codes stand for
     """
 
     panels: PackedPanels
     columns: Float32 | None
-
-    def taken(self, outliers: npt.NDArray[np.int64]) -> Float32:
-        """Return some columns, [outliers, panels * PANEL] float32."""
-        if self.columns is not None:
-            return self.columns[outliers]
-        panels = self.panels
-        made = np.empty((len(outliers), len(panels.scale) * PANEL), np.float32)
-        bytes_of = panels.planes[0].reshape(len(panels.scale), -1, PANEL, BYTES)
-        _decode_columns(bytes_of, panels.scale[:, 0], panels.zero[:, 0], outliers, made)
-        return made
 
 
 def lay_out_both(codes: Int8, scale: Float32, weight: Float32) -> Int8AndColumns:
@@ -83,30 +74,53 @@ def multiply(x: Float32, threshold: float, weight: Int8AndColumns) -> Float32:
     x = np.ascontiguousarray(x)
     if threshold <= 0 or not x.size:
         return multiply_codes(*quantize(x), weight.panels)
+    panels, least = weight.panels, np.float32(threshold).view(np.int32)
+    if len(x) <= few(panels.bits):
+        y = np.empty((len(x), panels.rows), np.float32)
+        tasks = worth_sharing(len(panels.scale), panels.nbytes, y.size * panels.columns)
+        operands = *panels.filled, panels.scale, panels.points, weight.columns
+        quads = panels.groups * panels.quads
+        share(_share_few_outliers, tasks, x, least, panels.spread, quads, *operands, y)
+        return y
     keep = np.empty(x.shape[1], np.int32)
     tasks = worth_sharing(-(-x.shape[1] // _WIDTH), x.nbytes, 0)
-    least = np.float32(threshold).view(np.int32)
     share(_share_columns, tasks, x.view(np.int32), least, keep)
-    outliers = np.flatnonzero(keep == 0)  # none of them, too: that is the same compiled code
-    others = np.zeros((len(outliers), -(-len(x) // QUAD) * QUAD), np.float32)
-    others[:, : len(x)] = x[:, outliers].T
     codes, scale = quantize_kept(x, keep)
-    return multiply_codes(codes, scale, weight.panels, others, weight.taken(outliers))
+    return multiply_codes(codes, scale, panels, (*_taken(x, keep), weight.columns))
 
 
 @kernel
-def _decode_columns(bytes_of, scale, zero, columns, out):  # type: ignore[no-untyped-def]
-    """Set out[i] to what the codes of a column stand for.
+def _share_few_outliers(  # type: ignore[no-untyped-def]
+    counter, x, least, spread, quads, planes, widths, scale, zero, columns, y
+):
+    """Claim panels, and compute their columns of y; every thread finds outliers and makes codes."""
+    keep = np.empty(x.shape[1], np.int32)
+    _share_columns(np.zeros(1, np.int64), x.view(np.int32), least, keep)
+    others, outliers = _taken(x, keep)
+    codes, x_scale = quantize_few(x, keep, spread, quads)
+    kept = others, outliers, columns
+    share_few(counter, codes, x_scale, planes, widths, scale, zero, *kept, y)
 
-    bytes_of      [panels, quads, PANEL, BYTES] uint8
-    scale, zero   [panels, PANEL]
+
+@kernel
+def _taken(x, keep):  # type: ignore[no-untyped-def]
+    """Return the columns of x that are kept as they are, as `Kept` has them, and their numbers.
+
+    None of them, too: that is the same compiled code.
     """
-    for panel in range(len(scale)):
-        for i in range(len(columns)):
-            quad, byte = columns[i] // BYTES, columns[i] % BYTES
-            for lane in range(PANEL):
-                step = np.int32(bytes_of[panel, quad, lane, byte]) - zero[panel, lane]
-                out[i, panel * PANEL + lane] = np.float32(step) * scale[panel, lane]
+    count = 0
+    for column in range(len(keep)):
+        count += keep[column] == 0
+    outliers = np.empty(count, np.int64)
+    others = np.zeros((count, -(-len(x) // QUAD) * QUAD), np.float32)
+    count = 0
+    for column in range(len(keep)):
+        if keep[column] == 0:
+            outliers[count] = column
+            for token in range(len(x)):
+                others[count, token] = x[token, column]
+            count += 1
+    return others, outliers
 
 
 @intrinsic

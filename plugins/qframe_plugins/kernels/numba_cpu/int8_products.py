@@ -43,22 +43,23 @@ _NOTHING = np.float32(-0.0)  # what added to any number is that number, to zeros
 Int8 = npt.NDArray[np.int8]
 Float32 = npt.NDArray[np.float32]
 
+Kept = tuple[Float32 | None, npt.NDArray[np.int64] | None, Float32 | None]
+"""Columns that are kept as they are: their tokens, [kept columns, tokens up to a multiple of QUAD];
+which they are; and the weight transposed, [columns, panels * PANEL], None where it is what its
+codes, of eight bits in one group, stand for."""
+
 
 def multiply(
     x_codes: Int8,
     x_scale: Float32,
     weight: PackedPanels,
-    others: Float32 | None = None,
-    columns_of: Float32 | None = None,
+    kept: Kept = (None, None, None),
 ) -> Float32:
     """Return x W^T, [tokens, rows] float32, and the products of columns kept as they are.
 
-    x_codes      [tokens, columns] int8
-    x_scale      [tokens] float32
-    others       [kept columns, tokens up to a multiple of QUAD] float32
-    columns_of   [kept columns, panels * PANEL] float32, the weight's columns
-
-    None of both saves their part of the kernels' code, and of its compilation.
+    x_codes   [tokens, columns] int8
+    x_scale   [tokens] float32
+    kept      the columns; without them their part of the kernels is not compiled
     """
     tokens = len(x_codes)
     y = np.empty((tokens, weight.rows), np.float32)
@@ -66,10 +67,9 @@ def multiply(
         return y
     x, x_scale = weight.taken(x_codes).view(np.int32), np.ascontiguousarray(x_scale)
     panels, quads = len(weight.scale), x.shape[1]
-    kept = others, columns_of
     tasks = worth_sharing(panels, weight.nbytes, tokens * weight.rows * weight.columns)
     if tokens <= few(weight.bits):
-        share(_share_few, tasks, x, x_scale, *weight.filled, weight.scale, weight.points, *kept, y)
+        share(share_few, tasks, x, x_scale, *weight.filled, weight.scale, weight.points, *kept, y)
         return y
     limit = _AS_THEY_ARE if weight.bits == 8 else _UNPACKED
     in_tiles = weight.centre is not None or weight.are_bytes
@@ -115,24 +115,36 @@ def _owed(sums, totals, start, count, panel, group, zero):  # type: ignore[no-un
 
 
 @inner
-def _kept_products(others, columns_of, start, count, row, stripes, extra):  # type: ignore[no-untyped-def]
-    """Set extra [count, PANEL] to the products of the kept columns of some tokens with a panel.
+def _weights_of(outliers, columns, codes, scale, zero, panel, stripes):  # type: ignore[no-untyped-def]
+    """Set stripes[i] to the weights of a panel in the column outliers[i]; see `Kept`.
 
-    stripes   [kept columns, PANEL], of which nothing is kept
+    codes   [panels, bytes] uint8
     """
-    columns = len(others)
-    for k in range(columns):
+    for i in range(len(outliers)):
+        quad, byte = outliers[i] // BYTES, outliers[i] % BYTES
         for lane in range(PANEL):
-            stripes[k, lane] = columns_of[k, row + lane]
+            if columns is None:
+                code = np.int32(codes[panel, (quad * PANEL + lane) * BYTES + byte])
+                step = code - _zero_of(zero, panel, 0, lane)
+                stripes[i, lane] = np.float32(step) * scale[panel, 0, lane]
+            else:
+                stripes[i, lane] = columns[outliers[i], panel * PANEL + lane]
+
+
+@inner
+def _kept_products(others, stripes, start, count, extra):  # type: ignore[no-untyped-def]
+    """Set extra [count, PANEL] to the products of the kept columns of some tokens with a panel."""
     for token in range(0, count, QUAD):
         for m in range(QUAD):
             for lane in range(PANEL):
                 extra[token + m, lane] = _NOTHING
-        tile_add(extra, token, others, 0, start + token, stripes, 0, columns)
+        tile_add(extra, token, others, 0, start + token, stripes, 0, len(others))
 
 
 @kernel
-def _share_few(counter, x, x_scale, planes, widths, scale, zero, others, columns_of, y):  # type: ignore[no-untyped-def]
+def share_few(  # type: ignore[no-untyped-def]
+    counter, x, x_scale, planes, widths, scale, zero, others, outliers, columns, y
+):
     """Claim panels, and compute their columns of y, for a few tokens."""
     tokens = len(x)
     laid, totals = np.empty(x.shape, np.int32), np.empty((tokens, scale.shape[1]), np.int32)
@@ -148,7 +160,8 @@ def _share_few(counter, x, x_scale, planes, widths, scale, zero, others, columns
         multiply_few(rows, laid, totals, planes, widths, scale, zero, panel)
         row = panel * PANEL
         if others is not None:
-            _kept_products(others, columns_of, 0, tokens, row, stripes, extra)
+            _weights_of(outliers, columns, planes[0], scale, zero, panel, stripes)
+            _kept_products(others, stripes, 0, tokens, extra)
         for token in range(tokens):
             for lane in range(min(PANEL, y.shape[1] - row)):
                 value = made[token, lane] * x_scale[token]
@@ -159,11 +172,15 @@ def _share_few(counter, x, x_scale, planes, widths, scale, zero, others, columns
 
 
 @kernel
-def _share_few_floats(counter, x, spread, quads, planes, widths, scale, zero, y):  # type: ignore[no-untyped-def]
-    """Do the same for activations, of which every thread makes codes, and lays them out."""
-    codes, x_scale = np.empty(x.shape, np.int8), np.empty(len(x), np.float32)
+def quantize_few(x, keep, spread, quads):  # type: ignore[no-untyped-def]
+    """Return (codes, four in each number, [tokens, quads] int32, scales) of a few tokens.
+
+    keep     as for `quantize_kept`
+    spread   where each column lies among those of the quads; None: where it is
+    """
+    codes, scale = np.empty(x.shape, np.int8), np.empty(len(x), np.float32)
     for token in range(len(x)):
-        quantize_token(x, token, codes, x_scale)
+        quantize_token(x, keep, token, codes, scale)
     if spread is not None:
         wide = np.zeros((len(x), quads * BYTES), np.int8)
         for token in range(len(x)):
@@ -171,11 +188,18 @@ def _share_few_floats(counter, x, spread, quads, planes, widths, scale, zero, y)
                 wide[token, spread[column]] = codes[token, column]
     else:
         wide = codes
-    _share_few(counter, wide.view(np.int32), x_scale, planes, widths, scale, zero, None, None, y)
+    return wide.view(np.int32), scale
 
 
 @kernel
-def _share_panels(counter, rows, planes, scale, zero, sizes, others, columns_of, y):  # type: ignore[no-untyped-def]
+def _share_few_floats(counter, x, spread, quads, planes, widths, scale, zero, y):  # type: ignore[no-untyped-def]
+    """Do the same for activations, of which every thread makes codes, and lays them out."""
+    codes, x_scale = quantize_few(x, None, spread, quads)
+    share_few(counter, codes, x_scale, planes, widths, scale, zero, None, None, None, y)
+
+
+@kernel
+def _share_panels(counter, rows, planes, scale, zero, sizes, others, outliers, columns, y):  # type: ignore[no-untyped-def]
     """Claim panels for a block of tokens, and compute their columns of y, which is flat."""
     flat, totals, _ = rows
     block, limit, bits, in_tiles = sizes
@@ -187,21 +211,20 @@ def _share_panels(counter, rows, planes, scale, zero, sizes, others, columns_of,
     made = np.empty((block, PANEL), np.float32)
     ragged = np.empty(block * PANEL, np.float32)
     extra = np.empty((0 if others is None else block, PANEL), np.float32)
-    room = codes, sums, made, ragged, extra
     stripes = np.empty((0 if others is None else len(others), PANEL), np.float32)
-    _claim_panels(
-        counter, rows, planes, scale, zero, sizes, goes_on, others, columns_of, stripes, room, y
-    )
+    room = codes, sums, made, ragged, extra, stripes
+    kept = others, outliers, columns
+    _claim_panels(counter, rows, planes, scale, zero, sizes, goes_on, *kept, room, y)
 
 
 @inner
 def _claim_panels(  # type: ignore[no-untyped-def]
-    counter, rows, planes, scale, zero, sizes, goes_on, others, columns_of, stripes, room, y
+    counter, rows, planes, scale, zero, sizes, goes_on, others, outliers, columns, room, y
 ):
     """Do it with what `_share_panels` has made."""
     flat, totals, _ = rows
     block, limit, bits, _ = sizes
-    codes, sums, made, ragged, extra = room
+    codes, sums, made, ragged, extra, stripes = room
     tokens, groups = totals.shape
     quads, wide, panels = len(flat) // tokens, len(y) // tokens, len(scale)
     width = quads // groups
@@ -219,7 +242,8 @@ def _claim_panels(  # type: ignore[no-untyped-def]
         row = panel * PANEL
         full = row + PANEL <= wide
         if others is not None:
-            _kept_products(others, columns_of, start, count, row, stripes, extra)
+            _weights_of(outliers, columns, one, scale, zero, panel, stripes)
+            _kept_products(others, stripes, start, count, extra)
         made[:count] = _NOTHING
         tiles = -(-count // HEIGHTS[0])
         first = 0
@@ -238,7 +262,7 @@ def _claim_panels(  # type: ignore[no-untyped-def]
             if after == quads:
                 wanted = following % panels * size
             lines = -(-deep * low // (LINE * tiles))
-            columns = panel, first, deep, width, base
+            part = panel, first, deep, width, base
             token = 0
             while token < count:
                 height = height_of(count - token)
@@ -259,7 +283,7 @@ def _claim_panels(  # type: ignore[no-untyped-def]
                     others,
                     target,
                     ahead,
-                    columns,
+                    part,
                     place,
                     how,
                 )

@@ -200,10 +200,10 @@ def _codes_of(x, keep, token, scale, codes):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def quantize_token(x, token, codes, scale):  # type: ignore[no-untyped-def]
-    """Set the codes and the scale of a token."""
-    scale[token] = _scale_of(x, None, token)
-    _codes_of(x, None, token, scale[token], codes)
+def quantize_token(x, keep, token, codes, scale):  # type: ignore[no-untyped-def]
+    """Set the codes and the scale of a token; `keep` as for `quantize_kept`."""
+    scale[token] = _scale_of(x, keep, token)
+    _codes_of(x, keep, token, scale[token], codes)
 
 
 @kernel
@@ -212,6 +212,5 @@ def _share_tokens(counter, x, keep, codes, scale):  # type: ignore[no-untyped-de
     block = claim(counter)
     while block * BLOCK < len(x):
         for token in range(block * BLOCK, min((block + 1) * BLOCK, len(x))):
-            scale[token] = _scale_of(x, keep, token)
-            _codes_of(x, keep, token, scale[token], codes)
+            quantize_token(x, keep, token, codes, scale)
         block = claim(counter)
