@@ -9,7 +9,7 @@ Error: docs/bounds.md, B9.e.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
+from functools import cache, wraps
 from typing import Any
 
 from qframe import OpCall, Unsupported
@@ -35,25 +35,28 @@ def objection(call: OpCall, known: tuple[str, ...]) -> Unsupported | None:
     return Unsupported(f"activations must be {' or '.join(known)}, not {call.dtype}")
 
 
+@cache
+def _short() -> frozenset[Any]:
+    """Return the dtypes of 16 bits."""
+    import torch
+
+    return frozenset((torch.bfloat16, torch.float16))
+
+
 def through_float32(call: Callable[..., Any]) -> Callable[..., Any]:
     """Let a kernel's method take activations of 16 bits, too, and give such outputs."""
 
     @wraps(call)
     def called(self: Any, *operands: Any) -> Any:
-        import torch
-
+        short = _short()  # looked up once: a call takes microseconds
         for operand in operands:
-            if isinstance(operand, torch.Tensor) and operand.dtype in (
-                torch.bfloat16,
-                torch.float16,
-            ):
+            dtype = getattr(operand, "dtype", None)
+            if dtype in short:
                 break
         else:
             return call(self, *operands)
-        dtype = operand.dtype
         given = [
-            each.float() if isinstance(each, torch.Tensor) and each.dtype == dtype else each
-            for each in operands
+            each.float() if getattr(each, "dtype", None) == dtype else each for each in operands
         ]
         made = call(self, *given)
         if call.__name__ == "from_activations":

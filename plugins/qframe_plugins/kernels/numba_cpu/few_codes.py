@@ -248,32 +248,32 @@ def multiply_few(rows, x, totals, planes, widths, scale, zero, panel):  # type: 
     groups = totals.shape[1]
     width = quads // groups
     limit = width if height_of_few(tokens) == tokens else _PIECE
-    tiles = 0
-    token = 0
+    tiles, token = 0, 0
     while token < tokens:
         token += height_of_few(tokens - token)
         tiles += 1
-    first = 0
-    while first < quads:
-        group = first // width
-        done = first - group * width
-        deep = min(limit, width - done)
-        token, asked_from = 0, 0
-        for number in range(tiles):
-            height = height_of_few(tokens - token)
-            asked = (_LINES * (number + 1)) // tiles - asked_from
-            place = (panel, group, token, first, deep)
-            how = (done == 0, done + deep == width, asked_from, asked)
-            if height == 6:
-                _tile_6(rows, x, totals, planes, widths, scale, zero, place, how)
-            elif height == 4:
-                _tile_4(rows, x, totals, planes, widths, scale, zero, place, how)
-            elif height == 3:
-                _tile_3(rows, x, totals, planes, widths, scale, zero, place, how)
-            elif height == 2:
-                _tile_2(rows, x, totals, planes, widths, scale, zero, place, how)
-            else:
-                _tile_1(rows, x, totals, planes, widths, scale, zero, place, how)
-            token += height
-            asked_from += asked
-        first += deep
+    each = _LINES // tiles
+    more = _LINES - each * tiles
+    for group in range(groups):
+        done = 0
+        while done < width:
+            deep = min(limit, width - done)
+            token, asked_from = 0, 0
+            for number in range(tiles):
+                height = height_of_few(tokens - token)
+                asked = each + (1 if number < more else 0)
+                place = (panel, group, token, group * width + done, deep)
+                how = (done == 0, done + deep == width, asked_from, asked)
+                if height == 6:
+                    _tile_6(rows, x, totals, planes, widths, scale, zero, place, how)
+                elif height == 4:
+                    _tile_4(rows, x, totals, planes, widths, scale, zero, place, how)
+                elif height == 3:
+                    _tile_3(rows, x, totals, planes, widths, scale, zero, place, how)
+                elif height == 2:
+                    _tile_2(rows, x, totals, planes, widths, scale, zero, place, how)
+                else:
+                    _tile_1(rows, x, totals, planes, widths, scale, zero, place, how)
+                token += height
+                asked_from += asked
+            done += deep

@@ -29,7 +29,7 @@ from qframe_plugins.kernels.numba_cpu.few_codes import arrange_few, few, multipl
 from qframe_plugins.kernels.numba_cpu.group_tile import multiply_part
 from qframe_plugins.kernels.numba_cpu.packed import PackedPanels, unpack
 from qframe_plugins.kernels.numba_cpu.scratch import LINE
-from qframe_plugins.kernels.numba_cpu.simd import QUAD, claim, inner, kernel, tile_add
+from qframe_plugins.kernels.numba_cpu.simd import QUAD, claim, inner, kernel, tile_add, zeros
 from qframe_plugins.kernels.numba_cpu.threads import share, worth_sharing
 from qframe_plugins.kernels.numba_cpu.tokens import quantize, quantize_token
 
@@ -149,11 +149,10 @@ def share_few(  # type: ignore[no-untyped-def]
     tokens = len(x)
     laid, totals = np.empty(x.shape, np.int32), np.empty((tokens, scale.shape[1]), np.int32)
     arrange_few(x, laid, totals)
-    sums, made = np.empty((tokens, PANEL), np.int32), np.empty((tokens, PANEL), np.float32)
+    sums, made = zeros(tokens, PANEL).view(np.int32), zeros(tokens, PANEL)
     rows = sums, made
     if others is not None:
-        extra = np.empty((others.shape[1], PANEL), np.float32)
-        stripes = np.empty((len(others), PANEL), np.float32)
+        extra, stripes = zeros(others.shape[1], PANEL), zeros(len(others), PANEL)
     panel = claim(counter)
     while panel * PANEL < y.shape[1]:
         made[:] = _NOTHING
@@ -206,12 +205,11 @@ def _share_panels(counter, rows, planes, scale, zero, sizes, others, outliers, c
     tokens, groups = totals.shape
     width = len(flat) // tokens // groups
     goes_on = width > limit or not in_tiles  # with sums that are there before
-    codes = np.empty(0 if bits == 8 else limit * QUAD_BYTES, np.uint8)
-    sums = np.empty((block if goes_on else 0, PANEL), np.int32)
-    made = np.empty((block, PANEL), np.float32)
-    ragged = np.empty(block * PANEL, np.float32)
-    extra = np.empty((0 if others is None else block, PANEL), np.float32)
-    stripes = np.empty((0 if others is None else len(others), PANEL), np.float32)
+    codes = zeros(0 if bits == 8 else limit, PANEL).view(np.uint8).reshape(-1)
+    sums = zeros(block if goes_on else 0, PANEL).view(np.int32)
+    made, ragged = zeros(block, PANEL), zeros(block, PANEL).reshape(-1)
+    extra = zeros(0 if others is None else block, PANEL)
+    stripes = zeros(0 if others is None else len(others), PANEL)
     room = codes, sums, made, ragged, extra, stripes
     kept = others, outliers, columns
     _claim_panels(counter, rows, planes, scale, zero, sizes, goes_on, *kept, room, y)

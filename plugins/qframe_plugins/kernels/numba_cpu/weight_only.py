@@ -70,7 +70,7 @@ def _share_few(counter, given, spread, columns, planes, widths, scale, zero, y):
     tokens = len(y)
     x = np.zeros((tokens, columns), np.float32)
     lay_out(given, spread, x.reshape(-1))
-    made = np.empty((tokens, PANEL), np.float32)
+    made = zeros(tokens, PANEL)
     panel = claim(counter)
     while panel * PANEL < y.shape[1]:
         made[:] = 0
