@@ -6,9 +6,11 @@ import threading
 import time
 
 import numba
+import numpy as np
 import pytest
 
 from qframe_plugins.kernels.numba_cpu import threads
+from qframe_plugins.kernels.numba_cpu.simd import run_of
 
 pytestmark = pytest.mark.skipif(
     numba.config.NUMBA_NUM_THREADS < 2, reason="with one core nothing is shared"
@@ -34,7 +36,7 @@ class Tasks:
         self.done, self.workers = [], set()
 
     def __call__(self, counter):
-        assert counter.tolist() == [0]
+        assert counter.tolist() in ([0, 1], [0, 2])
         self.workers.add(threading.current_thread().name)
         while True:
             with self.lock:
@@ -163,3 +165,17 @@ def test_a_child_of_fork_has_helpers_of_its_own(monkeypatch):
             os._exit(0 if len(tasks.workers) == 2 else 1)
     _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == 0
+
+
+@pytest.mark.parametrize(
+    ("count", "tasks", "run"), [(1, 64, 8), (2, 64, 4), (2, 172, 10), (8, 3, 1)]
+)
+def test_who_claims_tasks_in_a_row_leaves_turns_to_the_others(count, tasks, run):
+    assert run_of(np.array([0, count]), tasks) == run
+
+
+def test_kernels_are_told_how_many_threads_there_are():
+    told = []
+    for tasks in (1, 9):
+        threads.share(lambda counter: told.append(tuple(counter.tolist())), tasks)
+    assert told == [(0, 1), (0, 2), (0, 2)]

@@ -29,7 +29,15 @@ from qframe_plugins.kernels.numba_cpu.few_codes import arrange_few, few, multipl
 from qframe_plugins.kernels.numba_cpu.group_tile import multiply_part
 from qframe_plugins.kernels.numba_cpu.packed import PackedPanels, unpack
 from qframe_plugins.kernels.numba_cpu.scratch import LINE
-from qframe_plugins.kernels.numba_cpu.simd import QUAD, claim, inner, kernel, tile_add, zeros
+from qframe_plugins.kernels.numba_cpu.simd import (
+    QUAD,
+    claim,
+    inner,
+    kernel,
+    run_of,
+    tile_add,
+    zeros,
+)
 from qframe_plugins.kernels.numba_cpu.threads import share, worth_sharing
 from qframe_plugins.kernels.numba_cpu.tokens import quantize, quantize_token
 
@@ -153,21 +161,24 @@ def share_few(  # type: ignore[no-untyped-def]
     rows = sums, made
     if others is not None:
         extra, stripes = zeros(others.shape[1], PANEL), zeros(len(others), PANEL)
-    panel = claim(counter)
-    while panel * PANEL < y.shape[1]:
-        made[:] = _NOTHING
-        multiply_few(rows, laid, totals, planes, widths, scale, zero, panel)
-        row = panel * PANEL
-        if others is not None:
-            _weights_of(outliers, columns, planes[0], scale, zero, panel, stripes)
-            _kept_products(others, stripes, 0, tokens, extra)
-        for token in range(tokens):
-            for lane in range(min(PANEL, y.shape[1] - row)):
-                value = made[token, lane] * x_scale[token]
-                if others is not None:
-                    value += extra[token, lane]
-                y[token, row + lane] = value
-        panel = claim(counter)
+    panels = len(scale)
+    run = run_of(counter, panels)
+    first = claim(counter) * run
+    while first < panels:
+        for panel in range(first, min(first + run, panels)):
+            made[:] = _NOTHING
+            multiply_few(rows, laid, totals, planes, widths, scale, zero, panel)
+            row = panel * PANEL
+            if others is not None:
+                _weights_of(outliers, columns, planes[0], scale, zero, panel, stripes)
+                _kept_products(others, stripes, 0, tokens, extra)
+            for token in range(tokens):
+                for lane in range(min(PANEL, y.shape[1] - row)):
+                    value = made[token, lane] * x_scale[token]
+                    if others is not None:
+                        value += extra[token, lane]
+                    y[token, row + lane] = value
+        first = claim(counter) * run
 
 
 @kernel

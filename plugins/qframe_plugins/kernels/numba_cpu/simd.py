@@ -26,6 +26,7 @@ from qframe_plugins.compiling import fingerprint
 
 STRIPE_BYTES = 256  # a stripe is one row of a panel: 64 float32 or 32 float64 lanes
 LANES = STRIPE_BYTES // 4  # lanes of a float32 stripe
+_TURNS = 8  # of each thread, so that the last ones end together
 QUAD = 4  # stripes that a tile updates at once
 
 KERNEL_ABI = fingerprint(__file__)  # part of the name of each kernel in numba's cache
@@ -238,6 +239,15 @@ def claim(typing: Any, counter: Any) -> Any:
         return builder.atomic_rmw("add", data, ir.IntType(64)(1), "monotonic")
 
     return types.int64(counter), emit
+
+
+@inner
+def run_of(counter, tasks):  # type: ignore[no-untyped-def]
+    """Return how many tasks in a row a thread claims at once, each having some turns.
+
+    What tasks in a row read is one stream: where it goes on, it has been asked for.
+    """
+    return max(1, tasks // (_TURNS * counter[1]))
 
 
 @intrinsic

@@ -139,14 +139,14 @@ def share(kernel: Callable[..., Any], tasks: int, *operands: Any) -> None:
     """Call kernel(counter, *operands) on as many threads as numba may use, and wait for all.
 
     tasks     how many there are: no more threads than that are woken
-    counter   [1] int64, zero: what the kernel claims its tasks from
+    counter   [2] int64: zero, what the kernel claims its tasks from; and how many threads there are
     """
-    counter = np.zeros(1, np.int64)
     helpers = 0 if tasks < 2 else min(_allowed(), tasks) - 1
-    if helpers < 1:
+    taken = _helpers.take(helpers) if helpers else []
+    counter = np.array([0, 1 + len(taken)])
+    if not taken:
         kernel(counter, *operands)
         return
-    taken = _helpers.take(helpers)
     for helper in taken:
         helper.begin(kernel, counter, *operands)
     try:
