@@ -776,6 +776,22 @@ MUTANTS = (
             "eight_bit_decode",
             "every second half of a thousand columns is not looked at.",
         ),
+        (
+            "outliers_of_the_first_token",
+            "int8_outliers.py",
+            "others[count, token] = x[token, column]",
+            "others[count, token] = x[0, column]",
+            "eight_bit_decode",
+            "all tokens have the outliers of the first.",
+        ),
+        (
+            "outliers_are_the_first_columns",
+            "int8_outliers.py",
+            "outliers[count] = column",
+            "outliers[count] = count",
+            "eight_bit_decode",
+            "outliers meet the weights of the first columns.",
+        ),
     ),
     *mutants(
         "attention_kv",

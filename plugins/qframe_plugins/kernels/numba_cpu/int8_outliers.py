@@ -72,7 +72,7 @@ def multiply(x: Float32, threshold: float, weight: Int8AndColumns) -> Float32:
     threshold   a float32 number; 0: no column is an outlier
     """
     x = np.ascontiguousarray(x)
-    if threshold <= 0 or not x.size:
+    if threshold <= 0 or not x.size or not weight.panels.rows:
         return multiply_codes(*quantize(x), weight.panels)
     panels, least = weight.panels, np.float32(threshold).view(np.int32)
     if len(x) <= few(panels.bits):

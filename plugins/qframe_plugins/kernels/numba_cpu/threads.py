@@ -67,7 +67,6 @@ class _Helpers:
     """Those that there are, and those of them that have nothing to do."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
         self.clear()
 
     def clear(self) -> None:
@@ -82,10 +81,10 @@ class _Helpers:
         Who finds none free, as where several threads share work at once, works alone.
         """
         with self._lock:
-            taken = [self._free.pop() for _ in range(min(most, len(self._free)))]
-            new = max(0, min(most - len(taken), most - self._made))
-            self._made += new
-        return taken + [_Helper() for _ in range(new)]
+            for _ in range(most - self._made):
+                self._free.append(_Helper())
+                self._made += 1
+            return [self._free.pop() for _ in range(min(most, len(self._free)))]
 
     def wait_for(self, taken: list[_Helper]) -> BaseException | None:
         """Wait for the work of all, give them back, and return what one of them raised."""
