@@ -26,13 +26,29 @@ from qframe_plugins.kernels.numba_cpu.vectors import FLOAT32, INT32, INT64, Vect
 
 _FEW, _FEW_OF_BYTES = 16, 8  # tokens at most; of codes of eight bits, which nothing unpacks
 _HEIGHTS = (1, 2, 3, 4, 6)  # how many tokens tiles take
-_LINES = QUAD_BYTES // LINE
-_PIECE = 64  # quads of a group that all tiles meet before the next, where there are several
+_LINES = QUAD_BYTES // LINE  # of a quad
+_PIECE = 64  # quads of a group that are read again, from the fastest cache, before the next ones
 
 
 def few(bits: int) -> int:
     """Return how many tokens a product with codes of so many bits has at most here."""
     return _FEW_OF_BYTES if bits == 8 else _FEW
+
+
+def _across(v: Vectors) -> int:
+    """Return how many registers of a panel's rows a pass of a tile takes at once."""
+    return min(v.registers // 8, PANEL * BYTES // v.register_bytes)
+
+
+@intrinsic
+def _passes(typing: Any) -> Any:
+    """Return in how many passes a tile takes a panel: in one, unless registers are short."""
+
+    def emit(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        v = Vectors(context, builder)
+        return INT64(PANEL * BYTES // (_across(v) * v.register_bytes))
+
+    return types.int64(), emit
 
 
 def _make_tile(height: int) -> Callable[..., Any]:
@@ -123,14 +139,14 @@ class _Tile:
         together = max(8 // width for width, _ in self.sources)
         lanes = v.register_bytes // BYTES
         floats, ints = (ir.VectorType(kind, lanes) for kind in (FLOAT32, INT32))
-        across = min(v.registers // 8, PANEL // lanes)
-        stretch = across * lanes * BYTES
+        across = _across(v)
+        stretch = across * v.register_bytes
         sums_at, made_at = self.between
         with v.loop(INT64(PANEL * BYTES // stretch)) as part:
             left = b.mul(part.index, INT64(stretch))
             spots = [b.add(left, INT64(BYTES * lanes * r)) for r in range(across)]
             places = [(m, r) for m in range(height) for r in range(across)]
-            # Where registers are short, the first of several passes asks for all.
+            # The first of several passes asks for all.
             is_first = b.icmp_signed("==", part.index, INT64(0))
             to_ask = asked[0], b.select(is_first, asked[1], INT64(0))
 
@@ -247,11 +263,11 @@ def multiply_few(rows, x, totals, planes, widths, scale, zero, panel):  # type: 
     tokens, quads = x.shape
     groups = totals.shape[1]
     width = quads // groups
-    limit = width if height_of_few(tokens) == tokens else _PIECE
     tiles, token = 0, 0
     while token < tokens:
         token += height_of_few(tokens - token)
         tiles += 1
+    limit = width if tiles * _passes() == 1 else _PIECE
     each = _LINES // tiles
     more = _LINES - each * tiles
     for group in range(groups):

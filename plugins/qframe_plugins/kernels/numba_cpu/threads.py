@@ -26,7 +26,7 @@ _PRODUCTS_FOR_A_BYTE = 16
 class _Helper(threading.Thread):
     """A thread that runs one kernel after another, and sleeps in between.
 
-    An executor does the same, and takes ten microseconds more for it.
+    An executor does the same, and takes at least twenty microseconds longer.
     """
 
     def __init__(self) -> None:
