@@ -30,6 +30,7 @@ Place = tuple[int, ...]
 
 ROWS = 192  # rows at a time in products with a matrix of all columns
 _PIECE = 500_000  # weights at a time: enough to be worth a call, few enough for the cache
+_CLOSELY = 1 << 16  # the same where many numbers of 64 bits are made of each
 _NEAR = 1 - 2.0**-16  # of the largest upper limit: strips that are looked at right away
 
 __all__ = [
@@ -150,7 +151,7 @@ class Closest:
         width   of a strip
         first   the number of the first row
         """
-        per_row, at_once = most.size // max(len(most), 1), max(1, _PIECE // max(width, 1))
+        per_row, at_once = most.size // max(len(most), 1), max(1, _CLOSELY // max(width, 1))
 
         def look(chosen: npt.NDArray[np.bool_]) -> Closest:
             places = np.flatnonzero(chosen)
@@ -330,7 +331,7 @@ class Evidence:
         judge   returns (error, allowed) of the groups of some rows, [rows, groups]
         rows    of groups in all
         """
-        height = max(1, _PIECE // max(self.quantized.scale.shape[1], 1))
+        height = max(1, _CLOSELY // max(self.quantized.scale.shape[1], 1))
         cuts = (slice(top, min(top + height, rows)) for top in range(0, max(rows, 1), height))
         return Closest.among(Closest.of(*judge(cut), first=cut.start) for cut in cuts)
 
@@ -351,16 +352,31 @@ class Evidence:
 
     def _differences_of(self, rows: slice) -> Differences:
         """Return the same of some rows."""
-        import torch
+        from qframe import passes
 
-        piece, grid = self.piece(rows), self.problem.grid
-        weight, values = torch.from_numpy(piece.weight), piece.values()
-        noise = squared(values - weight)
+        quantized, grid = self.quantized, self.problem.grid
+        arrays = (self.problem.weight, quantized.codes, quantized.scale, quantized.zero_point)
+        weight, codes, scale, zero = (passes.part_of(each.numpy(), rows) for each in arrays)
+        index = quantized.group_index.numpy()
+        groups, columns = scale.shape[1], len(index)
+        even = groups > 0 and columns % groups == 0
+        even = even and np.array_equal(index, np.arange(columns) // (columns // groups))
+        if not even:  # columns of a group become neighbours
+            order = np.argsort(index, kind="stable")
+            weight, codes, index = weight[:, order], codes[:, order], index[order]
+        runs = passes.runs_of(index)
+        table = np.array(grid.values or (), np.float32)
+        most = np.empty((len(weight), len(runs)))
+        signal, noise = passes.differences(
+            weight, codes, scale, zero, runs, table, grid.qmin, grid.qmax, most
+        )
+        if not even:
+            most = most.max(1, initial=0)
         if grid.values is not None or not math.isfinite(noise):
-            highest = np.full(piece.weight.shape[:-1], np.inf)
+            most[...] = np.inf
         else:
-            highest = highest_ratios_float32(values, piece, grid)
-        return Differences(squared(weight), noise, highest)
+            most = highest_ratios_float32(most, self.piece(rows), grid)
+        return Differences(signal, noise, most)
 
     def ranges(self) -> tuple[Float64, Float64]:
         """Return the smallest and largest weight of each group, [rows or 1, groups]."""

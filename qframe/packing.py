@@ -11,15 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from qframe import pages, parallel, rounding, scales
+from qframe import pages, parallel, passes, rounding, scales
 from qframe.contracts import Grid, QuantizedWeight
 from qframe.errors import PluginError, QframeError, WeightsError
 from qframe.scheme import Scheme
+
+BLOCK = 32  # codes: whole words of any number of bits
 
 
 def pack_codes(codes: torch.Tensor, num_bits: int, lowest: int = 0) -> torch.Tensor:
@@ -38,14 +41,17 @@ def pack_codes(codes: torch.Tensor, num_bits: int, lowest: int = 0) -> torch.Ten
             raise ValueError(
                 f"codes of {num_bits} bits lie in [0, {(1 << num_bits) - 1}], got [{least}, {most}]"
             )
-    words = torch.empty((rows, -(-columns * num_bits // 32)), dtype=torch.int32)
+    words = pages.empty((rows, -(-columns * num_bits // 32)), torch.int32, waits=True)
+    missing = -columns % BLOCK
 
     def work(part: slice) -> None:
-        lanes = np.zeros((part.stop - part.start, -(-columns // 32) * 32), np.uint8)
-        own = lanes[:, :columns]
-        np.subtract(codes[part].numpy(), lowest, out=own, dtype=np.int16, casting="unsafe")
-        stored = torch.from_numpy(_joined(lanes, num_bits).view("<i4"))
-        words[part] = stored[:, : words.shape[1]]
+        own, found = codes[part].to(torch.int16).contiguous(), words[part]
+        if missing:
+            own = torch.nn.functional.pad(own, (0, missing), value=lowest)
+            found = torch.empty((len(own), own.shape[1] * num_bits // 32), dtype=torch.int32)
+        passes.pack(_fours(own), num_bits, lowest, _stream(found, num_bits))
+        if missing:
+            words[part] = found[:, : words.shape[1]]
 
     parallel.each(work, rounding.strips(rows, columns))
     return words
@@ -70,70 +76,32 @@ def unpack_codes(
     rows = len(words)
     codes = pages.empty((rows, columns), dtype)
 
+    missing = -columns % BLOCK
+
     def work(part: slice) -> None:
-        stored = np.zeros((part.stop - part.start, -(-columns // 32) * num_bits), "<i4")
-        stored[:, : words.shape[1]] = words[part].numpy()
-        own = codes[part].copy_(
-            torch.from_numpy(_split(stored.view(np.uint8), num_bits)[:, :columns])
-        )
-        if lowest:
-            own += lowest
+        stored, own = words[part].contiguous(), codes[part]
+        found = own
+        if missing:
+            width = (columns + missing) * num_bits // 32
+            stored = torch.nn.functional.pad(stored, (0, width - stored.shape[1]))
+        if missing or dtype != torch.int16:
+            found = torch.empty((len(own), columns + missing), dtype=torch.int16)
+        passes.unpack(_stream(stored, num_bits), num_bits, lowest, _fours(found))
+        if found is not own:
+            own.copy_(found[:, :columns])
 
     parallel.each(work, rounding.strips(rows, columns))
     return codes
 
 
-def _joined(lanes: npt.NDArray[np.uint8], num_bits: int) -> npt.NDArray[np.uint8]:
-    """Return the bytes of codes in a row, lowest bits first, given a byte with each.
-
-    lanes   [rows, a multiple of 32]
-    """
-    if 8 % num_bits:
-        x = lanes.view("<u8")
-        for mask, used, gap in _folds(num_bits):
-            x = (x & mask) | (x >> gap & mask << used)
-        stream = np.ascontiguousarray(x.view(np.uint8).reshape(*x.shape, 8)[:, :, :num_bits])
-        return stream.reshape(len(x), -1)
-    for used in _doublings(num_bits):  # pairs of bytes become one
-        pairs = lanes.view("<u2")
-        lanes = (pairs | pairs >> (8 - used)).astype(np.uint8)
-    return lanes
+def _fours(codes: torch.Tensor) -> npt.NDArray[np.uint64]:
+    """Return codes of 16 bits as `passes.pack` reads them, four in a number."""
+    return codes.view(-1).numpy().view(np.uint64)
 
 
-def _split(stream: npt.NDArray[np.uint8], num_bits: int) -> npt.NDArray[np.uint8]:
-    """Return a byte with each code; the same the other way round."""
-    if 8 % num_bits:
-        lanes = np.zeros((len(stream), stream.shape[1] // num_bits, 8), np.uint8)
-        lanes[:, :, :num_bits] = stream.reshape(*lanes.shape[:2], num_bits)
-        x = lanes.view("<u8")[:, :, 0]
-        for mask, used, gap in reversed(_folds(num_bits)):
-            x = (x & mask) | (x & mask << used) << gap
-        return x.view(np.uint8)
-    for used in reversed(_doublings(num_bits)):
-        pairs = stream.astype("<u2")
-        pairs |= pairs << (8 - used)
-        pairs &= 0x0101 * ((1 << used) - 1)
-        stream = pairs.view(np.uint8)
-    return stream
-
-
-def _doublings(num_bits: int) -> list[int]:
-    """Return how many bits of each byte are used, before each step that joins two to one."""
-    return [used for used in (1, 2, 4) if used >= num_bits]
-
-
-def _folds(num_bits: int) -> list[tuple[int, int, int]]:
-    """Return the three steps that join 8 bytes with a code each to one number of 8 codes.
-
-    A step joins two neighbouring lanes of 8, then 16, then 32 bits. Each is (mask, used, gap):
-    the `used` low bits of every second lane, and how far its neighbour moves down to them.
-    """
-    folds = []
-    for lane in (8, 16, 32):
-        used = num_bits * lane // 8
-        mask = sum(((1 << used) - 1) << start for start in range(0, 64, 2 * lane))
-        folds.append((mask, used, lane - used))
-    return folds
+def _stream(words: torch.Tensor, num_bits: int) -> npt.NDArray[Any]:
+    """Return words as the numbers that `passes.pack` writes."""
+    return words.view(-1).numpy().view(np.uint32 if num_bits in (4, 8) else np.uint8)
 
 
 @dataclass(frozen=True, eq=False, slots=True, kw_only=True)

@@ -3,6 +3,9 @@
 A page of memory that a process touches for the first time has to be found and cleared by the
 system, which can take longer than all that is done to the numbers in it. Where layer after layer
 comes and goes, what one leaves is given to the next: never more than was in use at one time.
+
+What waits for a while has memory apart, of its own size. What passes takes any that is large
+enough: it is back before a layer comes that needs all of it.
 """
 
 from __future__ import annotations
@@ -19,13 +22,17 @@ import numpy as np
 import torch
 
 LARGE = 1 << 20  # bytes of a tensor that is worth it
-_WASTE = 16  # how many times as large as what is asked for memory may be that is used again
+_WASTE = 2  # how many times as large memory may be as what is asked for, and waits in it
 
 
 class Pages:
-    """Memory that tensors leave, for others to come."""
+    """Memory that tensors leave, for others to come.
 
-    def __init__(self) -> None:
+    waste   how many times as large memory may be as what is asked for
+    """
+
+    def __init__(self, waste: float = math.inf) -> None:
+        self._waste = waste
         self._spare: list[mmap.mmap] = []
         self._lock = threading.Lock()
         self._total = 0  # bytes, used and spare
@@ -54,20 +61,27 @@ class Pages:
 
     def _take(self, size: int) -> mmap.mmap | None:
         """Return the smallest spare memory that is large enough, and not much too large."""
-        fitting = [r for r in self._spare if size <= len(r) <= _WASTE * size]
+        fitting = [r for r in self._spare if size <= len(r) <= self._waste * size]
         found = min(fitting, key=len, default=None)
-        if found is not None:  # not `remove`, which would look for the same content
-            del self._spare[next(i for i, r in enumerate(self._spare) if r is found)]
+        if found is not None:
+            self._forget(found)
+            self._total += len(found)
         return found
 
     def _make(self, size: int) -> mmap.mmap:
-        """Return new memory; what is spare is let go where there would be more than ever before."""
+        """Return more memory, of which the largest spare one becomes a part where it can.
+
+        What is spare is let go where there would be more than ever before.
+        """
         self._most = max(self._most, self._total - self.spare + size)
+        part = max(self._spare, key=len, default=None)
+        if part is not None:
+            self._forget(part)
         while self._spare and self._total + size > self._most:
             self._let_go()
         while True:
             try:
-                region = _region(size)
+                region = _region(size, part)
             except MemoryError:
                 if not self._spare:
                     raise
@@ -76,16 +90,27 @@ class Pages:
                 self._total += size
                 return region
 
+    def _forget(self, region: mmap.mmap) -> None:
+        """Take memory out of what is spare: not by `remove`, which looks for the same content."""
+        del self._spare[next(i for i, each in enumerate(self._spare) if each is region)]
+        self._total -= len(region)
+
     def _let_go(self) -> None:
         """Give the oldest spare memory back to the system."""
         self._total -= len(self._spare.pop(0))
 
 
-def _region(size: int) -> mmap.mmap:
+def _region(size: int, part: mmap.mmap | None = None) -> mmap.mmap:
     """Return memory of the process's own, in as few pieces as the system can give.
+
+    part   memory that may become a part of it, with its pages; nobody else has it
 
     Raises MemoryError.
     """
+    if part is not None and len(part) < size:
+        with contextlib.suppress(OSError, SystemError, ValueError):  # not every system moves pages
+            part.resize(size)
+            return part
     private = getattr(mmap, "MAP_PRIVATE", 0) | getattr(mmap, "MAP_ANONYMOUS", 0)
     try:  # Windows has no flags
         region = mmap.mmap(-1, size, flags=private) if private else mmap.mmap(-1, size)
@@ -97,18 +122,18 @@ def _region(size: int) -> mmap.mmap:
     return region
 
 
-_pages: Pages | None = None
+_pages: tuple[Pages, Pages] | None = None  # for what passes, and for what waits
 _users = 0
 _users_lock = threading.Lock()
 
 
 @contextmanager
-def kept_pages() -> Iterator[Pages]:
+def kept_pages() -> Iterator[tuple[Pages, Pages]]:
     """Let `empty` use memory again that its tensors leave; at the end it is the system's."""
     global _pages, _users
     with _users_lock:
         _users += 1
-        pages = _pages = _pages or Pages()
+        pages = _pages = _pages or (Pages(), Pages(_WASTE))
     try:
         yield pages
     finally:
@@ -118,12 +143,14 @@ def kept_pages() -> Iterator[Pages]:
                 _pages = None
 
 
-def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+def empty(shape: Sequence[int], dtype: torch.dtype, *, waits: bool = False) -> torch.Tensor:
     """Return a tensor of any numbers, contiguous, in memory that was used before where it can be.
 
     That is within `kept_pages`, and for large ones.
+
+    waits   whether it stays while others come and go
     """
     pages = _pages
     if pages is None or math.prod(shape) * dtype.itemsize < LARGE:
         return torch.empty(tuple(shape), dtype=dtype)
-    return pages.empty(shape, dtype)
+    return pages[waits].empty(shape, dtype)

@@ -55,25 +55,19 @@ class Piece:
         found -= self.weight
         return found
 
-    def values(self) -> torch.Tensor:
-        """Return what the codes stand for in float32, rounded once where it is no float32."""
-        import torch
+    def nearest(self, grid: Grid, gamma: float, added: float) -> tuple[Float64, Float64]:
+        """Return (error, allowed) of `bounds.nearest` on a grid of equal steps, of strips.
 
-        values = self._steps().float()
-        if self.zero_point.any():
-            values -= torch.from_numpy(self.zero_point).float()
-        return values.mul_(torch.from_numpy(self.scale).float())
-
-    def within(self, grid: Grid) -> torch.Tensor:
-        """Return the weights in float32, those beyond the ends of the grid being moved there.
-
-        The ends are the values that the outermost codes have in `values`.
+        gamma, added   of the weight, and of the scale: what is allowed besides half a step
         """
-        import torch
+        from qframe import passes
 
-        scale, zero = (torch.from_numpy(each).float() for each in (self.scale, self.zero_point))
-        lowest, highest = (scale * (end - zero) for end in (grid.qmin, grid.qmax))
-        return torch.minimum(torch.from_numpy(self.weight), highest).maximum(lowest)
+        error, allowed = np.empty(self.weight.shape), np.empty(self.weight.shape)
+        weight, codes = np.ascontiguousarray(self.weight), np.ascontiguousarray(self.codes)
+        scale, zero = np.ascontiguousarray(self.scale), np.ascontiguousarray(self.zero_point)
+        qmin, qmax = grid.qmin, grid.qmax
+        passes.nearest(weight, codes, scale, zero, qmin, qmax, gamma, added, error, allowed)
+        return error, allowed
 
     def _steps(self) -> torch.Tensor:
         """Return what codes stand for at scale 1, before zero points; the caller may change it."""
@@ -116,16 +110,15 @@ class Piece:
         )
 
 
-def highest_ratios_float32(values: torch.Tensor, piece: Piece, grid: Grid) -> Float64:
+def highest_ratios_float32(most: Float64, piece: Piece, grid: Grid) -> Float64:
     """Return for every strip of weights what no ratio of `bounds.nearest` in it exceeds, [...].
 
-    values   `Piece.values`, which it may change: those of codes, less than qmax - qmin steps, are
-             rounded once, and so are their differences from the weights
+    most   `passes.differences`, which may be changed: values of codes, less than qmax - qmin steps,
+           are rounded once to float32, and so are their differences from the weights
     """
     unit = bounds.UNIT["float32"]
     # A weight beyond an end is excused where it has the end's code, and with any other code it is
     # too far away from the end as well: half a step and more.
-    most = _half_steps(values.sub_(piece.within(grid)).numpy(), piece.scale)
     over = ~(most <= 1)  # what was moved says too little there
     # In half steps: two units of each step for the value, and less for a difference of at most one.
     most += 4 * unit * (grid.qmax - grid.qmin)

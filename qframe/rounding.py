@@ -18,7 +18,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from qframe import pages, parallel, scales
+from qframe import pages, parallel, passes, scales
 from qframe.contracts import Grid, QuantizedWeight, RoundingProblem
 from qframe.errors import NonFiniteError, UnsupportedError
 from qframe.scales import round_down, round_up, smallest_positive
@@ -228,17 +228,21 @@ def encode(
     two that are as near, the even one.
     """
     found = pages.empty(weight.shape, torch.int16)
-    width = _even_width(index, scale.shape[1])
+    if grid.values is None:
+        runs = passes.runs_of(index.numpy())
+        whole, step, shift = weight.numpy(), scale.numpy(), zero_point.numpy()
 
-    def work(part: slice) -> None:
-        own_scale, own_zero = (_of_strip(each, part, width, index) for each in (scale, zero_point))
-        shape = (-1, *own_scale.shape[1:2], width) if width else weight[part].shape
-        quotient = weight[part].reshape(shape) / own_scale
-        if grid.values is None:
-            codes = quotient.round_().add_(own_zero).clamp_(grid.qmin, grid.qmax)
-        else:
-            codes = _nearest_place(quotient, grid).add_(grid.qmin)
-        found[part].view(shape).copy_(codes)
+        def work(part: slice) -> None:
+            own, s, z = (passes.part_of(each, part) for each in (whole, step, shift))
+            passes.encode(own, s, z, runs, grid.qmin, grid.qmax, found[part].numpy())
+    else:
+        width = _even_width(index, scale.shape[1])
+
+        def work(part: slice) -> None:
+            step = _of_strip(scale, part, width, index)
+            shape = (-1, *step.shape[1:2], width) if width else weight[part].shape
+            codes = _nearest_place(weight[part].reshape(shape) / step, grid).add_(grid.qmin)
+            found[part].view(shape).copy_(codes)
 
     parallel.each(work, strips(*weight.shape))
     return found

@@ -14,7 +14,7 @@ from qframe import Grid, Scheme, bounds, certificates, rounding
 from qframe.certificates import Closest, Evidence
 from qframe.claims import Babai, Covers, HalfStep, Radius, SchemeScale
 from qframe.contracts import RoundingProblem
-from qframe.pieces import highest_ratios, highest_ratios_float32
+from qframe.pieces import highest_ratios
 from qframe.report.measure import clipped_share, sqnr_db
 from qframe_plugins.rounders.gptq import GPTQ
 
@@ -132,9 +132,9 @@ def test_the_radius_certificate_is_that_of_all_weights(layer):
 @given(layer=layers())
 def test_no_ratio_of_a_strip_is_higher_than_float32_says(layer):
     problem, made = layer
-    piece, grid = Evidence(problem, made).piece(slice(None)), problem.grid
+    evidence, grid = Evidence(problem, made), problem.grid
+    piece, highest = evidence.piece(slice(None)), evidence.differences().highest
     error, allowed = bounds.nearest(piece.delta(), piece.codes, piece.scale, grid)
-    highest = highest_ratios_float32(piece.values(), piece, grid)
     assert (error <= allowed * highest[..., None] * bounds.CHECKER).all()
     exact = highest_ratios(piece.delta(), piece.codes, piece.scale, grid)
     assert np.array_equal(exact, (error / allowed).max(-1))
@@ -151,9 +151,9 @@ def test_a_difference_that_float32_rounds_down_to_half_a_step_is_more(below):
         codes=torch.ones(1, 4, dtype=torch.int16),
         scale=torch.ones(1, 1),
     )
-    piece = Evidence(problem, made).piece(slice(None))
-    highest = highest_ratios_float32(piece.values(), piece, problem.grid)
-    assert (2 * np.abs(piece.delta()).max() <= highest).all()
+    evidence = Evidence(problem, made)
+    delta = evidence.piece(slice(None)).delta()
+    assert (2 * np.abs(delta).max() <= evidence.differences().highest).all()
 
 
 QUARTERS = st.integers(0, 8).map(lambda quarters: quarters / 4)
@@ -175,7 +175,7 @@ def test_the_first_of_equally_close_weights_is_found_in_whatever_strip(error, sp
         return errors.reshape(-1, strips[-1])[places], allowed.reshape(-1, strips[-1])[places]
 
     for at_once in (1, strips[-1], 2 * strips[-1], 100):
-        with mock.patch.object(certificates, "_PIECE", at_once):
+        with mock.patch.object(certificates, "_CLOSELY", at_once):
             found = Closest.screened(most, judge, strips[-1])
         assert found == Closest.of(errors, allowed)
 
@@ -205,7 +205,7 @@ def test_the_certificates_of_groups_are_those_of_all_groups(claim, layer, wrong,
     scale.view(-1)[wrong % scale.numel()] *= factor
     found = claim.certify(Evidence(problem, replace(made, scale=scale)))
     for piece in (1, 5, 64):
-        with mock.patch.object(certificates, "_PIECE", piece):
+        with mock.patch.object(certificates, "_CLOSELY", piece):
             assert claim.certify(Evidence(problem, replace(made, scale=scale))) == found
 
 

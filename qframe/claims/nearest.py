@@ -47,7 +47,9 @@ class HalfStep:
         grid, gamma = evidence.problem.grid, bounds.gamma(self.roundings)
         if grid.values is not None:
             return evidence.closest(self._of_values(grid)).certificate(self)
-        added = self.zero_point == "before" and not evidence.problem.scheme.symmetric
+        added = 0.0
+        if self.zero_point == "before" and not evidence.problem.scheme.symmetric:
+            added = float(bounds.zero_point_added(1.0, grid))
 
         most, groups = evidence.differences().highest, evidence.piece(slice(0))
         # Where groups are wide alike, the whole is nothing but views.
@@ -55,10 +57,7 @@ class HalfStep:
 
         def judge(places: npt.NDArray[np.intp]) -> tuple[Float64, Float64]:
             part = evidence.piece(places) if whole is None else whole.strips(places)
-            allowance = gamma * np.abs(part.weight, dtype=np.float64)
-            if added:
-                allowance += bounds.zero_point_added(part.scale, grid)
-            return bounds.nearest(part.delta(), part.codes, part.scale, grid, allowance)
+            return part.nearest(grid, gamma, added)
 
         return Closest.screened(most, judge, groups.width).certificate(self)
 

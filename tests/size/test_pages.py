@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import mmap
+import sys
 import threading
 
 import pytest
@@ -56,6 +58,36 @@ def test_what_a_tensor_leaves_is_used_again():
     assert made.total == 8 * LARGE
 
 
+class Fixed(mmap.mmap):
+    """Memory of a system that does not move pages."""
+
+    def resize(self, size):
+        raise SystemError
+
+
+@pytest.mark.parametrize("moves", [True, False])
+def test_memory_that_is_too_small_grows_where_the_system_can_do_that(monkeypatch, moves):
+    made, places = Pages(), []
+    if not moves:
+        monkeypatch.setattr(pages.mmap, "mmap", Fixed)
+    for size in (1, 3, 2, 5):
+        tensor = made.empty((size * LARGE,), torch.uint8)
+        places.append(tensor[:LARGE].clone())
+        tensor.fill_(size)
+        del tensor
+    seen = [int(place.min()) for place in places]
+    assert seen in ([0, 1, 3, 2], [0, 0, 3, 0])
+    assert not moves or not sys.platform.startswith("linux") or seen[1] == 1
+    assert made.total == made.spare == 5 * LARGE
+
+
+@pytest.mark.parametrize(("waste", "again"), [(2, False), (8, True)])
+def test_what_waits_does_not_wait_in_much_more_than_it_needs(waste, again):
+    made = Pages(waste)
+    place = made.empty((LARGE,), torch.float32).data_ptr()
+    assert (made.empty((LARGE,), torch.uint8).data_ptr() == place) == again
+
+
 @pytest.mark.parametrize(
     ("shape", "dtype"),
     [((3, LARGE), torch.float32), ((LARGE, 2), torch.int16), ((LARGE,), torch.bool)],
@@ -73,11 +105,12 @@ def test_small_ones_and_those_of_others_are_torchs_own():
         with kept_pages() as inner:
             assert inner is outer
         small, large = empty((LARGE - 1,), torch.uint8), empty((LARGE,), torch.uint8)
-        assert outer.total == LARGE
+        waiting = empty((2 * LARGE,), torch.uint8, waits=True)
+        assert [each.total for each in outer] == [LARGE, 2 * LARGE]
     assert pages._pages is None
     assert empty((LARGE,), torch.uint8).numel() == LARGE
-    assert outer.total == LARGE
-    small.fill_(1), large.fill_(1)  # which are still there
+    assert [each.total for each in outer] == [LARGE, 2 * LARGE]
+    small.fill_(1), large.fill_(1), waiting.fill_(1)  # which are still there
 
 
 def test_a_run_that_ends_leaves_nothing_behind():
@@ -119,10 +152,10 @@ def test_what_is_spare_goes_before_memory_is_said_to_be_over(monkeypatch):
     del small[:2]
     left, whole = 2, pages._region
 
-    def tight(size):
+    def tight(size, part):
         if len(made._spare) > left:
             raise MemoryError
-        return whole(size)
+        return whole(size, part)
 
     monkeypatch.setattr(pages, "_region", tight)
     made._most = 100 * LARGE  # so that nothing is let go for another reason
