@@ -231,12 +231,9 @@ class Solver:
             clock = time.perf_counter()
             self.where.at(layer.name, "packing it")
             packed = PackedWeight.pack(quantized, scheme, problem.grid, name=layer.name)
-            rounded = dataclasses.replace(
-                packed.unpack(),
-                order=quantized.order,
-                info=quantized.info,
-                events=quantized.events,
-            )
+            order, info, told_of = quantized.order, quantized.info, quantized.events
+            del quantized, learned  # those that are read again may have the place of its codes
+            rounded = dataclasses.replace(packed.unpack(), order=order, info=info, events=told_of)
             running = StoredLayer(
                 packed,
                 transform,
@@ -261,7 +258,7 @@ class Solver:
                 bits_per_weight=stored.bits / max(layer.size, 1),
                 tokens=problem.tokens,
                 tokens_held_out=inputs.held_out.tokens,
-                info=dict(quantized.info),
+                info=dict(rounded.info),
                 inputs=told,
                 input_group=group.name,
                 folded=None if rewrites.folded is None else rewrites.folded.name,
@@ -274,9 +271,9 @@ class Solver:
             evidence = Evidence(problem, rounded, shared)
             judged = Judged(evidence, original, origins[layer.name], made, running, errors, report)
             self._court.hear(partial(self._judge, judged))
-            if kept and quantized.order is not None:
-                orders[f"{layer.name}.{ORDER}"] = quantized.order.to(torch.int32)
-            events[layer.name] = [*self.events[shared_events:], *quantized.events]
+            if kept and rounded.order is not None:
+                orders[f"{layer.name}.{ORDER}"] = rounded.order.to(torch.int32)
+            events[layer.name] = [*self.events[shared_events:], *rounded.events]
             del self.events[shared_events:]
             solved[layer.name] = Solved(stored, running, report)
         scaled = transform is not None and transform.scale is not None

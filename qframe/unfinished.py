@@ -26,12 +26,12 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from qframe.errors import NonFiniteError, QframeError, UnfinishedError
 from qframe.fingerprints import sha256
 from qframe.locks import locked_folder
 from qframe.manifest import MANIFEST
+from qframe.shards import write_tensors
 from qframe.writing import put_in_place, written
 
 State = Literal["new", "resume", "restart", "none"]
@@ -164,10 +164,9 @@ class Unfinished:
         size = sum(tensor.nbytes for tensor in tensors.values())
         with written(file, size):
             file.parent.mkdir(mode=0o700, exist_ok=True)
-            text = json.dumps(record)
-            save_file(dict(tensors), str(temporary), metadata={_RECORD: text})
-            entry = {"block": block, "layers": list(record["layers"]), "sha256": sha256(temporary)}
-            put_in_place(temporary, file)
+            digest = write_tensors(temporary, tensors, {_RECORD: json.dumps(record)})
+            entry = {"block": block, "layers": list(record["layers"]), "sha256": digest}
+            put_in_place(temporary, file, read_soon=False)
         self._state["blocks"].append(entry)
         self._write()
         self._index()

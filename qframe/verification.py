@@ -9,10 +9,10 @@ were recorded. With the reference model, the certificates are computed once more
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
@@ -36,6 +36,8 @@ from qframe.stored_model import StoredModel
 from qframe.weights import ModelFolder, read_json
 
 Kind = Literal["file", "tensor", "layer", "config", "reference", "certificate"]
+
+T = TypeVar("T")
 
 SHOWN = 10  # problems in the message of an error
 
@@ -189,7 +191,7 @@ def verify(
         report.statistics = _check_tensors(report, kept, manifest.statistics, threads)
     say("unpacking layers")
     model = StoredModel.open(source, host)
-    layers = dict(_sound_layers(report, model, manifest))
+    layers = _sound_layers(report, model, manifest, threads, lambda layer: layer)
     _check_config(report, model, manifest, {n: each.stored.extras for n, each in layers.items()})
     _read_certificates(report, manifest)
     if reference is None:
@@ -218,9 +220,8 @@ def check_written(folder: Path, host: Host, threads: int) -> None:
     if manifest.statistics:
         _check_tensors(report, ModelFolder(folder, STATISTICS), manifest.statistics, threads)
     model = StoredModel.open(source, host)
-    with parallel.one_torch_thread():  # small tensors: threads would wait for one another
-        sound = _sound_layers(report, model, manifest)
-        _check_config(report, model, manifest, {n: layer.stored.extras for n, layer in sound})
+    extras = _sound_layers(report, model, manifest, threads, lambda layer: layer.stored.extras)
+    _check_config(report, model, manifest, extras)
     report.check()
 
 
@@ -296,13 +297,20 @@ class FoundLayer:
 
 
 def _sound_layers(
-    report: VerifyReport, model: StoredModel, manifest: Manifest
-) -> Iterator[tuple[str, FoundLayer]]:
-    """Yield the layers that can be unpacked and are what the manifest says they are."""
+    report: VerifyReport,
+    model: StoredModel,
+    manifest: Manifest,
+    threads: int,
+    of: Callable[[FoundLayer], T],
+) -> dict[str, T]:
+    """Return layer -> what is wanted of it, of those that can be unpacked and are as they should.
+
+    That is as the manifest says they are.
+    """
     try:
         stored = model.source.tensors
     except QframeError:  # has been reported
-        return
+        return {}
     codes = set(model.layout.parts) - {"weight"}  # "weight" may be that of any layer
     for name in stored:
         owner, _, part = name.rpartition(".")
@@ -310,22 +318,30 @@ def _sound_layers(
             report.add("tensor", name, "belongs to no layer of the manifest")
     untied = {event.layer for event in manifest.events if event.kind == "untied"}
     folds = _fold_objections(manifest)
-    for name, record in manifest.layers.items():
-        report.layers += 1
+
+    def look(name: str) -> tuple[T | None, str]:
         try:
             parts = model.parts(name)
-            layer = FoundLayer(record, model.layout.unpack(parts, model.outlines[name]))
+            layer = FoundLayer(
+                manifest.layers[name], model.layout.unpack(parts, model.outlines[name])
+            )
         except QframeError as error:
-            report.add("layer", name, str(error))
-            continue
+            return None, str(error)
         wrong = _layer_objection(layer) or folds.get(name, "")
         coded = "weight_packed" in parts or "weight" not in model.layout.parts
         if coded and f"{name}.weight" in stored and name not in untied:
             wrong = "is stored both as codes and as a plain weight"
+        return (None, wrong) if wrong else (of(layer), "")
+
+    names = list(manifest.layers)
+    report.layers += len(names)
+    found = {}
+    for name, (wanted, wrong) in zip(names, parallel.spread(look, names, threads), strict=True):
         if wrong:
             report.add("layer", name, wrong)
-        else:
-            yield name, layer
+        elif wanted is not None:
+            found[name] = wanted
+    return found
 
 
 def _layer_objection(layer: FoundLayer) -> str:

@@ -45,8 +45,11 @@ def write_json(file: Path, content: Mapping[str, Any]) -> None:
         file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def to_disk(path: Path) -> None:
-    """Wait until a file's content, or a folder's list of names, is on the disk."""
+def to_disk(path: Path, *, read_soon: bool = True) -> None:
+    """Wait until a file's content, or a folder's list of names, is on the disk.
+
+    read_soon   whether the system is to keep it in memory as well
+    """
     flags = os.O_RDONLY | (getattr(os, "O_DIRECTORY", 0) if path.is_dir() else 0)
     try:
         handle = os.open(path, flags)
@@ -55,13 +58,15 @@ def to_disk(path: Path) -> None:
     try:
         with contextlib.suppress(OSError):  # nor does every file system know of this
             os.fsync(handle)
+            if not read_soon and hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(handle)
 
 
-def put_in_place(temporary: Path, file: Path) -> None:
+def put_in_place(temporary: Path, file: Path, *, read_soon: bool = True) -> None:
     """Give a file its name, in the place of the one that has it, once it is on the disk."""
-    to_disk(temporary)
+    to_disk(temporary, read_soon=read_soon)
     os.replace(temporary, file)
     to_disk(file.parent)
 

@@ -154,7 +154,7 @@ def full(*arguments, **options):
 
 
 @pytest.mark.parametrize(
-    ("module", "function"), [(shards, "write_safetensors"), (unfinished, "save_file")]
+    ("module", "function"), [(shards, "write_safetensors"), (unfinished, "write_tensors")]
 )
 def test_a_full_disk_says_what_is_needed_and_keeps_what_is_done(
     model, recipe, contents, undisturbed, tmp_path, monkeypatch, module, function
