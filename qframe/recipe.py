@@ -23,7 +23,7 @@ from qframe.contracts import KVCacheQuantizer, LayerInfo, OutlierHandler, Rounde
 from qframe.errors import RecipeError, UnsupportedError
 from qframe.host import Host, option_hint, option_names
 from qframe.kv_scheme import KVCacheScheme
-from qframe.scheme import ActivationScheme, Scheme
+from qframe.scheme import PRESETS, ActivationScheme, Scheme
 from qframe.strict import Strict, by_layers, explain, suggestion
 
 DEFAULT_ROUNDER = "rtn"  # what a method without a rounder, "awq" say, rounds with
@@ -161,7 +161,7 @@ class Recipe(Strict):
         try:
             text = path.read_text(encoding="utf-8")
         except OSError as error:
-            raise RecipeError(f"recipe {path}: {error.strerror}") from None
+            raise RecipeError(f"recipe {path}: {error.strerror}{_not_a_file(path)}") from None
         except UnicodeDecodeError as error:
             raise RecipeError(f"recipe {path}: {error}") from None
         try:
@@ -188,6 +188,21 @@ class Recipe(Strict):
     def replace(self, **changes: Any) -> Self:
         """Return a copy with changes, validated."""
         return self.parse({**self.model_dump(exclude_unset=True), **changes}, "recipe")
+
+
+def _not_a_file(path: Path) -> str:
+    """Return what may have been meant where there is no such file, "" for nothing."""
+    if path.exists():
+        return ""
+    name = str(path)
+    if name.upper() in PRESETS:
+        return f"; {name} is a scheme: --scheme {name}, or scheme: {name} in a recipe"
+    if path.suffix:
+        return ""
+    return (
+        f"; a recipe is a .yaml, .json or .toml file; a scheme, such as {next(iter(PRESETS))}, is "
+        f"given by --scheme, and a method by --method"
+    )
 
 
 def _line_of(key: str, text: str) -> int:

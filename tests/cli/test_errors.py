@@ -126,6 +126,12 @@ def test_no_such_calibration_text(fails, tiny_llama):
     fails(tiny_llama, *GPTQ, "--dataset", "nothing.txt", words=["nothing.txt", "topics"])
 
 
+def test_a_scheme_in_the_place_of_a_recipe(fails, tiny_llama):
+    fails(tiny_llama, "--recipe", "W4A16", words=["No such file", "--scheme W4A16"])
+    fails(tiny_llama, "--recipe", "gptq", words=["No such file", "--scheme", "--method"])
+    fails(tiny_llama, "--recipe", "gptq.yaml", words=["gptq.yaml: No such file"])
+
+
 def test_unknown_recipe_key(fails, tiny_llama, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("method: rtn\nscheme:\n  num_bits: 4\n  grup_size: 32\n")
