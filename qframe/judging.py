@@ -37,11 +37,14 @@ class _Case:
             return
         try:
             with one_torch_thread():
-                self.heard.set_result(verdict())
+                found = verdict()
         except BaseException as error:  # is raised when its turn comes, after earlier layers'
             self.heard.set_exception(error)
             if not isinstance(error, Exception):
                 raise
+        else:
+            del verdict  # what it holds is free before those go on that wait for what it found
+            self.heard.set_result(found)
 
 
 class Court:

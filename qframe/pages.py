@@ -4,8 +4,8 @@ A page of memory that a process touches for the first time has to be found and c
 system, which can take longer than all that is done to the numbers in it. Where layer after layer
 comes and goes, what one leaves is given to the next: never more than was in use at one time.
 
-What waits for a while has memory apart, of its own size. What passes takes any that is large
-enough: it is back before a layer comes that needs all of it.
+What waits for a while has memory apart, of its own size. What passes takes any of its dtype that is
+large enough: it is back before a layer comes that needs all of it.
 """
 
 from __future__ import annotations
@@ -69,12 +69,12 @@ class Pages:
         return found
 
     def _make(self, size: int) -> mmap.mmap:
-        """Return more memory, of which the largest spare one becomes a part where it can.
+        """Return more memory: the largest spare one that is too small grows, where it can.
 
         What is spare is let go where there would be more than ever before.
         """
         self._most = max(self._most, self._total - self.spare + size)
-        part = max(self._spare, key=len, default=None)
+        part = max((r for r in self._spare if len(r) < size), key=len, default=None)
         if part is not None:
             self._forget(part)
         while self._spare and self._total + size > self._most:
@@ -103,11 +103,11 @@ class Pages:
 def _region(size: int, part: mmap.mmap | None = None) -> mmap.mmap:
     """Return memory of the process's own, in as few pieces as the system can give.
 
-    part   memory that may become a part of it, with its pages; nobody else has it
+    part   smaller memory that may become a part of it, with its pages; nobody else has it
 
     Raises MemoryError.
     """
-    if part is not None and len(part) < size:
+    if part is not None:
         with contextlib.suppress(OSError, SystemError, ValueError):  # not every system moves pages
             part.resize(size)
             return part
@@ -122,18 +122,23 @@ def _region(size: int, part: mmap.mmap | None = None) -> mmap.mmap:
     return region
 
 
-_pages: tuple[Pages, Pages] | None = None  # for what passes, and for what waits
+Pools = dict[torch.dtype | None, Pages]  # of what passes, by dtype, and of what waits
+
+
+_pages: Pools | None = None
 _users = 0
 _users_lock = threading.Lock()
 
 
 @contextmanager
-def kept_pages() -> Iterator[tuple[Pages, Pages]]:
+def kept_pages() -> Iterator[Pools]:
     """Let `empty` use memory again that its tensors leave; at the end it is the system's."""
     global _pages, _users
     with _users_lock:
         _users += 1
-        pages = _pages = _pages or (Pages(), Pages(_WASTE))
+        if _pages is None:
+            _pages = {None: Pages(_WASTE)}
+        pages = _pages
     try:
         yield pages
     finally:
@@ -153,4 +158,6 @@ def empty(shape: Sequence[int], dtype: torch.dtype, *, waits: bool = False) -> t
     pages = _pages
     if pages is None or math.prod(shape) * dtype.itemsize < LARGE:
         return torch.empty(tuple(shape), dtype=dtype)
-    return pages[waits].empty(shape, dtype)
+    kind = None if waits else dtype
+    pool = pages.get(kind) or pages.setdefault(kind, Pages())
+    return pool.empty(shape, dtype)

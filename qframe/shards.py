@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from qframe.weights import DTYPE_NAMES, SIZES, index_name
-from qframe.writing import write_json, written
+from qframe.writing import write_json, write_unread, written
 
 BUFFER = 1 << 20  # bytes that are read, hashed and written at a time
 ALIGNMENT = 8  # of the first number, in bytes
@@ -195,19 +195,18 @@ def header_of(order: Iterable[_Spooled], metadata: Mapping[str, str] | None = No
 def write_tensors(
     file: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
 ) -> str:
-    """Write a file of tensors that are at hand, and return its sha256."""
+    """Write a file of tensors that are at hand and not read soon; return its sha256."""
     order = [
         _Spooled(name, DTYPE_NAMES[each.dtype], tuple(each.shape), 0, each.nbytes)
         for name, each in tensors.items()
     ]
     order.sort(key=_last_if_small)
+    header = memoryview(header_of(order, metadata))
+    parts = [header, *(_bytes_of(tensors[each.name]) for each in order)]
+    write_unread(file, parts)
     digest = hashlib.sha256()
-    numbers = (_bytes_of(tensors[each.name]) for each in order)
-    with file.open("wb", buffering=0) as stream:
-        for part in itertools.chain((memoryview(header_of(order, metadata)),), numbers):
-            digest.update(part)
-            while part:
-                part = part[stream.write(part) :]
+    for part in parts:
+        digest.update(part)
     return digest.hexdigest()
 
 

@@ -133,6 +133,17 @@ class Solver:
     def __exit__(self, *error: Any) -> None:
         self._court.__exit__(*error)
 
+    def make_room(self, inputs: GroupInputs) -> None:
+        """Let go what verdicts hold, before the weights of a group come.
+
+        Without inputs rounding goes on while the verdict on the last layer is worked out.
+        """
+        if inputs.fitted.lengths:
+            self._court.catch_up(0)
+            hand_back()
+        else:
+            self._court.catch_up(1)
+
     def solve(
         self,
         group: InputGroup,
@@ -151,13 +162,6 @@ class Solver:
         divider   what takes up a scale of the input; None for nothing
         others    layers that are other ranks'
         """
-        # What verdicts hold is let go before more comes; without inputs rounding goes on meanwhile,
-        # and takes up what they leave.
-        if inputs.fitted.lengths:
-            self._court.catch_up(0)
-            hand_back()
-        else:
-            self._court.catch_up(1)
         clock = time.perf_counter()
         self.where.at(group.name, "taking statistics of its inputs")
         beside = inputs.pairs()

@@ -166,7 +166,7 @@ class Unfinished:
             file.parent.mkdir(mode=0o700, exist_ok=True)
             digest = write_tensors(temporary, tensors, {_RECORD: json.dumps(record)})
             entry = {"block": block, "layers": list(record["layers"]), "sha256": digest}
-            put_in_place(temporary, file, read_soon=False)
+            put_in_place(temporary, file)
         self._state["blocks"].append(entry)
         self._write()
         self._index()

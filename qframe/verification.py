@@ -30,6 +30,7 @@ from qframe.manifest import (
     TensorRecord,
     parse_manifest,
 )
+from qframe.pages import kept_pages
 from qframe.report.layers import words_for_infinities
 from qframe.stored import StoredLayer
 from qframe.stored_model import StoredModel
@@ -216,11 +217,12 @@ def check_written(folder: Path, host: Host, threads: int) -> None:
     source = ModelFolder(folder)
     manifest = parse_manifest(source)
     report = VerifyReport(folder=source.path)
-    _check_tensors(report, source, manifest.tensors, threads)
-    if manifest.statistics:
-        _check_tensors(report, ModelFolder(folder, STATISTICS), manifest.statistics, threads)
-    model = StoredModel.open(source, host)
-    extras = _sound_layers(report, model, manifest, threads, lambda layer: layer.stored.extras)
+    with kept_pages():
+        _check_tensors(report, source, manifest.tensors, threads)
+        if manifest.statistics:
+            _check_tensors(report, ModelFolder(folder, STATISTICS), manifest.statistics, threads)
+        model = StoredModel.open(source, host)
+        extras = _sound_layers(report, model, manifest, threads, lambda layer: layer.stored.extras)
     _check_config(report, model, manifest, extras)
     report.check()
 

@@ -350,6 +350,7 @@ class Walk:
         events = self._solver.events
         before = len(events)
         weights, origins = {}, {}
+        self._solver.make_room(inputs)
         for layer in group.layers:
             if self._network.is_tied(layer.name):
                 events.append(

@@ -358,7 +358,7 @@ def _numbers(stream: io.FileIO, there: StoredTensor, rows: slice | None = None) 
     if rows is not None:
         start += rows.start * (there.bytes // there.shape[0])
         shape = (rows.stop - rows.start, *there.shape[1:])
-    data = torch.empty(size * math.prod(shape), dtype=torch.uint8)
+    data = pages.empty((size * math.prod(shape),), torch.uint8)
     view = memoryview(data.numpy().data)
     stream.seek(start)
     while view and (count := stream.readinto(view)):

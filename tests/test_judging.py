@@ -5,13 +5,14 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
+from functools import partial
 
 import pytest
 import torch
 
 from qframe.contracts import Event
 from qframe.errors import CertificateError
-from qframe.judging import Court, Verdict
+from qframe.judging import Court, Verdict, _Case
 
 LONG = 60  # seconds after which a test that hangs fails
 
@@ -34,6 +35,21 @@ def test_events_come_in_the_order_of_layers_and_the_last_may_wait(threads: int) 
         assert [event.layer for event in court.settle()] == ["3", "4", "5"]
         assert court.settle() == []
         assert court.settle(3) == []
+
+
+def test_what_a_verdict_held_is_gone_before_what_it_found_is_told() -> None:
+    held, gone = torch.zeros(1), []
+    there = weakref.ref(held)
+
+    def look(held: torch.Tensor) -> list[Event]:
+        return [told(str(len(held)))]
+
+    case = _Case(partial(look, held))
+    case.heard.add_done_callback(lambda _: gone.append(there() is None))
+    del held
+    case.hear()
+    assert gone == [True]
+    assert [event.layer for event in case.heard.result()] == ["1"]
 
 
 def test_who_waits_for_a_report_works_on_another_one() -> None:

@@ -84,8 +84,10 @@ def test_memory_that_is_too_small_grows_where_the_system_can_do_that(monkeypatch
 @pytest.mark.parametrize(("waste", "again"), [(2, False), (8, True)])
 def test_what_waits_does_not_wait_in_much_more_than_it_needs(waste, again):
     made = Pages(waste)
+    made._most = 9 * LARGE  # so that nothing is let go for another reason
     place = made.empty((LARGE,), torch.float32).data_ptr()
     assert (made.empty((LARGE,), torch.uint8).data_ptr() == place) == again
+    assert made.empty((LARGE,), torch.float32).data_ptr() == place  # it was not taken apart
 
 
 @pytest.mark.parametrize(
@@ -106,11 +108,14 @@ def test_small_ones_and_those_of_others_are_torchs_own():
             assert inner is outer
         small, large = empty((LARGE - 1,), torch.uint8), empty((LARGE,), torch.uint8)
         waiting = empty((2 * LARGE,), torch.uint8, waits=True)
-        assert [each.total for each in outer] == [LARGE, 2 * LARGE]
+        other = empty((LARGE,), torch.int16)
+        totals = {kind: pool.total for kind, pool in outer.items()}
+        assert totals == {None: 2 * LARGE, torch.uint8: LARGE, torch.int16: 2 * LARGE}
     assert pages._pages is None
     assert empty((LARGE,), torch.uint8).numel() == LARGE
-    assert [each.total for each in outer] == [LARGE, 2 * LARGE]
-    small.fill_(1), large.fill_(1), waiting.fill_(1)  # which are still there
+    assert {kind: pool.total for kind, pool in outer.items()} == totals
+    for tensor in (small, large, waiting, other):
+        tensor.fill_(1)  # which is still there
 
 
 def test_a_run_that_ends_leaves_nothing_behind():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -17,8 +18,9 @@ from safetensors.torch import load_file, save_file
 from qframe import parallel
 from qframe.errors import NonFiniteError, WeightsError
 from qframe.fingerprints import fingerprint
-from qframe.shards import ALIGNMENT, Shards
+from qframe.shards import ALIGNMENT, Shards, write_tensors
 from qframe.weights import DTYPE_NAMES, SIZES, ModelFolder
+from qframe.writing import write_unread
 
 DTYPES = list(DTYPE_NAMES)
 names = st.text(st.characters(codec="utf-8"), min_size=1, max_size=12).filter(
@@ -191,3 +193,59 @@ def test_a_spool_takes_no_more_disk_than_what_is_in_it(tmp_path):
     shards.add("second", torch.zeros(2))
     assert (tmp_path / "model-spool").stat().st_size == torch.zeros(2).nbytes
     shards.close()
+
+
+# Files that are not read soon ---------------------------------------------------------------------
+
+PARTS = st.lists(st.binary(max_size=40), max_size=6)
+
+
+@given(parts=PARTS, at_once=st.sampled_from([4096, 8192]), times=st.sampled_from([1, 200]))
+def test_a_file_that_is_not_read_soon_holds_what_was_written(
+    tmp_path_factory, parts, at_once, times
+):
+    file = tmp_path_factory.mktemp("unread") / "file"
+    file.write_bytes(b"what was there" * 9999)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qframe.writing._AT_ONCE", at_once)
+        write_unread(file, [memoryview(part * times) for part in parts])
+    assert file.read_bytes() == b"".join(part * times for part in parts)
+
+
+@pytest.mark.parametrize("refused", ["open", "write"])
+def test_a_file_system_that_writes_only_through_memory_does_so(tmp_path, monkeypatch, refused):
+    own, direct = getattr(os, refused), getattr(os, "O_DIRECT", 0)
+    calls = []
+
+    def refuse(*arguments):
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return own(*arguments)
+
+    monkeypatch.setattr(os, refused, refuse)
+    write_unread(tmp_path / "file", [memoryview(b"one"), memoryview(b"two")])
+    monkeypatch.undo()
+    assert (tmp_path / "file").read_bytes() == b"onetwo"
+    assert refused == "write" or calls[0][1] & direct == direct
+
+
+def test_another_error_of_the_disk_is_one(tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_unread(tmp_path / "file", [memoryview(b"one")])
+
+
+@given(found=tensors())
+def test_tensors_that_are_at_hand_are_what_safetensors_reads(tmp_path_factory, found):
+    file = tmp_path_factory.mktemp("at-hand") / "file.safetensors"
+    digest = write_tensors(file, found, {"said": "something"})
+    assert digest == hashlib.sha256(file.read_bytes()).hexdigest()
+    with safe_open(file, framework="pt") as handle:
+        assert handle.metadata() == {"said": "something"}
+        assert sorted(handle.keys()) == sorted(found)
+        for name, tensor in found.items():
+            assert bits(handle.get_tensor(name)) == bits(tensor)
