@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from qframe.model import Network
     from qframe.pipeline import Job
 
-PROGRAM_BYTES = 425_000_000  # Python with torch, transformers, numba and kernels; on Linux
-TEXT_BYTES = 115_000_000  # more: a tokenizer, the text, and what a pass through the network needs
-LAYER_BYTES = 9  # for a weight of the largest layer: itself, its codes twice, what groups have
+PROGRAM_BYTES = 470_000_000  # Python with torch, transformers, numba and kernels; on Linux
+TEXT_BYTES = 70_000_000  # more: a tokenizer, the text, and what a pass through the network needs
+LAYER_BYTES = 7  # for a weight of the largest layer: itself, its codes, what groups have
 BUSY = 8  # threads that have such pieces at the same time, at most
 REWRITTEN_BYTES = 12  # more for a weight that is rewritten: that, and what its codes stand for
-NEXT_BYTES = 11  # more for a weight that is read and rounded while the one before it is judged
-PIECES_BYTES = 28  # for a weight of a piece, on each thread: what is made of it in the cache
+NEXT_BYTES = 6  # more for a weight that is read and rounded while the one before it is judged
+PIECES_BYTES = 8  # for a weight of a piece, on each thread: what is made of it in the cache
 PIECE = 900_000  # weights of a layer beyond which its pieces take no more
 ROUNDING_BYTES = 21  # for a weight with statistics: itself, quotients, scales, and in between
 JUDGING_BYTES = 15  # itself, what became of it, the difference, codes; beside the next rounding
