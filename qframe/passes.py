@@ -10,22 +10,15 @@ which columns belong to which group (`runs_of`).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
 
-F = TypeVar("F")
+from qframe.compiling import kept
 
-if TYPE_CHECKING:
-
-    def compiled(function: F) -> F:
-        """Return the function, compiled, and such that other threads run meanwhile."""
-        return function
-else:
-    from numba import njit
-
-    compiled = njit(cache=True, nogil=True, error_model="numpy")
+F = TypeVar("F", bound=Callable[..., Any])
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
@@ -37,6 +30,11 @@ _SIGNS = 0x8000_8000_8000_8000  # of four numbers of 16 bits
 _ONES = 0x0001_0001_0001_0001
 _HALVES = 0x0000_0001_0000_0001
 _WORD = 0xFFFF_FFFF
+
+
+def compiled(function: F) -> F:
+    """Return the function, compiled, and such that other threads run meanwhile."""
+    return cast("F", kept(function, nogil=True, error_model="numpy"))
 
 
 def runs_of(index: npt.NDArray[np.integer[Any]]) -> Int64:

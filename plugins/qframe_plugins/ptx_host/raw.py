@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 
-from qframe_plugins.compiling import fingerprint
+from qframe.compiling import fingerprint, kept
 
 FINGERPRINT = fingerprint(__file__)  # part of each function's name in numba's cache
 
@@ -17,7 +17,7 @@ FINGERPRINT = fingerprint(__file__)  # part of each function's name in numba's c
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile a function, and keep it in numba's cache."""
     function.__qualname__ += f"_{FINGERPRINT}"
-    return njit(cache=True, nogil=True)(function)
+    return kept(function, nogil=True)
 
 
 @intrinsic

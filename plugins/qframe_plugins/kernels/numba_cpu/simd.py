@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from qframe_plugins.compiling import fingerprint
+from qframe.compiling import fingerprint, kept
 
 STRIPE_BYTES = 256  # a stripe is one row of a panel: 64 float32 or 32 float64 lanes
 LANES = STRIPE_BYTES // 4  # lanes of a float32 stripe
@@ -37,7 +37,7 @@ Function = Callable[..., Any]
 def kernel(function: Function) -> Function:
     """Compile `function` for one thread, without the GIL, cached under KERNEL_ABI."""
     function.__qualname__ += f"_{KERNEL_ABI}"
-    return njit(cache=True, nogil=True, error_model="numpy")(function)
+    return kept(function, nogil=True, error_model="numpy")
 
 
 def inner(function: Function) -> Function:
@@ -47,7 +47,7 @@ def inner(function: Function) -> Function:
     of them took as long as a tenth of attention.
     """
     function.__qualname__ += f"_{KERNEL_ABI}"
-    return njit(cache=True, nogil=True, error_model="numpy", _nrt=False)(function)
+    return kept(function, nogil=True, error_model="numpy", _nrt=False)
 
 
 def _vector_bytes(context: Any) -> tuple[int, int]:

@@ -1,7 +1,8 @@
 """What numba compiles, once for an installation: under which name it is kept, and word of it.
 
 Word goes to the logger "qframe.compiling", level INFO: a first record when the first kernel is not
-in numba's cache, and `record.compiled`, (kernels, seconds), on one that follows the last so far.
+in numba's cache, and `record.compiled`, (kernels, seconds), on one that follows the last so far. It
+is a warning where numba has no place to keep anything.
 """
 
 from __future__ import annotations
@@ -9,10 +10,12 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from numba import njit
 from numba.core import event
 
 log = logging.getLogger("qframe.compiling")
@@ -51,6 +54,28 @@ class _Watch(event.Listener):  # type: ignore[misc]
 def watch() -> None:
     """Tell of compilations from now on."""
     event.register("numba:compile", _Watch())
+
+
+def kept(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """Compile a function when it is called, and keep that on the disk where there is a place.
+
+    options   of `numba.njit`
+    """
+    watch()
+    try:
+        found: Callable[..., Any] = njit(cache=True, **options)(function)
+    except RuntimeError:  # of all folders that numba knows it may write to none
+        _told_of_no_place()
+        found = njit(**options)(function)
+    return found
+
+
+@cache
+def _told_of_no_place() -> None:
+    log.warning(
+        "numba has no folder to keep what it compiles in, so every run compiles again; set "
+        "NUMBA_CACHE_DIR to one that can be written to"
+    )
 
 
 def fingerprint(file: str) -> str:
