@@ -63,7 +63,7 @@ def killed(
 
     again   says when runs that go on are killed; None for not at all
     """
-    from qframe.unfinished import kept_blocks
+    from qframe.unfinished import kept_blocks, unfinished_folder
 
     code, _ = run([*arguments, "-o", str(out)], log, moment)
     told = []
@@ -71,6 +71,9 @@ def killed(
         if code != -signal.SIGKILL:
             raise SystemExit(f"exit code {code}:\n{log.read_text()}")
         kept = kept_blocks(out)
+        if kept is None and out.is_dir():  # it was done, and at clearing up or at its report
+            shutil.rmtree(unfinished_folder(out), ignore_errors=True)
+            return " ".join([*told, "all"])
         told.append("-" if kept is None else str(kept[0]))
         seconds = None if again is None or len(told) > 4 else again.uniform(0, moment + 1)
         code, _ = run([*arguments, "-o", str(out), "--resume"], log, seconds)
