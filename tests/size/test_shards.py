@@ -83,6 +83,16 @@ def test_files_are_what_safetensors_reads(tmp_path_factory, found, limit):
             assert handle.metadata() == {"format": "pt"}
 
 
+@given(found=tensors(), buffer=st.sampled_from([1, 8, 64, 4096]))
+def test_numbers_move_up_whatever_the_length_of_the_header(tmp_path_factory, found, buffer):
+    folder, whole = (tmp_path_factory.mktemp(name) for name in ("small", "whole"))
+    written(whole, found, 1 << 20)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qframe.shards.BUFFER", buffer)
+        written(folder, found, 1 << 20)
+    assert contents(folder) == contents(whole)
+
+
 @given(found=tensors(), limit=st.sampled_from([1, 16, 1 << 20]), cuts=st.integers(1, 3))
 def test_a_tensor_may_come_in_pieces(tmp_path_factory, found, limit, cuts):
     whole, pieces = tmp_path_factory.mktemp("whole"), tmp_path_factory.mktemp("pieces")
@@ -249,3 +259,7 @@ def test_tensors_that_are_at_hand_are_what_safetensors_reads(tmp_path_factory, f
         assert sorted(handle.keys()) == sorted(found)
         for name, tensor in found.items():
             assert bits(handle.get_tensor(name)) == bits(tensor)
+    content = file.read_bytes()
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    del header["__metadata__"]
+    assert all(e["data_offsets"][0] % SIZES[e["dtype"]] == 0 for e in header.values())
