@@ -304,8 +304,7 @@ class Evidence:
         zero = self.quantized.zero_point.numpy()[own].astype(np.float64)
         index = self.quantized.group_index.numpy()
         (count, columns), groups = w.shape, scale.shape[1]
-        even = groups > 0 and columns % groups == 0
-        if even and np.array_equal(index, np.arange(columns) // (columns // groups)):
+        if _alike(index, groups):
             shape = (count, groups, columns // groups)
             w, codes = w.reshape(shape), codes.reshape(shape)
             return Piece(w, codes, scale[..., None], zero[..., None], self.problem.grid)
@@ -358,9 +357,7 @@ class Evidence:
         arrays = (self.problem.weight, quantized.codes, quantized.scale, quantized.zero_point)
         weight, codes, scale, zero = (passes.part_of(each.numpy(), rows) for each in arrays)
         index = quantized.group_index.numpy()
-        groups, columns = scale.shape[1], len(index)
-        even = groups > 0 and columns % groups == 0
-        even = even and np.array_equal(index, np.arange(columns) // (columns // groups))
+        even = _alike(index, scale.shape[1])
         if not even:  # columns of a group become neighbours
             order = np.argsort(index, kind="stable")
             weight, codes, index = weight[:, order], codes[:, order], index[order]
@@ -384,6 +381,17 @@ class Evidence:
             self._found["ranges"] = group_ranges(self.problem, self.quantized.group_index)
         found: tuple[Float64, Float64] = self._found["ranges"]
         return found
+
+
+def _alike(index: npt.NDArray[np.integer[Any]], groups: int) -> bool:
+    """Whether groups are contiguous, and as wide as one another.
+
+    index   [columns], the group of each column
+    """
+    columns = len(index)
+    if not groups or columns % groups:
+        return False
+    return np.array_equal(index, np.arange(columns) // max(columns // groups, 1))
 
 
 def group_ranges(problem: RoundingProblem, group_index: torch.Tensor) -> tuple[Float64, Float64]:

@@ -20,6 +20,8 @@ from numba.core import event
 
 log = logging.getLogger("qframe.compiling")
 
+_placeless = False  # whether numba has no folder to keep anything in
+
 
 class _Watch(event.Listener):  # type: ignore[misc]
     """Counts compilations; one that another one asks for is part of it."""
@@ -31,7 +33,7 @@ class _Watch(event.Listener):  # type: ignore[misc]
     def on_start(self, event: Any) -> None:
         """Say so the first time."""
         if not self.kernels and not self._depth:
-            log.info("compiling kernels, once for this installation")
+            log.info("compiling kernels%s", "" if _placeless else ", once for this installation")
         if not self._depth:
             self._began = time.perf_counter()
         self._depth += 1
@@ -43,9 +45,10 @@ class _Watch(event.Listener):  # type: ignore[misc]
         if not self._depth:
             self.seconds += time.perf_counter() - self._began
             log.info(
-                "%d kernels compiled in %.1f s",
+                "%d kernels compiled in %.1f s%s",
                 self.kernels,
                 self.seconds,
+                "" if _placeless else "; the next run has them from numba's cache",
                 extra={"compiled": (self.kernels, self.seconds)},
             )
 
@@ -65,17 +68,19 @@ def kept(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     try:
         found: Callable[..., Any] = njit(cache=True, **options)(function)
     except RuntimeError:  # of all folders that numba knows it may write to none
-        _told_of_no_place()
+        _tell_of_no_place()
         found = njit(**options)(function)
     return found
 
 
-@cache
-def _told_of_no_place() -> None:
-    log.warning(
-        "numba has no folder to keep what it compiles in, so every run compiles again; set "
-        "NUMBA_CACHE_DIR to one that can be written to"
-    )
+def _tell_of_no_place() -> None:
+    global _placeless
+    if not _placeless:
+        _placeless = True
+        log.warning(
+            "numba has no folder to keep what it compiles in, so every run compiles again; set "
+            "NUMBA_CACHE_DIR to one that can be written to"
+        )
 
 
 def fingerprint(file: str) -> str:

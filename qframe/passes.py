@@ -1,8 +1,8 @@
 """What is done to every weight of a layer: each of it in one pass over memory, compiled.
 
 Elementwise arithmetic is float32 as it is written, neither reordered nor contracted: the same bits
-on every processor, and those that the same formula has in torch. Sums are taken column by column
-first, in an order that depends on the shape alone.
+on every processor, and those that the same formula has in torch. Sums are taken lane by lane first,
+in an order that depends on the shape alone.
 
 Arrays are contiguous. `scale` is [rows or 1, groups] float32, `zero` the same of int16; `runs` says
 which columns belong to which group (`runs_of`).

@@ -18,13 +18,16 @@ def test_a_function_runs_whether_or_not_it_can_be_kept(monkeypatch, caplog, plac
             raise RuntimeError("cannot cache function: no locator available")
         return njit(**{name: value for name, value in options.items() if name != "cache"})
 
-    compiling._told_of_no_place.cache_clear()
+    monkeypatch.setattr(compiling, "_placeless", False)
     monkeypatch.setattr(compiling, "njit", own)
-    with caplog.at_level(logging.WARNING, "qframe.compiling"):
+    with caplog.at_level(logging.INFO, "qframe.compiling"):
         twice, thrice = (
             compiling.kept(f, nogil=True) for f in (lambda x: x + x, lambda x: x + x + x)
         )
-    assert (twice(3), thrice(3)) == (6, 9)
+        assert (twice(3), thrice(3)) == (6, 9)
     assert asked == ([True, True] if places else [True, False, True, False])
-    said = [record.getMessage() for record in caplog.records]
-    assert [("NUMBA_CACHE_DIR" in each) for each in said] == [True] * (not places)
+    warned = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert [("NUMBA_CACHE_DIR" in each) for each in warned] == [True] * (not places)
+    compiled = [r.getMessage() for r in caplog.records if hasattr(r, "compiled")]
+    assert compiled
+    assert all(("the next run has them" in each) == places for each in compiled)

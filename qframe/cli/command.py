@@ -188,4 +188,4 @@ def compiling_told() -> Iterator[None]:
         log.removeHandler(handler)
         log.setLevel(before)
         if handler.last:
-            note(f"{handler.last}; the next run has them from numba's cache")
+            note(handler.last)

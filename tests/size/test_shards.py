@@ -241,12 +241,16 @@ def test_a_file_system_that_writes_only_through_memory_does_so(tmp_path, monkeyp
 
 
 def test_another_error_of_the_disk_is_one(tmp_path, monkeypatch):
+    calls = []
+
     def full(*arguments):
+        calls.append(arguments)
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "write", full)
     with pytest.raises(OSError, match="No space left"):
         write_unread(tmp_path / "file", [memoryview(b"one")])
+    assert len(calls) == 1  # a full disk is not tried again
 
 
 @given(found=tensors())
