@@ -30,6 +30,7 @@ Place = tuple[int, ...]
 
 ROWS = 192  # rows at a time in products with a matrix of all columns
 _PIECE = 500_000  # weights at a time: enough to be worth a call, few enough for the cache
+_PASS = 1 << 21  # the same of a pass that takes each weight once
 _CLOSELY = 1 << 16  # the same where many numbers of 64 bits are made of each
 _NEAR = 1 - 2.0**-16  # of the largest upper limit: strips that are looked at right away
 
@@ -196,7 +197,11 @@ class Closest:
 
 @runtime_checkable
 class LayerClaim(Protocol):
-    """A claim about the codes of a layer, which can be certified."""
+    """A claim about the codes of a layer, which can be certified.
+
+    One that holds for a layer where it does for all parts of its rows, and comes as close as the
+    part that comes closest, has an attribute `by_rows`, which is True; its places begin with a row.
+    """
 
     @property
     def name(self) -> str:
@@ -339,7 +344,8 @@ class Evidence:
         from qframe import parallel
 
         if "differences" not in self._found:
-            parts = parallel.spread(self._differences_of, self.cut(), self.threads)
+            height = max(1, _PASS // max(self.problem.weight.shape[1], 1))
+            parts = parallel.spread(self._differences_of, self.cut(height), self.threads)
             highest = [part.highest for part in parts]
             self._found["differences"] = Differences(
                 signal=sum(part.signal for part in parts),
@@ -413,8 +419,10 @@ def group_ranges(problem: RoundingProblem, group_index: torch.Tensor) -> tuple[F
         weight, group_index = weight[:, order], group_index[order]
     counts = torch.bincount(group_index.long(), minlength=groups).tolist()
     if rows and columns == groups * width and set(counts) == {width}:
-        grouped = weight.reshape(rows, groups, width)  # two passes are faster than aminmax's one
-        return grouped.amin(-1).double().numpy(), grouped.amax(-1).double().numpy()
+        from qframe import rounding
+
+        found = rounding.ends(weight.reshape(rows, groups, width))
+        return tuple(each.double().numpy() for each in found)  # type: ignore[return-value]
     low, high = np.zeros((rows, groups)), np.zeros((rows, groups))
     for g, part in enumerate(weight.split(counts, dim=1)):
         if part.numel():

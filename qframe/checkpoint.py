@@ -37,7 +37,7 @@ from qframe.kv_scheme import KVCacheScheme
 from qframe.layouts import OTHERS_SIDE_FILES, OWN, OwnLayout, refusal
 from qframe.manifest import MANIFEST, STATISTICS, own_hash
 from qframe.model import replace_module, set_weight, stored_names
-from qframe.shards import Shards
+from qframe.shards import Expected, Shards
 from qframe.stored import QuantizedLinear, StoredLayer
 from qframe.stored_model import StoredModel
 from qframe.weights import MODEL, ModelFolder
@@ -56,6 +56,7 @@ class CheckpointWriter:
     layout      how layers are stored
     strict      refuse a layer that readers of the layout would not read as it is meant
     work        where the folder is made, in a folder that is there; None for one beside `out`
+    max_shard_bytes, expected   as `Shards` has them
     """
 
     def __init__(
@@ -67,13 +68,14 @@ class CheckpointWriter:
         overwrite: bool = False,
         work: Path | None = None,
         max_shard_bytes: int = MAX_SHARD_BYTES,
+        expected: Sequence[Expected] = (),
     ) -> None:
         self.out, self._work = out, work
         self.layout: Layout = layout or OwnLayout()
         self._strict = strict
         self.extras: dict[str, frozenset[str]] = {}  # layer -> what it has besides codes
         self._overwrite = overwrite
-        self._limit = max_shard_bytes
+        self._limit, self._expected = max_shard_bytes, expected
         check_output(out, overwrite=overwrite)
         self._done = False
 
@@ -85,7 +87,7 @@ class CheckpointWriter:
             with written(self.out.parent):
                 self.out.parent.mkdir(parents=True, exist_ok=True)
                 self._folder.mkdir(mode=0o700)
-            self._model = Shards(self._folder, MODEL, self._limit)
+            self._model = Shards(self._folder, MODEL, self._limit, self._expected)
             self._statistics = Shards(self._folder, STATISTICS, self._limit)
         except BaseException:
             shutil.rmtree(self._folder, ignore_errors=True)

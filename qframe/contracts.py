@@ -421,7 +421,9 @@ class Rounder(Protocol):
     capabilities   which schemes it can do
 
     One whose groups are not columns that follow one another has an attribute `orders_groups`, which
-    is True.
+    is True. One that needs no statistics and whose rows are independent may have an attribute
+    `by_rows`, which is True: then it may be given some rows of a layer at a time, which is faster
+    and takes little memory (`qframe.panels`).
     """
 
     name: str

@@ -1,8 +1,9 @@
 """The manifest, `qframe.json`: what was done to a network, and what the files must still be.
 
 It holds the recipe, the plugins with their versions, one record per layer with its certificates
-and the fingerprint of the weight that it was made of, the sha256 of every tensor, and the sha256
-of every file. Nothing in it depends on time, machine or thread count.
+and the fingerprint of the weight that it was made of, the fingerprint of every tensor
+(`qframe.fingerprints`), and the sha256 of every file. Nothing in it depends on time, machine or
+thread count.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from qframe.strict import Strict
 from qframe.weights import ModelFolder, read_json
 
 MANIFEST = "qframe.json"
-MANIFEST_VERSION = 7
+MANIFEST_VERSION = 8
 STATISTICS = "qframe_statistics"  # the stem of the files that --keep-statistics writes
 ORDER = "processing_order"  # after a layer's name: the order of its columns, in those files
 
@@ -46,11 +47,11 @@ def own_hash(manifest: Mapping[str, Any]) -> str:
 
 
 class TensorRecord(Strict):
-    """A tensor of the folder: its dtype as safetensors names it, shape, and sha256."""
+    """A tensor of the folder: its dtype as safetensors names it, shape, and fingerprint."""
 
     dtype: str
     shape: tuple[int, ...]
-    sha256: str
+    blake3: str
 
 
 class GridRecord(Strict):
@@ -85,7 +86,7 @@ class LayerRecord(Strict):
     """One quantized layer as the manifest stores it.
 
     input_grid    the codes of activations, where they are quantized
-    source        sha256 of the weight that it was made of, as it was stored, in `source_dtype`
+    source        fingerprint of the weight that it was made of, as it was stored, in `source_dtype`
     rewritten     that of what the outlier handlers made of it, [rows, columns] float32; None
                   without any
     input_group   the first layer of those that read the same input; names the kept statistics

@@ -253,6 +253,20 @@ def _carried_tensors(job: Job, folder: ModelFolder) -> Iterator[_Tensor]:
             yield _Tensor(name, DTYPE_NAMES[dtype], tensor.shape, 2 * math.prod(tensor.shape))
 
 
+def stored_tensors(job: Job) -> list[tuple[str, str, tuple[int, ...]]]:
+    """Return (name, dtype as safetensors has it, shape) of what a run is expected to store.
+
+    In the order in which it does so. A run may decide otherwise, of input scales for one. Empty for
+    a module in memory.
+    """
+    folder = job.network.folder
+    if folder is None:
+        return []
+    quantized = [t for layer in job.outlines().values() for t in _in_folder(job, layer)]
+    every = [*quantized, *_carried_tensors(job, folder)]
+    return [(tensor.name, tensor.dtype, tensor.shape) for tensor in every]
+
+
 def _header_bytes(tensors: Sequence[_Tensor]) -> int:
     """Return the length of the safetensors header of all tensors."""
     header = {
@@ -324,7 +338,7 @@ def _record_bytes(job: Job, tensors: Sequence[_Tensor]) -> int:
         "calibration": report.calibration,
         "layers": {layer.name: layer_record(layer, outlines[layer.name]) for layer in layers},
         "tensors": {
-            tensor.name: {"dtype": tensor.dtype, "shape": tensor.shape, "sha256": "0" * 64}
+            tensor.name: {"dtype": tensor.dtype, "shape": tensor.shape, "blake3": "0" * 64}
             for tensor in tensors
         },
         "files": dict.fromkeys([*files, "model.safetensors", "qframe_report.json"], "0" * 64),

@@ -210,6 +210,21 @@ class Network:
             check_finite(weight, f"weight of layer {layer!r}")
         return weight.to(torch.float32).contiguous()
 
+    def rows_of(self, layer: str) -> Callable[[slice], torch.Tensor] | None:
+        """Return what returns some rows of the weight of a layer, as `weight` does all of them.
+
+        None where rows do not lie in a row in the file, or do not become float32 at once.
+        """
+        module = self.module.get_submodule(layer)
+        weight = get_weight(module)
+        if not weight.is_meta:
+            return partial(_rows, weight, layer)
+        name = self._stored[f"{layer}.weight".lstrip(".")]
+        if self.folder is None or _is_conv1d(module) or name in self._cast:
+            return None
+        fits = self.folder.tensors[name].shape == weight.shape
+        return partial(self.folder.rows_float32, name) if fits else None
+
     def origin(self, layer: str) -> Callable[[], Origin]:
         """Return what tells how the weight of a layer is stored, whatever becomes of the module."""
         name = self._stored[f"{layer}.weight".lstrip(".")]
@@ -226,7 +241,8 @@ class Network:
             return False
         weight = self.own(f"{layer}.weight".lstrip("."))
         there = weight.to(dtype)
-        return torch.equal(there.to(weight.dtype), weight) and fingerprint(there) == origin.sha256
+        same = torch.equal(there.to(weight.dtype), weight)
+        return same and fingerprint(there) == origin.fingerprint
 
     def stored_name(self, parameter: str) -> str:
         """Return the name under which a parameter lies in the files."""
@@ -413,6 +429,12 @@ def get_parameter(module: nn.Module) -> nn.Parameter:
     if parameter is None:
         raise ModelError(f"{type(module).__name__} has no weight")
     return parameter
+
+
+def _rows(weight: torch.Tensor, layer: str, rows: slice) -> torch.Tensor:
+    found = weight[rows].to(torch.float32).contiguous()
+    check_finite(found, f"some rows of the weight of layer {layer!r}")
+    return found
 
 
 def get_weight(module: nn.Module) -> torch.Tensor:

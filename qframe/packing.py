@@ -34,13 +34,18 @@ def pack_codes(codes: torch.Tensor, num_bits: int, lowest: int = 0) -> torch.Ten
     >>> [hex(word) for word in pack_codes(torch.arange(8)[None], 4)[0].tolist()]
     ['0x76543210']
     """
-    rows, columns = codes.shape
     if codes.numel():
         least, most = (int(end) - lowest for end in torch.aminmax(codes))
         if not 0 <= least <= most < 1 << num_bits:
             raise ValueError(
                 f"codes of {num_bits} bits lie in [0, {(1 << num_bits) - 1}], got [{least}, {most}]"
             )
+    return _packed(codes, num_bits, lowest)
+
+
+def _packed(codes: torch.Tensor, num_bits: int, lowest: int) -> torch.Tensor:
+    """Return the same of codes that are known to have so many bits."""
+    rows, columns = codes.shape
     words = pages.empty((rows, -(-columns * num_bits // 32)), torch.int32, waits=True)
     missing = -columns % BLOCK
 
@@ -53,7 +58,9 @@ def pack_codes(codes: torch.Tensor, num_bits: int, lowest: int = 0) -> torch.Ten
         if missing:
             words[part] = found[:, : words.shape[1]]
 
-    parallel.each(work, rounding.strips(rows, columns))
+    as_they_are = codes.dtype == torch.int16 and codes.is_contiguous() and not missing
+    cut = rounding.shares if as_they_are else rounding.strips
+    parallel.each(work, cut(rows, columns))
     return words
 
 
@@ -90,7 +97,8 @@ def unpack_codes(
         if found is not own:
             own.copy_(found[:, :columns])
 
-    parallel.each(work, rounding.strips(rows, columns))
+    cut = rounding.strips if missing or dtype != torch.int16 else rounding.shares
+    parallel.each(work, cut(rows, columns))
     return codes
 
 
@@ -156,6 +164,11 @@ class PackedWeight:
                 f"round them with qframe.rounding.round_up before codes are chosen"
             )
         _check_index(quantized.group_index, columns, scheme, name, PluginError)
+        if grid.levels > 1 << scheme.num_bits:
+            raise PluginError(
+                f"layer {name!r}: the grid has {grid.levels} codes, more than {scheme.num_bits} "
+                f"bits can tell apart"
+            )
         _check_codes(quantized.codes, (rows, columns), grid, "codes", name)
         _check_codes(quantized.zero_point, tuple(scale.shape), grid, "zero points", name)
         if scheme.symmetric and bool(quantized.zero_point.any()):
@@ -164,18 +177,45 @@ class PackedWeight:
             index = None
         zero_point = None
         if not scheme.symmetric:
-            zero_point = pack_codes(quantized.zero_point, scheme.num_bits, grid.qmin)
+            zero_point = _packed(quantized.zero_point, scheme.num_bits, grid.qmin)
         return cls(
             rows=rows,
             columns=columns,
             scheme=scheme,
             grid=grid,
-            words=pack_codes(quantized.codes, scheme.num_bits, grid.qmin),
+            words=_packed(quantized.codes, scheme.num_bits, grid.qmin),
             scale=scale.contiguous(),
             zero_point=zero_point,
             group_index=index,
             global_scale=whole,
         )
+
+    @classmethod
+    def empty(cls, rows: int, columns: int, scheme: Scheme, grid: Grid) -> PackedWeight:
+        """Return a weight with contiguous groups, whose rows are to be `put` in their places.
+
+        Its scheme has scales of every row, and none of the tensor.
+        """
+        shape = scheme.scale_shape(rows, columns)
+        bits = scheme.num_bits
+        zero_point = None
+        if not scheme.symmetric:
+            zero_point = torch.empty((rows, -(-shape[1] * bits // 32)), dtype=torch.int32)
+        return cls(
+            rows=rows,
+            columns=columns,
+            scheme=scheme,
+            grid=grid,
+            words=pages.empty((rows, -(-columns * bits // 32)), torch.int32, waits=True),
+            scale=torch.empty(shape, dtype=scales.stored_dtype(scheme.scale_dtype)),
+            zero_point=zero_point,
+        )
+
+    def put(self, rows: slice, part: PackedWeight) -> None:
+        """Put rows, which are a weight of the same scheme and columns, in their place."""
+        self.words[rows], self.scale[rows] = part.words, part.scale
+        if self.zero_point is not None and part.zero_point is not None:
+            self.zero_point[rows] = part.zero_point
 
     def unpack(self) -> QuantizedWeight:
         """Return what was packed, but for `order`, `info` and `events`."""

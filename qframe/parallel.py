@@ -65,6 +65,12 @@ def sharing(threads: int) -> Iterator[None]:
         _here.threads = before
 
 
+def shared() -> int:
+    """Return with how many threads this one shares its work."""
+    threads: int = getattr(_here, "threads", 1)
+    return threads
+
+
 def each(work: Callable[[T], object], pieces: Iterable[T]) -> None:
     """Do some work for every piece, on as many threads as this thread shares its work with.
 
@@ -77,7 +83,7 @@ def each(work: Callable[[T], object], pieces: Iterable[T]) -> None:
         for piece in run:
             work(piece)
 
-    spread(one, runs, getattr(_here, "threads", 1))
+    spread(one, runs, shared())
 
 
 _pools: dict[int, ThreadPoolExecutor] = {}  # threads -> a pool of so many, kept for the next call

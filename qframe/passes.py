@@ -23,6 +23,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
 Int16 = npt.NDArray[np.int16]
+Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
 
 _LANES = 256  # weights of a row that are looked at together
@@ -30,6 +31,7 @@ _SIGNS = 0x8000_8000_8000_8000  # of four numbers of 16 bits
 _ONES = 0x0001_0001_0001_0001
 _HALVES = 0x0000_0001_0000_0001
 _WORD = 0xFFFF_FFFF
+_MAGNITUDE = 0x7FFF_FFFF  # the bits of a float32 but for its sign
 
 
 def compiled(function: F) -> F:
@@ -54,6 +56,24 @@ def runs_of(index: npt.NDArray[np.integer[Any]]) -> Int64:
 def part_of(values: npt.NDArray[Any], rows: slice) -> npt.NDArray[Any]:
     """Return some rows, contiguous; the only one where one stands for all."""
     return np.ascontiguousarray(values[rows] if len(values) > 1 else values)
+
+
+@compiled
+def ends(bits: Int32, lowest: Int32, highest: Int32) -> None:
+    """Write the smallest and the largest number of each strip; of zeros, -0 is the smaller one.
+
+    bits              [strips, width], those of float32 numbers, of which none is NaN
+    lowest, highest   [strips], the same
+    """
+    magnitude = np.int32(_MAGNITUDE)
+    for strip in range(len(bits)):
+        own, least, most = bits[strip], magnitude, ~magnitude
+        for place in range(len(own)):
+            # Without a sign they are in the order of the numbers; with one, in the opposite one.
+            key = own[place] ^ (own[place] >> np.int32(31) & magnitude)
+            least, most = min(least, key), max(most, key)
+        lowest[strip] = least ^ (least >> np.int32(31) & magnitude)
+        highest[strip] = most ^ (most >> np.int32(31) & magnitude)
 
 
 @compiled

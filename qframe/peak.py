@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from qframe.memory import all_stored_bits, calibrates, window_of
+from qframe.panels import PANEL, apart
 from qframe.weights import PIECE_BYTES
 
 if TYPE_CHECKING:
@@ -20,11 +21,12 @@ if TYPE_CHECKING:
     from qframe.model import Network
     from qframe.pipeline import Job
 
-PROGRAM_BYTES = 470_000_000  # Python with torch, transformers, numba and kernels; on Linux
+PROGRAM_BYTES = 480_000_000  # Python with torch, transformers, numba and kernels; on Linux
 TEXT_BYTES = 70_000_000  # more: a tokenizer, the text, and what a pass through the network needs
 LAYER_BYTES = 7  # for a weight of the largest layer: itself, its codes, what groups have
 BUSY = 8  # threads that have such pieces at the same time, at most
 REWRITTEN_BYTES = 12  # more for a weight that is rewritten: that, and what its codes stand for
+PANEL_BYTES = 10  # for a weight of a panel, on each thread: as stored, in float32, its codes
 NEXT_BYTES = 6  # more for a weight that is read and rounded while the one before it is judged
 PIECES_BYTES = 8  # for a weight of a piece, on each thread: what is made of it in the cache
 PIECE = 900_000  # weights of a layer beyond which its pieces take no more
@@ -63,20 +65,32 @@ def peak_memory(
 
 
 def _weights_alone(job: Job, threads: int) -> dict[str, int]:
-    """Layers are read, rounded and written one by one, the one before is judged; then the rest.
+    """Layers are made panel by panel, or one by one while the one before is judged; then the rest.
 
     With several threads the codes of a block are written while those of the next one are made.
     """
     network, layers = job.network, job.plan.schemes
-    largest = max(network.layers[name].size for name in layers)
+    sizes = {name: network.layers[name].size for name in layers}
+    panels = [
+        min(sizes[name], max(PANEL, network.layers[name].columns))
+        for name, scheme in layers.items()
+        if apart(job.method, scheme) and network.rows_of(name) is not None
+    ]
     rewritten = REWRITTEN_BYTES if job.method.handlers else 0
+    codes = _codes(job) * (2 if threads > 1 else 1)
+    by_panels = {
+        "program": PROGRAM_BYTES,
+        "panels of weights": PANEL_BYTES * max(panels, default=0) * threads,
+        "codes of blocks": codes,
+    }
+    largest = max(sizes.values()) if len(panels) < len(sizes) else 0
     pieces = PIECES_BYTES * min(largest, PIECE) * min(threads, BUSY)
-    one = {
+    one_by_one = {
         "program": PROGRAM_BYTES,
         "pieces of weights": pieces,
         "largest layer": (LAYER_BYTES + rewritten) * largest,
         "layer after it": (NEXT_BYTES + rewritten) * largest if threads > 1 else 0,
-        "codes of blocks": _codes(job) * (2 if threads > 1 else 1),
+        "codes of blocks": codes,
     }
     left = 0
     if network.folder is not None:
@@ -88,7 +102,7 @@ def _weights_alone(job: Job, threads: int) -> dict[str, int]:
         "pieces of weights": pieces,
         "tensors as they are": 2 * min(left, PIECE_BYTES),
     }
-    return max(one, carried, key=lambda parts: sum(parts.values()))
+    return max(by_panels, one_by_one, carried, key=lambda parts: sum(parts.values()))
 
 
 def _calibrated(

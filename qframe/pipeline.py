@@ -35,7 +35,7 @@ from qframe.kept_blocks import Ledger
 from qframe.kept_decision import as_decision, plain_decision
 from qframe.layouts import OwnLayout, choose
 from qframe.manifest import MANIFEST
-from qframe.memory import calibrates
+from qframe.memory import calibrates, stored_tensors
 from qframe.mixed import decide
 from qframe.model import Network, left_weights
 from qframe.out_of_memory import Where, memory_named
@@ -274,7 +274,12 @@ class _Run:
             identity = run_identity(job, self._data, self._threads)
         kept.begin(identity, len(blocks))
         with CheckpointWriter(
-            out, job.layout, strict=strict, overwrite=overwrite, work=kept.work
+            out,
+            job.layout,
+            strict=strict,
+            overwrite=overwrite,
+            work=kept.work,
+            expected=stored_tensors(job),
         ) as writer:
             report = self.walk(writer, kept)
             outlines = writer.with_extras(self._job.outlines())

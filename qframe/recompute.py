@@ -107,7 +107,7 @@ def _check_carried(
             report.add("reference", name, "is not in the reference")
             continue
         report.carried += 1
-        if fingerprint(network.carried(name, read(name))) != manifest.tensors[name].sha256:
+        if fingerprint(network.carried(name, read(name))) != manifest.tensors[name].blake3:
             report.add("tensor", name, "differs from the reference's")
     replaced = {network.stored_name(f"{layer}.weight".lstrip(".")) for layer in manifest.layers}
     for name in there:

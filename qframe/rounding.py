@@ -29,6 +29,7 @@ __all__ = [
     "check_scales",
     "dequantize",
     "encode",
+    "ends",
     "expand",
     "fit_scales",
     "group_index",
@@ -36,6 +37,7 @@ __all__ = [
     "round_down",
     "round_up",
     "scale_of_range",
+    "shares",
     "smallest_positive",
     "strips",
     "tensor_scale",
@@ -138,7 +140,7 @@ def fit_scales(
     Raises NonFiniteError when a scale does not fit its storage dtype.
     """
     grouped = _grouped(weight, scheme)
-    lo, hi = _ends(grouped)
+    lo, hi = ends(grouped)
     whole = tensor_scale(weight, scheme, grid)
     scale, zero = scale_of_range(lo, hi, scheme, grid, whole)
     if scheme.observer == "mse":
@@ -154,16 +156,20 @@ def fit_scales(
     return scale, zero.to(torch.int16)
 
 
-def _ends(grouped: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the smallest and largest weight of each group, [rows, groups]."""
+def ends(grouped: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the smallest and largest number of each group, [rows, groups].
+
+    grouped   [rows, groups, width] float32, width > 0; none is NaN
+    """
     rows, groups, width = grouped.shape
     lowest, highest = grouped.new_empty(rows, groups), grouped.new_empty(rows, groups)
 
     def work(part: slice) -> None:
-        torch.amin(grouped[part], -1, out=lowest[part])
-        torch.amax(grouped[part], -1, out=highest[part])
+        bits = grouped[part].contiguous().view(torch.int32).view(-1, width).numpy()
+        found = (each[part].view(torch.int32).view(-1).numpy() for each in (lowest, highest))
+        passes.ends(bits, *found)
 
-    parallel.each(work, strips(rows, groups * width))
+    parallel.each(work, shares(rows, groups * width))
     return lowest, highest
 
 
@@ -205,6 +211,14 @@ def strips(rows: int, columns: int) -> Iterator[slice]:
         yield slice(top, min(top + step, rows))
 
 
+def shares(rows: int, columns: int) -> Iterator[slice]:
+    """Yield slices of rows for work that takes each weight once: what threads may share."""
+    if parallel.shared() > 1:
+        yield from strips(rows, columns)
+    elif rows and columns:
+        yield slice(0, rows)
+
+
 def _of_strip(
     per_group: torch.Tensor, part: slice, width: int, index: torch.Tensor
 ) -> torch.Tensor:
@@ -235,6 +249,8 @@ def encode(
         def work(part: slice) -> None:
             own, s, z = (passes.part_of(each, part) for each in (whole, step, shift))
             passes.encode(own, s, z, runs, grid.qmin, grid.qmax, found[part].numpy())
+
+        parallel.each(work, shares(*weight.shape))
     else:
         width = _even_width(index, scale.shape[1])
 
@@ -244,7 +260,7 @@ def encode(
             codes = _nearest_place(weight[part].reshape(shape) / step, grid).add_(grid.qmin)
             found[part].view(shape).copy_(codes)
 
-    parallel.each(work, strips(*weight.shape))
+        parallel.each(work, strips(*weight.shape))
     return found
 
 

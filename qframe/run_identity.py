@@ -47,7 +47,7 @@ def run_identity(
 
 
 def _model(job: Job, threads: int) -> dict[str, str]:
-    """Return file name -> sha256; for a module in memory, name of a tensor -> that of its bytes."""
+    """Return name of a tensor -> what it is, and its fingerprint; name of a file -> its sha256."""
     network = job.network
     if network.folder is not None:
         return model_identity(network.folder, threads)

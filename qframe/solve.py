@@ -19,11 +19,12 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from qframe import rounding
+from qframe import panels, rounding
 from qframe.certificates import Evidence
 from qframe.contracts import (
     Event,
     InputGroup,
+    LayerInfo,
     QuantizedWeight,
     RewriteProblem,
     RoundingProblem,
@@ -53,7 +54,7 @@ from qframe.report.measure import TOKENS, input_errors
 from qframe.scheme import Scheme
 from qframe.stored import StoredLayer, kept_weight
 from qframe.transforms import InputTransform
-from qframe.verdicts import Judged, verdict
+from qframe.verdicts import Found, Judged, tell, verdict, violations
 from qframe.weights import check_finite
 
 log = logging.getLogger("qframe")
@@ -283,6 +284,64 @@ class Solver:
         scaled = transform is not None and transform.scale is not None
         return SolvedGroup(solved, kept, orders, events, scaled, rewrites.folded)
 
+    def apart(self, scheme: Scheme) -> bool:
+        """Whether a layer without statistics may be quantized panel by panel."""
+        return panels.apart(self._method, scheme)
+
+    def solve_by_rows(
+        self,
+        layers: Sequence[LayerInfo],
+        rows: Mapping[str, Callable[[slice], torch.Tensor]],
+        origins: Mapping[str, Callable[[], Origin]],
+        schemes: Mapping[str, Scheme],
+    ) -> dict[str, Solved]:
+        """Quantize layers panel by panel; `wait_for` their reports, which `settle` completes.
+
+        rows      layer name -> what returns some rows of it, [rows, columns] float32
+        origins   as for `solve`
+
+        Those that have to be quantized whole are not in what is returned.
+        """
+        sheets = [
+            panels.Sheet(
+                name=layer.name,
+                rows=layer.rows,
+                columns=layer.columns,
+                scheme=schemes[layer.name],
+                grid=grid_of(self._host, schemes[layer.name]),
+                read=rows[layer.name],
+            )
+            for layer in layers
+        ]
+        self.where.at(layers[0].name, "rounding it")
+        made = panels.quantize(sheets, self._method, self._rounded, self.threads)
+        solved = {}
+        for layer, done in zip(layers, made, strict=True):
+            if done is None:
+                continue
+            stored = StoredLayer(done.packed)
+            report = LayerReport(
+                name=layer.name,
+                method=self._recipe.method,
+                scheme=schemes[layer.name].describe(),
+                rows=layer.rows,
+                columns=layer.columns,
+                bits_per_weight=stored.bits / max(layer.size, 1),
+                input_group=layer.name,
+                certificates=done.found.certificates,
+                seconds=done.seconds,
+            )
+            self._court.hear(partial(self._complete, report, done.found, origins[layer.name]))
+            solved[layer.name] = Solved(stored, stored, report)
+        return solved
+
+    def _complete(
+        self, report: LayerReport, found: Found, origin: Callable[[], Origin]
+    ) -> list[Event]:
+        """Complete the report of a layer that was quantized panel by panel."""
+        tell(report, origin(), found.signal, found.noise, found.clipped)
+        return violations(report, self._recipe)
+
     def _example(
         self, group: InputGroup, schemes: Mapping[str, Scheme], inputs: GroupInputs
     ) -> torch.Tensor | None:
@@ -437,13 +496,17 @@ class Solver:
 
     def _round(self, problem: RoundingProblem) -> tuple[QuantizedWeight, str]:
         """Round one layer; where that is impossible, round to nearest and record the fallback."""
-        rounder = self._method.rounder
-        before = problem.weight._version
         try:
-            quantized = rounder.round(problem, self._rng(problem.name))
+            return self._rounded(problem), self._recipe.method
         except (UncalibratedLayerError, HessianError) as error:
             self._falls.record(error, problem.name, "rounded to nearest instead")
             return rounding.to_nearest(problem), FALLBACK
+
+    def _rounded(self, problem: RoundingProblem, first: int = 0) -> QuantizedWeight:
+        """Return what the rounder makes of a layer, or of its rows from the first on."""
+        rounder = self._method.rounder
+        before = problem.weight._version
+        quantized = rounder.round(problem, self._rng(problem.name, first))
         if not isinstance(quantized, QuantizedWeight):
             raise PluginError(
                 f"rounder {rounder.name!r} returned {type(quantized).__name__} for layer "
@@ -454,11 +517,15 @@ class Solver:
                 f"rounder {rounder.name!r} changed problem.weight of layer {problem.name!r} in "
                 f"place; work on a copy"
             )
-        return quantized, self._recipe.method
+        return quantized
 
-    def _rng(self, layer: str) -> np.random.Generator:
-        """Return the generator of a layer: it depends on the seed and the name alone."""
-        return np.random.default_rng([self._recipe.seed, zlib.crc32(layer.encode())])
+    def _rng(self, layer: str, first: int = 0) -> np.random.Generator:
+        """Return the generator of a layer: it depends on the seed and the name alone.
+
+        first   row of those that are rounded
+        """
+        part = [first] if first else []
+        return np.random.default_rng([self._recipe.seed, zlib.crc32(layer.encode()), *part])
 
 
 def _foldable(

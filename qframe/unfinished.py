@@ -7,7 +7,7 @@ While OUT is being made there is a hidden folder beside it:
                            blocks/      a file for each of those
                            folder/      what becomes OUT; of no use to another run
 
-A block counts once state.json names its file and the sha256 of it. Both are written under another
+A block counts once state.json names its file and the hash of it. Both are written under another
 name, handed to the disk and renamed, in this order: a run may be killed at any moment, and finds
 all blocks but those that it was at. A file that is not whole ends the list.
 """
@@ -28,7 +28,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from qframe.errors import NonFiniteError, QframeError, UnfinishedError
-from qframe.fingerprints import sha256
+from qframe.fingerprints import fingerprint_of_file, sha256
 from qframe.locks import locked_folder
 from qframe.manifest import MANIFEST
 from qframe.shards import write_tensors
@@ -38,7 +38,7 @@ State = Literal["new", "resume", "restart", "none"]
 """What to do with an unfinished run: nothing, and refuse to begin; go on with it; delete it and
 begin anew. "none" is "new", and keeps nothing either."""
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 SHOWN = 5  # places in a message, after the first
 _RECORD = "qframe"  # in the metadata of a block's file: what is said of its tensors
 _MISSING = "nothing"  # a value of a fingerprint that is not there
@@ -139,8 +139,8 @@ class Unfinished:
         entry = self._state["blocks"][place]
         file = self._file(place)
         try:
-            if sha256(file) != entry["sha256"]:
-                raise UnfinishedError(f"{file}: not what was written: sha256 differs")
+            if fingerprint_of_file(file) != entry["blake3"]:
+                raise UnfinishedError(f"{file}: not what was written: its hash differs")
             with safe_open(str(file), framework="pt") as handle:
                 tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
                 return tensors, json.loads(handle.metadata()[_RECORD])
@@ -165,7 +165,7 @@ class Unfinished:
         with written(file, size):
             file.parent.mkdir(mode=0o700, exist_ok=True)
             digest = write_tensors(temporary, tensors, {_RECORD: json.dumps(record)})
-            entry = {"block": block, "layers": list(record["layers"]), "sha256": digest}
+            entry = {"block": block, "layers": list(record["layers"]), "blake3": digest}
             put_in_place(temporary, file)
         self._state["blocks"].append(entry)
         self._write()
@@ -299,7 +299,7 @@ def _fault(state: Mapping[str, Any]) -> str:
     for entry in state["blocks"]:
         layers = entry.get("layers") if isinstance(entry, dict) else None
         named = isinstance(layers, list) and all(isinstance(name, str) for name in layers)
-        if not named or not isinstance(entry.get("sha256"), str):
+        if not named or not isinstance(entry.get("blake3"), str):
             return f"cannot be read: a block is {_short(entry)}"
     return ""
 

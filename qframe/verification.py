@@ -1,9 +1,9 @@
 """`qframe verify`: is a quantized folder still what was written, and do its bounds hold?
 
-From the files alone: the sha256 of every file and every tensor, the structure of every packed
-weight, manifest, tensors and config.json held against one another, and the certificates as they
-were recorded. With the reference model, the certificates are computed once more
-(`qframe.recompute`): hashes tell of accidents, only this tells of someone who hashes anew.
+From the files alone: the sha256 of every file, the fingerprint of every tensor, the structure of
+every packed weight, manifest, tensors and config.json held against one another, and the
+certificates as they were recorded. With the reference model, the certificates are computed once
+more (`qframe.recompute`): hashes tell of accidents, only this tells of someone who hashes anew.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import nn
 from qframe import parallel
 from qframe.certificates import Certificate
 from qframe.errors import CertificateError, QframeError, VerifyError
-from qframe.fingerprints import fingerprint_of, sha256
+from qframe.fingerprints import sha256
 from qframe.host import Host
 from qframe.manifest import (
     MANIFEST,
@@ -212,17 +212,22 @@ def verify(
 def check_written(folder: Path, host: Host, threads: int) -> None:
     """Read a folder that was just written; raise VerifyError where it is not what it should be.
 
-    That is what `verify` does without a reference, but for hashing files: their hashes are new.
+    That is what `verify` does without a reference, but for hashing files: their hashes are new. It
+    is read from the disk, once.
     """
-    source = ModelFolder(folder)
+    source = ModelFolder(folder, from_disk=True)
     manifest = parse_manifest(source)
-    report = VerifyReport(folder=source.path)
+    report, of_layers = VerifyReport(folder=source.path), VerifyReport(folder=source.path)
     with kept_pages():
+        model = StoredModel.open(source, host)  # layers first: they are not read again then
+        extras = _sound_layers(
+            of_layers, model, manifest, threads, lambda layer: layer.stored.extras
+        )
         _check_tensors(report, source, manifest.tensors, threads)
         if manifest.statistics:
-            _check_tensors(report, ModelFolder(folder, STATISTICS), manifest.statistics, threads)
-        model = StoredModel.open(source, host)
-        extras = _sound_layers(report, model, manifest, threads, lambda layer: layer.stored.extras)
+            kept = ModelFolder(folder, STATISTICS, from_disk=True)
+            _check_tensors(report, kept, manifest.statistics, threads)
+    report.problems += of_layers.problems
     _check_config(report, model, manifest, extras)
     report.check()
 
@@ -256,7 +261,7 @@ def _check_tensors(
     expected: Mapping[str, TensorRecord],
     threads: int,
 ) -> int:
-    """Compare name, dtype, shape and sha256 of every tensor; return how many were hashed."""
+    """Compare name, dtype, shape and fingerprint of every tensor; return how many were hashed."""
     try:
         stored = source.tensors
     except QframeError as error:
@@ -276,10 +281,10 @@ def _check_tensors(
                 f"was written"
             )
         try:
-            found = fingerprint_of(source.raw_pieces(name))
+            found = source.fingerprint(name)
         except QframeError as error:
             return str(error)
-        return "" if found == record.sha256 else "is not what was written: sha256 differs"
+        return "" if found == record.blake3 else "is not what was written: its hash differs"
 
     for name, message in zip(names, parallel.spread(objection, names, threads), strict=True):
         if message:

@@ -128,10 +128,17 @@ class Walk:
         self._behind.__exit__(*error)
 
     def without_data(self) -> None:
-        """Quantize every layer on its weights alone: ranks do one each at a time."""
+        """Quantize every layer on its weights alone: ranks do one each at a time.
+
+        Of those that are quantized panel by panel a rank does its share of a block at a time.
+        """
+
+        def place(layer: str) -> tuple[str, bool]:
+            return self._network.block_of(layer), self._solver.apart(self._plan.schemes[layer])
+
         with kept_pages(), keep_more():
-            for block, layers in groupby(self._plan.schemes, self._network.block_of):
-                while batch := list(islice(layers, self._ranks.size)):
+            for (block, apart), layers in groupby(self._plan.schemes, place):
+                while batch := list(islice(layers, None if apart else self._ranks.size)):
                     self._quantize_alone(block, batch)
         self._finish()
 
@@ -336,14 +343,52 @@ class Walk:
         """
         others = {layer for layer, rank in owners.items() if rank != self._ranks.rank}
         shared = bool(inputs.fitted.lengths or inputs.held_out.lengths)
-        own = {
-            group.name: self._part(group, inputs, others)
+        concerned = [
+            group
             for group in groups
             if shared or any(member.name not in others for member in group.layers)
-        }
+        ]
+        own = {} if shared else self._by_rows(concerned)
+        for group in concerned:
+            if group.name not in own:
+                own[group.name] = self._part(group, inputs, others)
         if self._ranks.size > 1:
             return whole_groups(self._ranks, groups, owners, own, self._outlines)
         return [own[group.name].whole() for group in groups]
+
+    def _by_rows(self, groups: Sequence[InputGroup]) -> dict[str, Part]:
+        """Quantize layers that are alone in their groups panel by panel: those that can be."""
+        rows, origins = {}, {}
+        for name in (group.name for group in groups):
+            if self._solver.apart(self._plan.schemes[name]):
+                read = self._network.rows_of(name)
+                if read is not None:
+                    rows[name], origins[name] = read, self._network.origin(name)
+        if not rows:
+            return {}
+        layers = [self._network.layers[name] for name in rows]
+        solved = self._solver.solve_by_rows(layers, rows, origins, self._plan.schemes)
+        return {
+            name: Part(
+                DoneGroup(
+                    layers={name: each},
+                    statistics={},
+                    folded=None,
+                    left=None,
+                    events=self._untied(name),
+                ),
+                {name: ()},
+                {},
+            )
+            for name, each in solved.items()
+        }
+
+    def _untied(self, layer: str) -> list[Event]:
+        """Return what there is to tell of a layer before it is quantized."""
+        if not self._network.is_tied(layer):
+            return []
+        message = "its weight was shared with another module, which keeps it"
+        return [Event(kind="untied", layer=layer, message=message)]
 
     def _part(self, group: InputGroup, inputs: GroupInputs, others: Container[str]) -> Part:
         """Quantize those layers of a group that are not other ranks'."""
@@ -352,14 +397,7 @@ class Walk:
         weights, origins = {}, {}
         self._solver.make_room(inputs)
         for layer in group.layers:
-            if self._network.is_tied(layer.name):
-                events.append(
-                    Event(
-                        kind="untied",
-                        layer=layer.name,
-                        message="its weight was shared with another module, which keeps it",
-                    )
-                )
+            events.extend(self._untied(layer.name))
             weights[layer.name] = self._network.weight(layer.name)
             origins[layer.name] = self._network.origin(layer.name)
         divider = self._divider(group.name)

@@ -6,6 +6,7 @@ and be whole, and pickle files are never opened.
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import math
@@ -28,6 +29,7 @@ LONGEST_NAME = 255  # of a file
 PIECE_BYTES = 1 << 24  # of a tensor that is read in pieces
 HASH_BYTES = 1 << 19  # of a piece that is hashed
 CACHE_BYTES = 1 << 20  # of a piece that is made another dtype at once
+BLOCK = 1 << 12  # bytes: no disk has larger blocks
 MODEL = "model"  # the stem of the files with weights
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _WEIGHT_SUFFIXES = {
@@ -107,13 +109,15 @@ def index_name(stem: str) -> str:
 class ModelFolder:
     """A model folder in the layout of the Hugging Face Hub.
 
-    stem   of the names of the files: STEM.safetensors, or those that an index lists
+    stem        of the names of the files: STEM.safetensors, or those that an index lists
+    from_disk   read what is on the disk, and not what the system still has of it in memory, where
+                it can tell these apart; and take the fingerprint of every tensor that is read whole
 
     Raises WeightsError, naming file and remedy, when the folder is not what it should be.
     """
 
-    def __init__(self, path: str | Path, stem: str = MODEL) -> None:
-        self.path, self._stem = Path(path), stem
+    def __init__(self, path: str | Path, stem: str = MODEL, *, from_disk: bool = False) -> None:
+        self.path, self._stem, self._from_disk = Path(path), stem, from_disk
         self._fingerprints: dict[str, str] = {}
         if not self.path.is_dir():
             raise WeightsError(
@@ -163,8 +167,11 @@ class ModelFolder:
         """Return a tensor as stored, whatever is in it."""
         there = self.tensors[name]
         if there.dtype in DTYPES:
-            with _reading(there) as stream:
-                return _numbers(stream, there)
+            with _reading(there, self._from_disk) as stream:
+                found = _numbers(stream, there)
+            if self._from_disk:
+                self._fingerprints.setdefault(name, fingerprint_of((found,)))
+            return found
         with _open(there.file, "pt") as handle:
             try:
                 tensor: torch.Tensor = handle.get_tensor(name)
@@ -188,7 +195,7 @@ class ModelFolder:
         if not there.shape or there.bytes <= size or there.dtype not in DTYPES:
             yield self.raw(name)
             return
-        with _reading(there) as stream:
+        with _reading(there, self._from_disk) as stream:
             for rows in _cut(there, size):
                 yield _numbers(stream, there, rows)
 
@@ -219,8 +226,23 @@ class ModelFolder:
         parallel.each(work, _cut(there, CACHE_BYTES))
         return found
 
+    def rows_float32(self, name: str, rows: slice) -> torch.Tensor:
+        """Return some rows of a tensor as float32; the same errors as for `read`."""
+        there = self.tensors[name]
+        if there.dtype not in DTYPES:
+            return self.read(name)[rows].to(torch.float32)
+        with _reading(there) as stream:
+            piece = _numbers(stream, there, rows)
+        if _doubtful(piece):
+            self.read(name)  # raises, and says where
+        if piece.dtype == torch.float32:
+            return piece
+        found = pages.empty(piece.shape, torch.float32)
+        found.copy_(piece)
+        return found
+
     def fingerprint(self, name: str) -> str:
-        """Return the sha256 of a tensor's bytes, which are read for it once.
+        """Return the fingerprint of a tensor, which is read for it once.
 
         Whoever reads the tensor later reads the same bytes, or gets a WeightsError.
         """
@@ -328,15 +350,25 @@ def _starts(file: Path) -> tuple[dict[str, int], tuple[int, int]]:
 
 
 @contextmanager
-def _reading(there: StoredTensor) -> Iterator[io.FileIO]:
+def _reading(there: StoredTensor, from_disk: bool = False) -> Iterator[io.FileIO]:
     """Open the file of a tensor to read from it. Raises WeightsError, also where that fails."""
     try:
-        with there.file.open("rb", buffering=0) as stream:
+        with io.FileIO(there.file, opener=_from_disk if from_disk else None) as stream:
             if _stamp(stream) != there.stamp:
                 raise WeightsError(f"{there.file}: it was changed while it was being used")
             yield stream
     except OSError as error:
         raise WeightsError(f"{there.file}: cannot be read: {error.strerror}") from None
+
+
+def _from_disk(file: str, flags: int) -> int:
+    """Open a file to read past the memory in which the system has files, where it can."""
+    try:
+        return os.open(file, flags | getattr(os, "O_DIRECT", 0))
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return os.open(file, flags)
 
 
 def _stamp(stream: io.FileIO | io.BufferedReader) -> tuple[int, int]:
@@ -358,13 +390,21 @@ def _numbers(stream: io.FileIO, there: StoredTensor, rows: slice | None = None) 
     if rows is not None:
         start += rows.start * (there.bytes // there.shape[0])
         shape = (rows.stop - rows.start, *there.shape[1:])
-    data = pages.empty((size * math.prod(shape),), torch.uint8)
-    view = memoryview(data.numpy().data)
-    stream.seek(start)
-    while view and (count := stream.readinto(view)):
-        view = view[count:]
-    if view:
+    size *= math.prod(shape)
+    # Whole blocks of the disk into memory that begins like one, as reading from it needs them.
+    before = start % BLOCK
+    whole = before + size + -(before + size) % BLOCK
+    room = pages.empty((whole + BLOCK,), torch.uint8)
+    room = room[-room.data_ptr() % BLOCK :][:whole]
+    view, filled = memoryview(room.numpy().data), 0
+    stream.seek(start - before)
+    while filled < before + size and (count := stream.readinto(view[filled:])):
+        filled += count
+    if filled < before + size:
         raise WeightsError(f"{there.file}: it ends within a tensor: download it again")
+    data = room[before : before + size]
+    if before % DTYPES[there.dtype].itemsize:  # others place tensors as they like
+        data = data.clone()
     return data.view(DTYPES[there.dtype]).reshape(shape)
 
 

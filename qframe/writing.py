@@ -13,7 +13,7 @@ import mmap
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -70,48 +70,81 @@ def put_in_place(temporary: Path, file: Path) -> None:
     to_disk(file.parent)
 
 
-def write_unread(file: Path, parts: Sequence[memoryview]) -> None:
-    """Write a file that is not read soon: past the memory in which the system keeps files.
+class Unread:
+    """A file that is written from its beginning on and not read soon.
 
-    The system would have to find and clear that first, which can take longer than writing. Where it
-    cannot write so, it writes as ever. Raises OSError.
+    It is written past the memory in which the system keeps files: the system would have to find
+    and clear that first, which can take longer than writing. Where it cannot write so, it writes as
+    ever. All but `close` raise OSError.
+    """
+
+    def __init__(self, file: Path) -> None:
+        flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC
+        self._direct = getattr(os, "O_DIRECT", 0)
+        try:
+            self.handle = os.open(file, flags | self._direct, 0o600)
+        except OSError as error:
+            if not self._direct or error.errno not in _NOT_SO:
+                raise
+            self._direct = 0
+            self.handle = os.open(file, flags, 0o600)
+        # It begins with a page, as what is written so has to.
+        self._buffer, self._filled = memoryview(mmap.mmap(-1, _AT_ONCE)), 0
+
+    def write(self, part: memoryview) -> None:
+        """Append bytes, some of which wait until there are enough of them."""
+        while part:
+            count = min(len(part), _AT_ONCE - self._filled)
+            self._buffer[self._filled : self._filled + count] = part[:count]
+            part, self._filled = part[count:], self._filled + count
+            if self._filled == _AT_ONCE:
+                self._write_out()
+
+    def finish(self) -> None:
+        """Write what waits; from now on the file is one like others, and `handle` can be used."""
+        self._through_memory()
+        self._write_out()
+
+    def close(self) -> None:
+        """Let the file go, without what waits."""
+        os.close(self.handle)
+
+    def _write_out(self) -> None:
+        part, self._filled = self._buffer[: self._filled], 0
+        while part:
+            try:
+                count = os.write(self.handle, part)
+            except OSError as error:
+                if not self._direct or error.errno not in _NOT_SO:
+                    raise
+                self._through_memory()
+                continue
+            part = part[count:]
+            if len(part) % _BLOCK:  # the disk was full just now, or the file as long as it may be
+                self._through_memory()
+
+    def _through_memory(self) -> None:
+        """Write the rest as ever."""
+        if self._direct:
+            import fcntl  # which systems have that have O_DIRECT
+
+            flags = fcntl.fcntl(self.handle, fcntl.F_GETFL)
+            fcntl.fcntl(self.handle, fcntl.F_SETFL, flags & ~self._direct)
+            self._direct = 0
+
+
+def write_unread(file: Path, parts: Iterable[memoryview]) -> None:
+    """Write a file that is not read soon. Raises OSError.
 
     parts   the content, one after the other
     """
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+    unread = Unread(file)
     try:
-        handle = os.open(file, flags | getattr(os, "O_DIRECT", 0), 0o600)
-        try:
-            _write_blocks(handle, parts)
-        finally:
-            os.close(handle)
-    except OSError as error:
-        if error.errno not in _NOT_SO:
-            raise
-        with file.open("wb", buffering=0) as stream:
-            for part in parts:
-                _write_all(stream.fileno(), part)
-
-
-def _write_blocks(handle: int, parts: Sequence[memoryview]) -> None:
-    """Write to a file in whole blocks, from memory that begins with a page, and cut it then."""
-    buffer, filled = memoryview(mmap.mmap(-1, _AT_ONCE)), 0
-    for part in parts:
-        rest = part
-        while rest:
-            count = min(len(rest), _AT_ONCE - filled)
-            buffer[filled : filled + count] = rest[:count]
-            rest, filled = rest[count:], filled + count
-            if filled == _AT_ONCE:
-                _write_all(handle, buffer)
-                filled = 0
-    _write_all(handle, buffer[: -(-filled // _BLOCK) * _BLOCK])
-    os.ftruncate(handle, sum(map(len, parts)))
-
-
-def _write_all(handle: int, part: memoryview) -> None:
-    while part:
-        part = part[os.write(handle, part) :]
+        for part in parts:
+            unread.write(part)
+        unread.finish()
+    finally:
+        unread.close()
 
 
 def _objection(file: Path, error: OSError | SafetensorError, size: int | None) -> str:

@@ -82,6 +82,20 @@ def runs_are_those_of_the_index(module, layer):
     )
 
 
+def ends_are_those_of_each_strip(module, strips):
+    lowest, highest = (np.empty(len(strips), np.float32) for _ in range(2))
+    module.ends(*(each.view(np.int32) for each in (strips, lowest, highest)))
+
+    def place(number):
+        return number, math.copysign(1, number)  # zeros have a sign
+
+    wanted = [[end(strip.tolist(), key=place) for strip in strips] for end in (min, max)]
+    return all(
+        np.float32(one).tobytes() == found.tobytes()
+        for one, found in zip(wanted, (lowest, highest), strict=True)
+    )
+
+
 def codes_are_the_nearest(module, layer):
     scale, zero = of_each_weight(layer)
     with np.errstate(over="ignore"):
@@ -158,6 +172,14 @@ def streams_are_made_and_read(module, drawn):
     )
 
 
+def strips():
+    """Numbers without NaN, at least one in every strip."""
+    numbers = st.floats(width=32, allow_nan=False)
+    return st.tuples(st.integers(0, 3), st.integers(1, 40)).flatmap(
+        lambda shape: hnp.arrays(np.float32, shape, elements=numbers)
+    )
+
+
 @st.composite
 def streams(draw):
     """Codes, how many bits they have, and which one is stored as 0."""
@@ -182,6 +204,11 @@ OF_LAYERS = (
 @given(layer=layers())
 def test_of_layers(holds, layer):
     assert holds(passes, layer)
+
+
+@given(strips())
+def test_of_strips(drawn):
+    assert ends_are_those_of_each_strip(passes, drawn)
 
 
 @given(streams())
@@ -261,6 +288,19 @@ MISTAKES = [
     ("gamma * abs(w) + added * step", "gamma * abs(w)", errors_are_those_of_the_bound),
     ("gamma * abs(w) + added", "gamma * w + added", errors_are_those_of_the_bound),
 ]
+OF_STRIPS = [
+    ("key = own[place] ^ (own[place] >> np.int32(31) & magnitude)", "key = own[place]"),
+    ("key = own[place] ^ (own[place] >> np.int32(31) & magnitude)", "key = own[place] & magnitude"),
+    (
+        "own, least, most = bits[strip], magnitude, ~magnitude",
+        "own, least, most = bits[strip], 0, 0",
+    ),
+    ("min(least, key), max(most, key)", "min(least, key), key"),
+    ("min(least, key), max(most, key)", "max(least, key), max(most, key)"),
+    ("lowest[strip] = least ^ (least >> np.int32(31) & magnitude)", "lowest[strip] = least"),
+    ("highest[strip] = most ^ (most >> np.int32(31) & magnitude)", "highest[strip] = most"),
+    ("range(len(own))", "range(1, len(own))"),
+]
 OF_STREAMS = [
     ("(low ^ signs) - moved, (high ^ signs) - moved", "low, high"),
     ("return low | high << four", "return high | low << four"),
@@ -302,6 +342,11 @@ def test_a_mistake_is_found_out(old, new, holds):
     found_out(holds, mistaken(old, new), layers())
 
 
+@pytest.mark.parametrize(("old", "new"), OF_STRIPS, ids=[new for _, new in OF_STRIPS])
+def test_a_mistake_about_ends_is_found_out(old, new):
+    found_out(ends_are_those_of_each_strip, mistaken(old, new), strips())
+
+
 @pytest.mark.parametrize(("old", "new"), OF_STREAMS, ids=[new for _, new in OF_STREAMS])
 def test_a_mistake_of_packing_is_found_out(old, new):
     found_out(streams_are_made_and_read, mistaken(old, new), streams())
@@ -312,5 +357,7 @@ def test_without_a_mistake_nothing_is_found_out():
     for holds in OF_LAYERS:
         with pytest.raises(NoSuchExample):
             found_out(holds, module, layers())
+    with pytest.raises(NoSuchExample):
+        found_out(ends_are_those_of_each_strip, module, strips())
     with pytest.raises(NoSuchExample):
         found_out(streams_are_made_and_read, module, streams())

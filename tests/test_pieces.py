@@ -15,7 +15,7 @@ from qframe.certificates import Closest, Evidence
 from qframe.claims import Babai, Covers, HalfStep, Radius, SchemeScale
 from qframe.contracts import RoundingProblem
 from qframe.pieces import highest_ratios
-from qframe.report.measure import clipped_share, sqnr_db
+from qframe.report.measure import clipped_weights, sqnr_db
 from qframe_plugins.rounders.gptq import GPTQ
 
 ROWS = (
@@ -210,7 +210,7 @@ def test_the_certificates_of_groups_are_those_of_all_groups(claim, layer, wrong,
 
 
 @given(layer=layers())
-def test_the_share_of_clipped_weights_is_counted_over_all(layer):
+def test_clipped_weights_are_counted_over_all(layer):
     problem, made = layer
     scale, zero = (
         rounding.expand(each, made.group_index, len(problem.weight))
@@ -219,8 +219,8 @@ def test_the_share_of_clipped_weights_is_counted_over_all(layer):
     place = problem.weight / scale + zero
     outside = (place > problem.grid.qmax + 0.5) | (place < problem.grid.qmin - 0.5)
     low, high = (torch.from_numpy(ends).float() for ends in Evidence(problem, made).ranges())
-    found = clipped_share(problem.weight, made, problem.grid, (low, high))
-    assert found == int(outside.sum()) / outside.numel()
+    found = clipped_weights(problem.weight, made, problem.grid, (low, high))
+    assert found == int(outside.sum())
 
 
 def test_what_is_not_finite_is_found_wherever_it_is():

@@ -176,7 +176,7 @@ def hashed_anew(folder):
     for kind, stem in (("tensors", "model"), ("statistics", STATISTICS)):
         source = ModelFolder(folder, stem)
         for name, record in content[kind].items():
-            record["sha256"] = fingerprint(source.raw(name))
+            record["blake3"] = fingerprint(source.raw(name))
     content["files"] = {name: sha256(folder / name) for name in content["files"]}
     content["sha256"] = own_hash(content)
     manifest.write_text(json.dumps(content))
@@ -394,7 +394,7 @@ def test_other_versions_of_the_manifest_are_refused_with_a_way_out(folder):
     out = folder("rtn")
     rewrite_manifest(out, lambda m: m.update(manifest_version=1))
     for look in (qframe.verify, lambda out: qframe.load(out, network())):
-        with pytest.raises(VerifyError, match=r"manifest_version 1.* reads 7; quantize .* again"):
+        with pytest.raises(VerifyError, match=r"manifest_version 1.* reads 8; quantize .* again"):
             look(out)
 
 
@@ -444,10 +444,10 @@ def test_a_weight_is_known_again_in_another_dtype():
     for each in (short, wide):
         assert Network(each).is_made_of("0", origin)
         assert Network(each).is_made_of("0", of_wide)
-    assert not Network(short).is_made_of("0", Origin("no dtype", origin.sha256))
+    assert not Network(short).is_made_of("0", Origin("no dtype", origin.fingerprint))
     rare = Network(short)  # a dtype that only files have
-    rare.origin = lambda layer: lambda: Origin("no dtype", origin.sha256)
-    assert rare.is_made_of("0", Origin("no dtype", origin.sha256))
+    rare.origin = lambda layer: lambda: Origin("no dtype", origin.fingerprint)
+    assert rare.is_made_of("0", Origin("no dtype", origin.fingerprint))
     with torch.no_grad():
         wide[0].weight[3, 5] *= 1 + 2.0**-20  # which bfloat16 rounds away
     assert not Network(wide).is_made_of("0", origin)

@@ -23,6 +23,7 @@ class FittedScale:
 
     name = "fitted scale"
     theorem = "B10.d"
+    by_rows = True
 
     def objection(self, scheme: Scheme) -> str | None:
         """It is about integers, and scales of 16 bits or more."""

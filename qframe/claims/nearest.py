@@ -37,6 +37,7 @@ class HalfStep:
     zero_point: Literal["after", "before"] = "after"
     name = "half step"
     theorem = "B1.b"
+    by_rows = True
 
     def objection(self, scheme: Scheme) -> str | None:
         """There is none."""
@@ -83,6 +84,7 @@ class Radius:
     steps: float
     name = "radius"
     theorem = "B10.a"
+    by_rows = True
 
     def objection(self, scheme: Scheme) -> str | None:
         """It is about integers."""

@@ -40,6 +40,7 @@ class NoWorseThan:
     dampening_frac: float = 0.0
     name = "no worse than nearest"
     theorem = "B10.c"
+    by_rows = True
 
     def objection(self, scheme: Scheme) -> str | None:
         """It is about integers."""
@@ -93,6 +94,7 @@ class NoWorsePower:
     observer: Literal["minmax", "mse"] | None = None
     name = "no worse in the power"
     theorem = "B10.e"
+    by_rows = True
 
     def objection(self, scheme: Scheme) -> str | None:
         """It is about integers."""

@@ -77,6 +77,7 @@ class SchemeScale:
     strategies: frozenset[str] = ALL
     name = "scale"
     theorem = "B1.c"
+    by_rows = True
 
     def objection(self, scheme: Scheme) -> str | None:
         """It is about some strategies."""
@@ -136,6 +137,7 @@ class Covers:
     strategies: frozenset[str] = ALL
     name = "coverage"
     theorem = "B1.f"
+    by_rows = True
 
     def objection(self, scheme: Scheme) -> str | None:
         """The mse observer clips on purpose."""

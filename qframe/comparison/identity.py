@@ -40,7 +40,7 @@ _PROCESS = uuid.uuid4().hex  # stands for code whose source cannot be read
 
 
 def model_identity(folder: ModelFolder, threads: int = 1) -> dict[str, str]:
-    """Return the sha256 of everything that the network or its tokens are made of, by name.
+    """Return the hash of everything that the network or its tokens are made of, by name.
 
     That is each tensor, which is not hashed again when a layer is made of it, and each file that
     holds none. The names of the folder and of files with tensors do not count: a copy is the same

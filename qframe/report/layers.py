@@ -42,8 +42,9 @@ class LayerReport:
     inputs         what became of the layer's inputs: "error", how much of the output is lost by
                    quantizing them alone, relative as above; "step", a stored scale, and "clipped",
                    the share of inputs beyond its reach; and what outlier handlers told
-    source         sha256 of the weight that it was made of, as it was stored in `source_dtype`;
-                   `rewritten` of what outlier handlers made of it, float32, None without any
+    source         fingerprint of the weight that it was made of, as it was stored, in
+                   `source_dtype`; `rewritten` of what outlier handlers made of it, float32, None
+                   without any
     input_group    the first of the layers that read the same input
     folded         the norm, or the layer before it, that divides by the scale of the layer's input;
                    None where nothing does

@@ -112,13 +112,13 @@ def sqnr_db(signal: float, noise: float) -> float:
     return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
 
 
-def clipped_share(
+def clipped_weights(
     weight: torch.Tensor,
     quantized: QuantizedWeight,
     grid: Grid,
     ranges: tuple[torch.Tensor, torch.Tensor],
-) -> float:
-    """Return the share of weights more than half a step outside the range of the codes.
+) -> int:
+    """Return how many weights are more than half a step outside the range of the codes.
 
     ranges   smallest and largest weight of each group, [rows or 1, groups] float32. Rounding is
              monotone, so where both are inside, so is the whole group.
@@ -134,7 +134,7 @@ def clipped_share(
         return (place > highest) | (place < lowest)
 
     if not weight.numel():
-        return 0.0
+        return 0
     index, own = quantized.group_index, (quantized.scale, quantized.zero_point)
     reaching = (outside(ranges[0], *own) | outside(ranges[1], *own)).any(1).expand(len(weight))
     clipped = 0
@@ -142,4 +142,4 @@ def clipped_share(
         scale, zero = (each.expand(len(weight), -1)[rows] for each in own)
         values = (rounding.expand(each, index, len(rows)) for each in (scale, zero))
         clipped += int(outside(weight[rows], *values).sum())
-    return clipped / weight.numel()
+    return clipped

@@ -10,14 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from blake3 import blake3
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import qframe
 from qframe import parallel
 from qframe.errors import NonFiniteError, WeightsError
-from qframe.fingerprints import fingerprint
+from qframe.fingerprints import fingerprint, fingerprint_of_file
 from qframe.shards import ALIGNMENT, Shards, write_tensors
 from qframe.weights import DTYPE_NAMES, SIZES, ModelFolder
 from qframe.writing import write_unread
@@ -69,7 +71,7 @@ def test_files_are_what_safetensors_reads(tmp_path_factory, found, limit):
     for name, tensor in found.items():
         assert (read[name].dtype, read[name].shape) == (tensor.dtype, tensor.shape)
         assert bits(read[name]) == bits(tensor)
-        assert shards.records[name]["sha256"] == fingerprint(tensor)
+        assert shards.records[name]["blake3"] == fingerprint(tensor)
     for file in files:
         assert shards.files[file.name] == hashlib.sha256(file.read_bytes()).hexdigest()
         content = file.read_bytes()
@@ -103,6 +105,46 @@ def test_a_tensor_may_come_in_pieces(tmp_path_factory, found, limit, cuts):
         shards.add_pieces(name, tensor.dtype, tuple(tensor.shape), parts)
     shards.finish()
     assert contents(whole) == contents(pieces)
+
+
+def expected_of(found):
+    return [(n, DTYPE_NAMES[t.dtype], tuple(t.shape)) for n, t in found.items()]
+
+
+@given(found=tensors(), limit=st.sampled_from([1, 16, 100, 1 << 20]), way=st.integers(0, 5))
+def test_what_is_expected_changes_nothing_but_spaces(tmp_path_factory, found, limit, way):
+    """Whether it comes, or comes in another order, or is too little, or too much."""
+    plain, folder = tmp_path_factory.mktemp("plain"), tmp_path_factory.mktemp("expected")
+    written(plain, found, limit)
+    known = expected_of(found)
+    known = {
+        1: known[::-1],
+        2: known[: len(known) // 2],
+        3: [*known, ("something else", "F32", (10**9, 7))],
+        4: [("first" * 50, "U8", (3,)), *known],
+        5: [(name, "F32", shape) for name, _, shape in known],
+    }.get(way, known)
+    with pytest.MonkeyPatch.context() as patch:
+        if way == 0:
+            patch.setattr("qframe.shards.sha256", None)  # is known when the last number has come
+        shards = Shards(folder, "model", limit, known)
+        for name, tensor in found.items():
+            shards.add(name, tensor)
+        shards.finish()
+    if way == 0:
+        assert contents(plain) == contents(folder)
+    assert {file.name for file in plain.iterdir()} == {file.name for file in folder.iterdir()}
+    for file in sorted(folder.glob("*.safetensors")):
+        assert shards.files[file.name] == hashlib.sha256(file.read_bytes()).hexdigest()
+        one, other = load_file(plain / file.name), load_file(file)
+        assert {n: bits(t) for n, t in one.items()} == {n: bits(t) for n, t in other.items()}
+
+
+def test_a_run_stores_what_is_expected(tiny_llama, tmp_path, monkeypatch):
+    """Else every file would be read once more for its hash."""
+    monkeypatch.setattr("qframe.shards.sha256", None)
+    recipe = {"method": "rtn", "scheme": {"num_bits": 4, "group_size": 32, "symmetric": False}}
+    qframe.quantize(tiny_llama, recipe, out=tmp_path / "out")
 
 
 def contents(folder):
@@ -176,6 +218,73 @@ def test_a_number_that_is_none_is_named_by_its_place_in_what_becomes_float32(
         folder_with(tmp_path / "m", tensor).read_float32("x")
 
 
+@pytest.mark.parametrize("direct", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8, torch.uint8])
+@pytest.mark.parametrize("shape", [(), (0, 3), (5,), (1, 100), (7, 9), (300, 41), (4096,)])
+def test_what_is_read_from_the_disk_is_what_is_there(tmp_path, monkeypatch, shape, dtype, direct):
+    first = torch.arange(1, 4, dtype=torch.uint8)
+    tensor = torch.randn(shape, generator=torch.Generator().manual_seed(0)).mul(9).to(dtype)
+    file = tmp_path / "model.safetensors"
+    own, calls = os.open, []
+
+    def opened(path, flags, *arguments, **options):
+        if flags & getattr(os, "O_DIRECT", 0):
+            calls.append(path)
+            if not direct:
+                raise OSError(errno.EINVAL, "Invalid argument")
+        return own(path, flags, *arguments, **options)
+
+    save_file({"x": tensor, "first": first}, file)
+    monkeypatch.setattr(os, "open", opened)
+    folder = ModelFolder(tmp_path, from_disk=True)
+    assert bits(folder.raw("x")) == bits(tensor)
+    assert folder.raw("first").tolist() == [1, 2, 3]
+    assert len(calls) == (2 if hasattr(os, "O_DIRECT") else 0)
+    monkeypatch.setattr("qframe.weights._numbers", None)  # what was read has its fingerprint
+    assert folder.fingerprint("x") == fingerprint(tensor)
+
+
+def test_another_error_of_reading_from_the_disk_is_one(tmp_path, monkeypatch):
+    save_file({"x": torch.ones(3)}, tmp_path / "model.safetensors")
+    folder = ModelFolder(tmp_path, from_disk=True)
+    assert folder.tensors
+
+    def refused(*arguments):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "open", refused)
+    with pytest.raises(WeightsError, match="cannot be read: Input/output error"):
+        folder.raw("x")
+
+
+def test_a_tensor_that_lies_anywhere_is_read(tmp_path):
+    header = {"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8 + 1)
+    numbers = torch.tensor([1.5, -2.0])
+    content = len(text).to_bytes(8, "little") + text + bytes(numbers.view(torch.uint8).tolist())
+    (tmp_path / "model.safetensors").write_bytes(content)
+    for from_disk in (False, True):
+        assert torch.equal(ModelFolder(tmp_path, from_disk=from_disk).raw("x"), numbers)
+
+
+def test_fingerprints_are_blake3():
+    """The hash of nothing, and of abc, as the authors of BLAKE3 give them."""
+    nothing = "af1349b9f5f9a1a6a0404dea36dcc9499bcb25c9adc112b7cc9a93cae41f3262"
+    abc = "6437b3ac38465133ffb63b75273a8db548c558465d79db03fd359c6cd5bd9d85"
+    assert fingerprint(torch.empty(0)) == nothing
+    assert fingerprint(torch.tensor(list(b"abc"), dtype=torch.uint8)) == abc
+
+
+def test_a_file_has_the_fingerprint_of_its_bytes(tmp_path):
+    for size in (0, 1, 9, 10, 100):
+        (tmp_path / "file").write_bytes(bytes(range(size)))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("qframe.fingerprints.BUFFER", 10)
+            found = fingerprint_of_file(tmp_path / "file")
+        assert found == blake3(bytes(range(size))).hexdigest()
+
+
 def test_a_fingerprint_is_that_of_the_bytes_and_is_taken_once(tmp_path, monkeypatch):
     monkeypatch.setattr("qframe.weights.HASH_BYTES", 64)
     tensor = torch.arange(63, dtype=torch.bfloat16).reshape(7, 9)
@@ -201,6 +310,7 @@ def test_a_spool_takes_no_more_disk_than_what_is_in_it(tmp_path):
     shards = Shards(tmp_path, "model", 100)
     shards.add("first", torch.zeros(25))
     shards.add("second", torch.zeros(2))
+    shards._spool.finish()
     assert (tmp_path / "model-spool").stat().st_size == torch.zeros(2).nbytes
     shards.close()
 
@@ -233,11 +343,28 @@ def test_a_file_system_that_writes_only_through_memory_does_so(tmp_path, monkeyp
             raise OSError(errno.EINVAL, "Invalid argument")
         return own(*arguments)
 
+    monkeypatch.setattr("qframe.writing._AT_ONCE", 4096)
     monkeypatch.setattr(os, refused, refuse)
-    write_unread(tmp_path / "file", [memoryview(b"one"), memoryview(b"two")])
+    parts = [b"one" * 3000, b"two" * 3000]
+    write_unread(tmp_path / "file", map(memoryview, parts))
     monkeypatch.undo()
-    assert (tmp_path / "file").read_bytes() == b"onetwo"
+    assert (tmp_path / "file").read_bytes() == b"".join(parts)
     assert refused == "write" or calls[0][1] & direct == direct
+
+
+def test_a_disk_that_takes_some_of_a_block_gets_the_rest(tmp_path, monkeypatch):
+    own, calls = os.write, []
+
+    def some(handle, part):
+        calls.append(len(part))
+        return own(handle, part[: max(1, len(part) // 3)])
+
+    monkeypatch.setattr("qframe.writing._AT_ONCE", 8192)
+    monkeypatch.setattr(os, "write", some)
+    write_unread(tmp_path / "file", [memoryview(bytes(range(250)) * 100)])
+    monkeypatch.undo()
+    assert (tmp_path / "file").read_bytes() == bytes(range(250)) * 100
+    assert len(calls) > 4
 
 
 def test_another_error_of_the_disk_is_one(tmp_path, monkeypatch):
@@ -257,7 +384,7 @@ def test_another_error_of_the_disk_is_one(tmp_path, monkeypatch):
 def test_tensors_that_are_at_hand_are_what_safetensors_reads(tmp_path_factory, found):
     file = tmp_path_factory.mktemp("at-hand") / "file.safetensors"
     digest = write_tensors(file, found, {"said": "something"})
-    assert digest == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert digest == blake3(file.read_bytes()).hexdigest()
     with safe_open(file, framework="pt") as handle:
         assert handle.metadata() == {"said": "something"}
         assert sorted(handle.keys()) == sorted(found)

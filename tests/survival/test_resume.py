@@ -302,14 +302,14 @@ def test_a_block_that_is_not_whole_and_later_ones_are_done_again(
             }[damage]
         )
     solved = set()
-    real = Solver.solve
+    real = Solver.solve_by_rows
 
-    def counting(self, group, *arguments):
-        solved.add(int(group.name.split(".")[2]))
-        return real(self, group, *arguments)
+    def counting(self, layers, *arguments):
+        solved.update(int(layer.name.split(".")[2]) for layer in layers)
+        return real(self, layers, *arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Solver, "solve", counting)
+        patch.setattr(Solver, "solve_by_rows", counting)
         qframe.quantize(model, recipe(), out=out, state="resume")
     assert solved == set(range(block, BLOCKS))
     assert contents(out) == undisturbed(recipe())
@@ -330,18 +330,18 @@ def test_a_file_that_the_list_does_not_name_is_not_used(
     assert contents(out) == undisturbed(recipe())
 
 
-STATE = {"state_version": 1, "fingerprint": {}, "total": 5, "decision": None, "blocks": []}
+STATE = {"state_version": 2, "fingerprint": {}, "total": 5, "decision": None, "blocks": []}
 BROKEN = [
     {"fingerprint": 1},
     {"total": "5"},
     {"decision": []},
     {"blocks": None},
     {"blocks": [3]},
-    {"blocks": [{"layers": "a", "sha256": ""}]},
-    {"blocks": [{"layers": [1], "sha256": ""}]},
+    {"blocks": [{"layers": "a", "blake3": ""}]},
+    {"blocks": [{"layers": [1], "blake3": ""}]},
     {"blocks": [{"layers": ["a"]}]},
 ]
-TEXTS = ["", "{", "[]", "null", '{"state_version": 0}', "[" * 100_000, '{"state_version": 1}']
+TEXTS = ["", "{", "[]", "null", '{"state_version": 0}', "[" * 100_000, '{"state_version": 2}']
 TEXTS += [json.dumps({**STATE, **wrong}) for wrong in BROKEN]
 
 

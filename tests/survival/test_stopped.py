@@ -154,7 +154,7 @@ def full(*arguments, **options):
 
 
 @pytest.mark.parametrize(
-    ("module", "function"), [(shards, "write_safetensors"), (unfinished, "write_tensors")]
+    ("module", "function"), [(shards, "put_before"), (unfinished, "write_tensors")]
 )
 def test_a_full_disk_says_what_is_needed_and_keeps_what_is_done(
     model, recipe, contents, undisturbed, tmp_path, monkeypatch, module, function
@@ -412,7 +412,7 @@ def damaging(monkeypatch):
 
 def test_what_was_written_is_read_once_more(model, recipe, tmp_path, damaging, contents, run):
     out = tmp_path / "out"
-    with pytest.raises(VerifyError, match=r"tensor .*: is not what was written: sha256 differs"):
+    with pytest.raises(VerifyError, match=r"tensor .*: is not what was written: its hash differs"):
         qframe.quantize(model, recipe("gptq"), out=out)
     assert not out.exists()
     assert kept_blocks(out) == (5, 5)

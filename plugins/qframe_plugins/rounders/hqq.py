@@ -54,7 +54,7 @@ class HQQ:
     capabilities: Capabilities = field(
         init=False, default=Capabilities(strategies=frozenset({"channel", "group"}))
     )
-
+    by_rows = True
     claims = (
         claims.HalfStep(),
         claims.NoWorsePower(1.0),

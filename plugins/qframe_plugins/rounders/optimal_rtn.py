@@ -41,6 +41,7 @@ class OptimalRTN:
             num_bits=frozenset({2, 3, 4}), strategies=frozenset({"channel", "group"})
         ),
     )
+    by_rows = True
     claims = (
         claims.HalfStep(),
         claims.FittedScale(),

@@ -25,6 +25,7 @@ class RTN:
     name: str = field(init=False, default="rtn")
     needs: frozenset[str] = field(init=False, default=frozenset())
     capabilities: Capabilities = field(init=False, default=Capabilities.any_format())
+    by_rows = True
     claims = (
         claims.HalfStep(),
         claims.SchemeScale(),
