@@ -9,6 +9,7 @@ command for.
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,12 +51,50 @@ def fingerprint(tensor: torch.Tensor) -> str:
 
 def fingerprint_of(pieces: Iterable[torch.Tensor]) -> str:
     """Return the same of a tensor that comes some of its rows at a time."""
-    import torch
-
     found = blake3()
     for piece in pieces:
-        found.update(piece.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        found.update(_bytes_of(piece))
     return found.hexdigest()
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    """Return the bytes of a tensor, row by row."""
+    import torch
+
+    return memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+class InParts:
+    """The fingerprint of a tensor some rows of which come at a time, in any order, from any thread.
+
+    What comes too early is held until those before it have come.
+    """
+
+    def __init__(self, rows: int) -> None:
+        self._rows, self._next = rows, 0
+        self._early: dict[int, tuple[int, torch.Tensor]] = {}  # first row -> where they end, they
+        self._hash, self._taken = blake3(), False
+        self._lock = threading.Lock()
+
+    def add(self, first: int, part: torch.Tensor) -> str | None:
+        """Take in rows from the first on; return the fingerprint if these were the last missing.
+
+        Rows that have come before are left out, if they come as they did.
+        """
+        with self._lock:
+            if first >= self._next:
+                self._early[first] = first + len(part), part
+            if self._taken:  # another thread has the hash, and goes on to these
+                return None
+            self._taken = True
+        while True:
+            with self._lock:
+                after = self._early.pop(self._next, None)
+                if after is None:
+                    self._taken = False
+                    return self._hash.hexdigest() if self._next == self._rows else None
+                self._next = after[0]
+            self._hash.update(_bytes_of(after[1]))
 
 
 def fingerprint_of_file(file: Path) -> str:

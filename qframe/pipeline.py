@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -266,13 +267,17 @@ class _Run:
         self, out: Path, kept: Unfinished, *, strict: bool, overwrite: bool, verify: bool
     ) -> tuple[RunReport, Mapping[str, int]]:
         """Walk through the network and write the folder; return its files' sizes in bytes."""
+        from qframe.comparison.identity import tensors_identity
         from qframe.run_identity import run_identity
 
-        job, identity = self._job, self._identity
+        job, identity, folder = self._job, self._identity, self._job.network.folder
         blocks = {job.network.block_of(layer) for layer in job.plan.schemes}
+        # What is made of weights alone depends on those that were read for it.
+        as_read = self._data is None and folder is not None and not kept.goes_on
         if identity is None and kept.wanted:
-            identity = run_identity(job, self._data, self._threads)
-        kept.begin(identity, len(blocks))
+            identity = run_identity(job, self._data, self._threads, whole=not as_read)
+        known = dict if folder is None else partial(tensors_identity, folder)
+        kept.begin(identity, len(blocks), known)
         with CheckpointWriter(
             out,
             job.layout,

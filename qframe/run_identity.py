@@ -18,12 +18,14 @@ if TYPE_CHECKING:
 
 
 def run_identity(
-    job: Job, calibration: CalibrationData | None, threads: int
+    job: Job, calibration: CalibrationData | None, threads: int, *, whole: bool = True
 ) -> dict[str, Any] | None:
     """Return everything that decides what a run writes, as plain values in mappings.
 
     None where some of it cannot be told: calibration inputs that are no tensors. The number of
     threads is none of it, nor is where the files are.
+
+    whole   read all of the model's tensors for their hashes, and not only what is known of them
     """
     data = None
     if calibration is not None:
@@ -36,7 +38,7 @@ def run_identity(
             return None
     return {
         "recipe": job.recipe.model_dump(mode="json"),  # first, as the others may follow from it
-        "model": _model(job, threads),
+        "model": _model(job, threads, whole),
         "layout": job.layout.name,
         "calibration": data,
         "environment": environment(job.recipe.calibration.compute_dtype),
@@ -46,11 +48,11 @@ def run_identity(
     }
 
 
-def _model(job: Job, threads: int) -> dict[str, str]:
+def _model(job: Job, threads: int, whole: bool) -> dict[str, str]:
     """Return name of a tensor -> what it is, and its fingerprint; name of a file -> its sha256."""
     network = job.network
     if network.folder is not None:
-        return model_identity(network.folder, threads)
+        return model_identity(network.folder, threads, whole=whole)
     state = {k: v for k, v in network.module.state_dict().items() if isinstance(v, torch.Tensor)}
     hashes = parallel.spread(lambda name: _told(state[name]), list(state), threads)
     return {"class": type(network.module).__name__, **dict(zip(state, hashes, strict=True))}

@@ -18,7 +18,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import NoneType
@@ -74,20 +74,28 @@ class Unfinished:
         self._out, self._asked = out, state
         self._keeps = False
         self._state: dict[str, Any] = {}
+        self._known: Callable[[], Mapping[str, str]] = dict
         self._places: dict[str, int] = {}  # layer -> place of its block's file
 
-    def begin(self, fingerprint: Mapping[str, Any] | None, total: int) -> None:
+    def begin(
+        self,
+        fingerprint: Mapping[str, Any] | None,
+        total: int,
+        known: Callable[[], Mapping[str, str]] = dict,
+    ) -> None:
         """Say what the run depends on; with "resume" that must be what it depended on.
 
         fingerprint   plain values, in mappings as deep as need be; None where it is not known, so
                       that nothing can be kept
         total         blocks to be done
+        known         returns what of fingerprint["model"] has become known while blocks were done;
+                      before, it says the beginning of it, up to a space
 
         Raises UnfinishedError, naming what is another.
         """
         if self._state:
             before, now = self._state["fingerprint"], _plain(fingerprint)
-            found = list(differences(before, now))
+            found = list(differences(before, _as_far_as_known(before, now)))
             if found:
                 (place, old, new), others = found[0], [place for place, _, _ in found[1:]]
                 also = f" (also another: {', '.join(others[:SHOWN])})" if others else ""
@@ -96,6 +104,7 @@ class Unfinished:
                     f"else: {place} was {old}, and is {new} now{also}; give what that run was "
                     f"given, or begin anew with --restart, which deletes it"
                 )
+            self._state["fingerprint"] = now
         else:
             self._state = {
                 "state_version": STATE_VERSION,
@@ -105,7 +114,13 @@ class Unfinished:
                 "blocks": [],
             }
         self._keeps = fingerprint is not None and self.wanted
+        self._known = known
         self._index()
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether an earlier run has left something with which this one goes on."""
+        return bool(self._state)
 
     @property
     def wanted(self) -> bool:
@@ -168,6 +183,8 @@ class Unfinished:
             entry = {"block": block, "layers": list(record["layers"]), "blake3": digest}
             put_in_place(temporary, file)
         self._state["blocks"].append(entry)
+        if known := self._known():
+            self._state["fingerprint"]["model"].update(known)
         self._write()
         self._index()
 
@@ -265,6 +282,17 @@ def unfinished(out: Path, state: State) -> Iterator[Unfinished]:
             raise
         finally:
             kept.leave(useless=useless)
+
+
+def _as_far_as_known(before: Any, now: Any) -> Any:
+    """Return what a run depends on, of the model no more than was known of it before."""
+    if not all(isinstance(each, Mapping) and "model" in each for each in (before, now)):
+        return now
+    model, old = dict(now["model"]), before["model"]
+    for name, said in old.items() if isinstance(old, Mapping) else ():
+        if str(model.get(name, "")).startswith(f"{said} "):
+            model[name] = said
+    return {**now, "model": model}
 
 
 def _read_state(folder: Path) -> dict[str, Any]:

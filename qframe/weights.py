@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 
 from qframe import pages, parallel
 from qframe.errors import NonFiniteError, WeightsError
-from qframe.fingerprints import fingerprint_of
+from qframe.fingerprints import InParts, fingerprint_of
 
 LONGEST_NAME = 255  # of a file
 PIECE_BYTES = 1 << 24  # of a tensor that is read in pieces
@@ -119,6 +119,7 @@ class ModelFolder:
     def __init__(self, path: str | Path, stem: str = MODEL, *, from_disk: bool = False) -> None:
         self.path, self._stem, self._from_disk = Path(path), stem, from_disk
         self._fingerprints: dict[str, str] = {}
+        self._parts: dict[str, InParts] = {}  # of tensors that come some rows at a time
         if not self.path.is_dir():
             raise WeightsError(
                 f"{self.path}: no such folder; a model is a folder with config.json and "
@@ -233,6 +234,7 @@ class ModelFolder:
             return self.read(name)[rows].to(torch.float32)
         with _reading(there) as stream:
             piece = _numbers(stream, there, rows)
+        self._hash_part(name, rows, piece)
         if _doubtful(piece):
             self.read(name)  # raises, and says where
         if piece.dtype == torch.float32:
@@ -241,6 +243,21 @@ class ModelFolder:
         found.copy_(piece)
         return found
 
+    def _hash_part(self, name: str, rows: slice, piece: torch.Tensor) -> None:
+        """Take rows that were read into the fingerprint of their tensor."""
+        if name in self._fingerprints:
+            return
+        parts = self._parts.setdefault(name, InParts(self.tensors[name].shape[0]))
+        found = parts.add(rows.start, piece)
+        if found is not None:
+            self._fingerprints[name] = found
+            self._parts.pop(name, None)
+
+    @property
+    def known_fingerprints(self) -> Mapping[str, str]:
+        """Name of a tensor -> its fingerprint, of those whose is known by now."""
+        return dict(self._fingerprints)
+
     def fingerprint(self, name: str) -> str:
         """Return the fingerprint of a tensor, which is read for it once.
 
@@ -248,6 +265,7 @@ class ModelFolder:
         """
         if name not in self._fingerprints:
             self._fingerprints[name] = fingerprint_of(self.raw_pieces(name, HASH_BYTES))
+            self._parts.pop(name, None)
         return self._fingerprints[name]
 
     def side_files(self) -> list[Path]:

@@ -18,11 +18,12 @@ from hypothesis.errors import NoSuchExample
 from torch import nn
 
 import qframe
-from qframe import Capabilities, bounds, claims, panels, rounding, verdicts
+from qframe import Capabilities, bounds, claims, panels, rounding, verdicts, weights
 from qframe.certificates import Certificate, Evidence, applicable
 from qframe.claims import claims_of
 from qframe.contracts import Event, RoundingProblem
 from qframe.errors import CertificateError, MemoryLimitError, NonFiniteError, PluginError
+from qframe.fingerprints import fingerprint
 from qframe.grids import grid_of
 from qframe.host import Host
 from qframe.packing import PackedWeight
@@ -369,6 +370,30 @@ def test_a_folder_is_the_one_that_whole_layers_make(
         assert made[False, 1][name] == made[True, 1][name]
     told, whole = (json.loads(made[by, 1]["qframe.json"])["layers"] for by in (True, False))
     assert told == whole
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_weights_are_read_once(tiny, tmp_path, monkeypatch, threads):
+    """Their hashes are taken on the way, and are those of whole tensors."""
+    model, read = tiny.write_llama(tmp_path / "model"), {}
+    plain = weights._numbers
+
+    def counted(stream, there, rows=None):
+        found = plain(stream, there, rows)
+        if there.file.parent == model:
+            key = there.start
+            read[key] = read.get(key, 0) + found.nbytes
+        return found
+
+    monkeypatch.setattr(weights, "_numbers", counted)
+    monkeypatch.setattr(panels, "PANEL", 700)
+    recipe = {"method": "rtn", "scheme": {"num_bits": 4, "group_size": 32}}
+    report = qframe.quantize(model, recipe, out=tmp_path / "out", threads=threads).report
+    monkeypatch.undo()
+    folder = weights.ModelFolder(model)
+    assert read == {there.start: there.bytes for there in folder.tensors.values()}
+    for layer in report.layers:
+        assert layer.source == fingerprint(folder.raw(f"{layer.name}.weight"))
 
 
 def test_a_violated_claim_is_named_by_its_place_in_the_layer(monkeypatch):

@@ -39,20 +39,28 @@ LIBRARIES = ("torch", "numpy", "numba", "transformers", "tokenizers")
 _PROCESS = uuid.uuid4().hex  # stands for code whose source cannot be read
 
 
-def model_identity(folder: ModelFolder, threads: int = 1) -> dict[str, str]:
+def model_identity(folder: ModelFolder, threads: int = 1, *, whole: bool = True) -> dict[str, str]:
     """Return the hash of everything that the network or its tokens are made of, by name.
 
     That is each tensor, which is not hashed again when a layer is made of it, and each file that
     holds none. The names of the folder and of files with tensors do not count: a copy is the same
     model.
+
+    whole   read all tensors for that; else those without a known hash are dtype and shape alone
     """
-    tensors, files = folder.tensors, folder.side_files()
-    found = parallel.spread(folder.fingerprint, list(tensors), threads)
-    named = {
-        f"tensor {name}": f"{there.dtype} {list(there.shape)} {own}"
-        for (name, there), own in zip(tensors.items(), found, strict=True)
+    if whole:
+        parallel.spread(folder.fingerprint, list(folder.tensors), threads)
+    tensors = {f"tensor {name}": f"{t.dtype} {list(t.shape)}" for name, t in folder.tensors.items()}
+    files = {file.name: sha256(file) for file in folder.side_files()}
+    return tensors | tensors_identity(folder) | files
+
+
+def tensors_identity(folder: ModelFolder) -> dict[str, str]:
+    """Return the same of tensors whose hash is known by now."""
+    return {
+        f"tensor {name}": f"{folder.tensors[name].dtype} {list(folder.tensors[name].shape)} {own}"
+        for name, own in folder.known_fingerprints.items()
     }
-    return named | {file.name: sha256(file) for file in files}
 
 
 def evaluation_identity(protocol: Protocol, windows: torch.Tensor) -> dict[str, Any]:

@@ -175,3 +175,61 @@ def test_a_difference_is_found_wherever_it_is_and_nowhere_else(before, data):
         at = inner
     found = list(differences(before, now))
     assert [place for place, _, _ in found] == ([".".join(path).lstrip(".")] if path else [])
+
+
+# Weights alone: no weight is read for its hash alone, so those that were not read are not known.
+
+
+@pytest.fixture
+def left_by_rtn(model, recipe, stopped, tmp_path):
+    """A folder with a model, and with what a run left that has read some of its weights."""
+    shutil.copytree(model, tmp_path / "model")
+    stopped(tmp_path / "model", recipe("rtn"), tmp_path / "out", after=2, threads=1)
+    done, total = kept_blocks(tmp_path / "out")
+    assert 0 < done < total
+    return tmp_path
+
+
+def turn_a_bit(folder, tensor):
+    there = ModelFolder(folder).tensors[tensor]
+    data = bytearray(there.file.read_bytes())
+    data[there.start] ^= 1
+    there.file.write_bytes(data)
+
+
+QUERY = "model.layers.{}.self_attn.q_proj.weight"
+
+
+def test_a_weight_that_was_read_must_be_the_same(left_by_rtn, recipe):
+    turn_a_bit(left_by_rtn / "model", QUERY.format(0))
+    with pytest.raises(UnfinishedError, match=rf'model\.tensor {QUERY.format(0)} was "F32 '):
+        qframe.quantize(
+            left_by_rtn / "model", recipe("rtn"), out=left_by_rtn / "out", state="resume"
+        )
+    assert kept_blocks(left_by_rtn / "out") is not None
+
+
+@pytest.mark.parametrize("tensor", [QUERY.format(4), "model.norm.weight"])
+def test_one_that_was_not_may_be_another(left_by_rtn, recipe, contents, tensor):
+    """The output is that of the model as it is now: nothing was made of what it was."""
+    turn_a_bit(left_by_rtn / "model", tensor)
+    for out, state in (("out", "resume"), ("anew", "new")):
+        qframe.quantize(left_by_rtn / "model", recipe("rtn"), out=left_by_rtn / out, state=state)
+    assert contents(left_by_rtn / "out") == contents(left_by_rtn / "anew")
+
+
+def test_a_run_that_goes_on_knows_all_weights(left_by_rtn, recipe, stopped):
+    out = left_by_rtn / "out"
+    stopped(left_by_rtn / "model", recipe("rtn"), out, after=4, threads=1, state="resume")
+    turn_a_bit(left_by_rtn / "model", "model.norm.weight")
+    with pytest.raises(UnfinishedError, match=r'model\.tensor model\.norm\.weight was "F32 '):
+        qframe.quantize(left_by_rtn / "model", recipe("rtn"), out=out, state="resume")
+
+
+def test_a_shape_is_known_before_a_weight_is_read(left_by_rtn):
+    state = json.loads((left_by_rtn / ".out.qframe-unfinished" / "state.json").read_text())
+    tensors = ModelFolder(left_by_rtn / "model").tensors
+    model = state["fingerprint"]["model"]
+    assert all(f"tensor {name}" in model for name in tensors)
+    assert model["tensor model.norm.weight"] == f"F32 {list(tensors['model.norm.weight'].shape)}"
+    assert len(model[f"tensor {QUERY.format(0)}"].split()[-1]) == 64
