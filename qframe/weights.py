@@ -6,7 +6,6 @@ and be whole, and pickle files are never opened.
 
 from __future__ import annotations
 
-import errno
 import io
 import json
 import math
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from qframe import pages, parallel
+from qframe import direct, pages, parallel
 from qframe.errors import NonFiniteError, WeightsError
 from qframe.fingerprints import InParts, fingerprint_of
 
@@ -29,7 +28,6 @@ LONGEST_NAME = 255  # of a file
 PIECE_BYTES = 1 << 24  # of a tensor that is read in pieces
 HASH_BYTES = 1 << 19  # of a piece that is hashed
 CACHE_BYTES = 1 << 20  # of a piece that is made another dtype at once
-BLOCK = 1 << 12  # bytes: no disk has larger blocks
 MODEL = "model"  # the stem of the files with weights
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _WEIGHT_SUFFIXES = {
@@ -371,22 +369,12 @@ def _starts(file: Path) -> tuple[dict[str, int], tuple[int, int]]:
 def _reading(there: StoredTensor, from_disk: bool = False) -> Iterator[io.FileIO]:
     """Open the file of a tensor to read from it. Raises WeightsError, also where that fails."""
     try:
-        with io.FileIO(there.file, opener=_from_disk if from_disk else None) as stream:
+        with io.FileIO(there.file, opener=direct.opened if from_disk else None) as stream:
             if _stamp(stream) != there.stamp:
                 raise WeightsError(f"{there.file}: it was changed while it was being used")
             yield stream
     except OSError as error:
         raise WeightsError(f"{there.file}: cannot be read: {error.strerror}") from None
-
-
-def _from_disk(file: str, flags: int) -> int:
-    """Open a file to read past the memory in which the system has files, where it can."""
-    try:
-        return os.open(file, flags | getattr(os, "O_DIRECT", 0))
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-        return os.open(file, flags)
 
 
 def _stamp(stream: io.FileIO | io.BufferedReader) -> tuple[int, int]:
@@ -402,6 +390,16 @@ def _cut(there: StoredTensor, size: int) -> list[slice]:
     return [slice(top, min(top + step, rows)) for top in range(0, rows, step)]
 
 
+def _some(stream: io.FileIO, view: memoryview) -> int:
+    """Read some bytes into memory; return how many, 0 at the end."""
+    try:
+        return stream.readinto(view)
+    except OSError as error:
+        if not direct.cannot(error, stream.fileno()):
+            raise
+        return stream.readinto(view)
+
+
 def _numbers(stream: io.FileIO, there: StoredTensor, rows: slice | None = None) -> torch.Tensor:
     """Read a tensor, or some of its rows. Raises WeightsError."""
     size, start, shape = SIZES[there.dtype], there.start, there.shape
@@ -410,13 +408,14 @@ def _numbers(stream: io.FileIO, there: StoredTensor, rows: slice | None = None) 
         shape = (rows.stop - rows.start, *there.shape[1:])
     size *= math.prod(shape)
     # Whole blocks of the disk into memory that begins like one, as reading from it needs them.
-    before = start % BLOCK
-    whole = before + size + -(before + size) % BLOCK
-    room = pages.empty((whole + BLOCK,), torch.uint8)
-    room = room[-room.data_ptr() % BLOCK :][:whole]
+    block = direct.BLOCK
+    before = start % block
+    whole = before + size + -(before + size) % block
+    room = pages.empty((whole + block,), torch.uint8)
+    room = room[-room.data_ptr() % block :][:whole]
     view, filled = memoryview(room.numpy().data), 0
     stream.seek(start - before)
-    while filled < before + size and (count := stream.readinto(view[filled:])):
+    while filled < before + size and (count := _some(stream, view[filled:])):
         filled += count
     if filled < before + size:
         raise WeightsError(f"{there.file}: it ends within a tensor: download it again")

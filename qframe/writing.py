@@ -20,14 +20,13 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from qframe import direct
 from qframe.errors import OutputError
 from qframe.memory import readable_bytes
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_NOT_SO = {errno.EINVAL, errno.EOPNOTSUPP}  # files, or a length, cannot be written past memory
 _FORBIDDEN = {errno.EROFS, errno.EACCES, errno.EPERM}
 _AT_ONCE = 4 << 20  # bytes that are written at a time past the system's memory
-_BLOCK = 4096  # bytes of which that has to be a multiple: no disk has larger blocks
 
 
 @contextmanager
@@ -73,21 +72,12 @@ def put_in_place(temporary: Path, file: Path) -> None:
 class Unread:
     """A file that is written from its beginning on and not read soon.
 
-    It is written past the memory in which the system keeps files: the system would have to find
-    and clear that first, which can take longer than writing. Where it cannot write so, it writes as
-    ever. All but `close` raise OSError.
+    It is written past the memory in which the system keeps files (`qframe.direct`), where it can.
+    All but `close` raise OSError.
     """
 
     def __init__(self, file: Path) -> None:
-        flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC
-        self._direct = getattr(os, "O_DIRECT", 0)
-        try:
-            self.handle = os.open(file, flags | self._direct, 0o600)
-        except OSError as error:
-            if not self._direct or error.errno not in _NOT_SO:
-                raise
-            self._direct = 0
-            self.handle = os.open(file, flags, 0o600)
+        self.handle = direct.opened(file, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
         # It begins with a page, as what is written so has to.
         self._buffer, self._filled = memoryview(mmap.mmap(-1, _AT_ONCE)), 0
 
@@ -102,7 +92,7 @@ class Unread:
 
     def finish(self) -> None:
         """Write what waits; from now on the file is one like others, and `handle` can be used."""
-        self._through_memory()
+        direct.through_memory(self.handle)
         self._write_out()
 
     def close(self) -> None:
@@ -115,22 +105,12 @@ class Unread:
             try:
                 count = os.write(self.handle, part)
             except OSError as error:
-                if not self._direct or error.errno not in _NOT_SO:
+                if not direct.cannot(error, self.handle):
                     raise
-                self._through_memory()
                 continue
             part = part[count:]
-            if len(part) % _BLOCK:  # the disk was full just now, or the file as long as it may be
-                self._through_memory()
-
-    def _through_memory(self) -> None:
-        """Write the rest as ever."""
-        if self._direct:
-            import fcntl  # which systems have that have O_DIRECT
-
-            flags = fcntl.fcntl(self.handle, fcntl.F_GETFL)
-            fcntl.fcntl(self.handle, fcntl.F_SETFL, flags & ~self._direct)
-            self._direct = 0
+            if len(part) % direct.BLOCK:  # the disk was full, or the file as long as it may be
+                direct.through_memory(self.handle)
 
 
 def write_unread(file: Path, parts: Iterable[memoryview]) -> None:

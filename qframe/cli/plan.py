@@ -86,7 +86,7 @@ def may_fold(job: Job) -> bool:
 def _predictions(job: Job, threads: int, budget: int | None) -> dict[str, str]:
     """Return what the output will take on disk, and the run in memory."""
     size, peak = folder_size(job), peak_memory(job, threads, budget)
-    parts = ", ".join(f"{readable_bytes(count)} {what}" for what, count in peak.items())
+    parts = ", ".join(f"{readable_bytes(count)} {what}" for what, count in peak.items() if count)
     kept = most_statistics_bytes(job)
     most = "at most " if job.candidates or may_fold(job) else ""
     return {

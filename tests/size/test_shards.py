@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
 import os
 from pathlib import Path
@@ -242,6 +243,33 @@ def test_what_is_read_from_the_disk_is_what_is_there(tmp_path, monkeypatch, shap
     assert len(calls) == (2 if hasattr(os, "O_DIRECT") else 0)
     monkeypatch.setattr("qframe.weights._numbers", None)  # what was read has its fingerprint
     assert folder.fingerprint("x") == fingerprint(tensor)
+
+
+@pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="this system reads through memory alone")
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.EIO])
+def test_a_file_system_may_refuse_when_a_file_is_read(tmp_path, monkeypatch, code):
+    """Others open files to be read from the disk, and cannot."""
+    import fcntl
+
+    refusals = []
+
+    class Refusing(io.FileIO):
+        def readinto(self, view):
+            if fcntl.fcntl(self.fileno(), fcntl.F_GETFL) & os.O_DIRECT or code == errno.EIO:
+                refusals.append(view)
+                raise OSError(code, os.strerror(code))
+            return super().readinto(view)
+
+    numbers = torch.arange(5000.0)
+    save_file({"x": numbers}, tmp_path / "model.safetensors")
+    folder = ModelFolder(tmp_path, from_disk=True)
+    monkeypatch.setattr(io, "FileIO", Refusing)
+    if code == errno.EIO:
+        with pytest.raises(WeightsError, match="cannot be read: Input/output error"):
+            folder.raw("x")
+    else:
+        assert torch.equal(folder.raw("x"), numbers)
+    assert len(refusals) == 1
 
 
 def test_another_error_of_reading_from_the_disk_is_one(tmp_path, monkeypatch):
