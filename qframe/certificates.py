@@ -140,19 +140,21 @@ class Closest:
     def screened(
         cls,
         most: Float64,
-        judge: Callable[[npt.NDArray[np.intp]], tuple[Float64, Float64]],
+        judge: Callable[[npt.NDArray[np.intp]], Closest],
         width: int,
         first: int = 0,
+        at_once: int | None = None,
     ) -> Closest:
         """Return the same as `of`, looking only at those strips of weights that may come closest.
 
-        most    [rows] or [rows, strips]: no ratio in a strip is larger
-        judge   returns (error, allowed) of some strips, each [strips, width]; they are numbered
-                row by row
-        width   of a strip
-        first   the number of the first row
+        most      [rows] or [rows, strips]: no ratio in a strip is larger
+        judge     looks at some strips, numbered row by row; its place is [strip, weight], of those
+        width     of a strip
+        first     the number of the first row
+        at_once   strips that are judged together; as many as the cache has numbers of 64 bits for
         """
-        per_row, at_once = most.size // max(len(most), 1), max(1, _CLOSELY // max(width, 1))
+        per_row = most.size // max(len(most), 1)
+        at_once = at_once or max(1, _CLOSELY // max(width, 1))
 
         def look(chosen: npt.NDArray[np.bool_]) -> Closest:
             places = np.flatnonzero(chosen)
@@ -160,7 +162,7 @@ class Closest:
             return cls.among(look_at(places[start : start + at_once]) for start in starts)
 
         def look_at(places: npt.NDArray[np.intp]) -> Closest:
-            found = cls.of(*judge(places))
+            found = judge(places)
             if not found.place:
                 return found
             number, inside = found.place

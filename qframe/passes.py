@@ -161,34 +161,59 @@ def differences(
 
 
 @compiled
-def nearest(
+def closest(
     weight: Float32,
     codes: Int16,
     scale: Float64,
     zero: Float64,
+    strips: Int64,
     qmin: int,
     qmax: int,
     gamma: float,
     added: float,
+    place: Int64,
     error: Float64,
     allowed: Float64,
 ) -> None:
-    """Write what `bounds.nearest` returns for equal steps; arrays are [rows, columns].
+    """Write of some strips where `bounds.nearest` for equal steps comes closest, and what it says.
 
-    scale, zero   [rows, 1 or columns]
-    gamma         of the weight, and `added` of the scale, is allowed besides half a step
+    weight, codes   [all strips, width]
+    scale, zero     [all strips, 1 or width]
+    strips          their numbers
+    gamma           of the weight, and `added` of the scale, is allowed besides half a step
+    place           [strips], becomes the first number of those with the largest error / allowed
     """
-    apart = 1 if scale.shape[1] > 1 else 0
-    for row in range(len(weight)):
-        own, found, steps, zeros = weight[row], codes[row], scale[row], zero[row]
-        errors, limits = error[row], allowed[row]
-        for column in range(len(own)):
-            step, w = steps[column * apart], np.float64(own[column])
-            delta = (np.float64(found[column]) - zeros[column * apart]) * step - w
-            above, below = found[column] == qmin and delta > 0, found[column] == qmax and delta < 0
-            excused = (above or below) and abs(delta) < np.inf
+    width, lowest, highest = weight.shape[1], np.int16(qmin), np.int16(qmax)
+    steps, zeros = np.empty(width), np.empty(width)
+    errors, limits, ratios = np.empty(width), np.empty(width), np.empty(width)
+    bits = ratios.view(np.int64)  # in whose order numbers are that are not negative
+    for number in range(len(strips)):
+        strip = strips[number]
+        own, found = weight[strip], codes[strip]
+        if scale.shape[1] > 1:
+            steps[:], zeros[:] = scale[strip], zero[strip]
+        else:
+            steps[:], zeros[:] = scale[strip, 0], zero[strip, 0]
+        for column in range(width):
+            step, w = steps[column], np.float64(own[column])
+            delta = (np.float64(found[column]) - zeros[column]) * step - w
+            above = (found[column] == lowest) & (delta > 0)
+            below = (found[column] == highest) & (delta < 0)
+            excused = (above | below) & (abs(delta) < np.inf)
             errors[column] = 0.0 if excused else abs(delta)
             limits[column] = step / 2 + (gamma * abs(w) + added * step)
+        for column in range(width):
+            ratio = errors[column] / limits[column]
+            ratio = 0.0 if errors[column] == 0 else ratio
+            good = (errors[column] < np.inf) & (limits[column] >= 0)
+            ratios[column] = ratio if good else np.inf
+        largest = np.int64(0)
+        for column in range(width):
+            largest = bits[column] if bits[column] > largest else largest
+        first = 0
+        while bits[first] != largest:
+            first += 1
+        place[number], error[number], allowed[number] = first, errors[first], limits[first]
 
 
 @compiled

@@ -55,19 +55,43 @@ class Piece:
         found -= self.weight
         return found
 
-    def nearest(self, grid: Grid, gamma: float, added: float) -> tuple[Float64, Float64]:
-        """Return (error, allowed) of `bounds.nearest` on a grid of equal steps, of strips.
+    def closest(
+        self, strips: npt.NDArray[np.intp], grid: Grid, gamma: float, added: float
+    ) -> tuple[npt.NDArray[np.intp], Float64, Float64]:
+        """Return where strips come closest to `bounds.nearest` on a grid of equal steps, [strips].
 
+        strips         their numbers, row by row
         gamma, added   of the weight, and of the scale: what is allowed besides half a step
+
+        Returned are the places of weights in their strips, and their (error, allowed).
         """
         from qframe import passes
 
-        error, allowed = np.empty(self.weight.shape), np.empty(self.weight.shape)
-        weight, codes = np.ascontiguousarray(self.weight), np.ascontiguousarray(self.codes)
-        scale, zero = np.ascontiguousarray(self.scale), np.ascontiguousarray(self.zero_point)
-        qmin, qmax = grid.qmin, grid.qmax
-        passes.nearest(weight, codes, scale, zero, qmin, qmax, gamma, added, error, allowed)
-        return error, allowed
+        shape = self.weight.shape[:-1]
+
+        def flat(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+            whole = np.broadcast_to(values, (*shape, values.shape[-1]))
+            return np.ascontiguousarray(whole.reshape(-1, values.shape[-1]))
+
+        weight, codes = flat(self.weight), flat(self.codes)
+        scale, zero = flat(self.scale), flat(self.zero_point)
+        place = np.empty(len(strips), np.int64)
+        error, allowed = np.empty(len(strips)), np.empty(len(strips))
+        passes.closest(
+            weight,
+            codes,
+            scale,
+            zero,
+            strips.astype(np.int64),
+            grid.qmin,
+            grid.qmax,
+            gamma,
+            added,
+            place,
+            error,
+            allowed,
+        )
+        return place, error, allowed
 
     def _steps(self) -> torch.Tensor:
         """Return what codes stand for at scale 1, before zero points; the caller may change it."""

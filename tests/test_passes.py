@@ -137,7 +137,7 @@ def values_are_those_of_the_table(module, layer):
     return differences_are_those_of_all_weights(module, layer, table)
 
 
-def errors_are_those_of_the_bound(module, layer, apart=True):
+def closest_are_those_of_the_bound(module, layer, apart=True):
     scale, zero = (np.float64(each) for each in of_each_weight(layer))
     if not apart:
         scale, zero = scale[:, :1], zero[:, :1]
@@ -148,14 +148,20 @@ def errors_are_those_of_the_bound(module, layer, apart=True):
     allowance = gamma * np.abs(layer.weight, dtype=np.float64)
     allowance += bounds.zero_point_added(scale, layer.grid)
     wanted = bounds.nearest(delta, layer.codes, scale, layer.grid, allowance)
-    error, allowed = np.full(delta.shape, np.nan), np.full(delta.shape, np.nan)
+    strips = layer.rng.permutation(len(delta))[: layer.rng.integers(0, 5)]
+    found = np.full(len(strips), -1), *np.full((2, len(strips)), np.nan)
     arrays, grid = (layer.weight, layer.codes, scale, zero), layer.grid
-    module.nearest(*arrays, grid.qmin, grid.qmax, gamma, added, error, allowed)
-    return np.array_equal(error, wanted[0]) and np.array_equal(allowed, wanted[1])
+    module.closest(*arrays, strips, grid.qmin, grid.qmax, gamma, added, *found)
+    for strip, place, error, allowed in zip(strips, *found, strict=True):
+        own = [each[strip] for each in np.broadcast_arrays(*wanted)]
+        _, first = bounds.worst(*own)
+        if (place, error, allowed) != (first, own[0][first], own[1][first]):
+            return False
+    return True
 
 
-def errors_of_rows_with_one_scale_are_those_of_the_bound(module, layer):
-    return errors_are_those_of_the_bound(module, layer, apart=False)
+def closest_of_rows_with_one_scale_are_those_of_the_bound(module, layer):
+    return closest_are_those_of_the_bound(module, layer, apart=False)
 
 
 def streams_are_made_and_read(module, drawn):
@@ -195,8 +201,8 @@ OF_LAYERS = (
     codes_are_the_nearest,
     differences_are_those_of_all_weights,
     values_are_those_of_the_table,
-    errors_are_those_of_the_bound,
-    errors_of_rows_with_one_scale_are_those_of_the_bound,
+    closest_are_those_of_the_bound,
+    closest_of_rows_with_one_scale_are_those_of_the_bound,
 )
 
 
@@ -277,16 +283,24 @@ MISTAKES = [
     ("(np.float64(step) / 2)", "np.float64(step)", differences_are_those_of_all_weights),
     ("found[lane] - qmin, 0)", "found[lane] - qmin - 1, 0)", values_are_those_of_the_table),
     ("table[code] * step", "table[code]", values_are_those_of_the_table),
-    (" and delta > 0,", ",", errors_are_those_of_the_bound),
-    ("found[column] == qmax and", "found[column] == qmin and", errors_are_those_of_the_bound),
-    ("steps[column * apart], np", "steps[0], np", errors_are_those_of_the_bound),
+    (" & (delta > 0)", "", closest_are_those_of_the_bound),
+    ("(found[column] == highest) &", "(found[column] == lowest) &", closest_are_those_of_the_bound),
     (
-        "apart = 1 if scale.shape[1] > 1 else 0",
-        "apart = 1",
-        errors_of_rows_with_one_scale_are_those_of_the_bound,
+        "= scale[strip], zero[strip]",
+        "= scale[strip, 0], zero[strip, 0]",
+        closest_are_those_of_the_bound,
     ),
-    ("gamma * abs(w) + added * step", "gamma * abs(w)", errors_are_those_of_the_bound),
-    ("gamma * abs(w) + added", "gamma * w + added", errors_are_those_of_the_bound),
+    (
+        "= scale[strip, 0], zero[strip, 0]",
+        "= scale[0, 0], zero[0, 0]",
+        closest_of_rows_with_one_scale_are_those_of_the_bound,
+    ),
+    ("while bits[first] != largest:", "while first + 1 < width:", closest_are_those_of_the_bound),
+    ("bits[column] > largest", "bits[column] < largest", closest_are_those_of_the_bound),
+    ("errors[column] / limits[column]", "errors[column]", closest_are_those_of_the_bound),
+    ("strip = strips[number]", "strip = number", closest_are_those_of_the_bound),
+    ("gamma * abs(w) + added * step", "gamma * abs(w)", closest_are_those_of_the_bound),
+    ("gamma * abs(w) + added", "gamma * w + added", closest_are_those_of_the_bound),
 ]
 OF_STRIPS = [
     ("key = own[place] ^ (own[place] >> np.int32(31) & magnitude)", "key = own[place]"),

@@ -172,7 +172,8 @@ def test_the_first_of_equally_close_weights_is_found_in_whatever_strip(error, sp
     most = errors.reshape(strips).max(-1)
 
     def judge(places):
-        return errors.reshape(-1, strips[-1])[places], allowed.reshape(-1, strips[-1])[places]
+        each = (errors, allowed)
+        return Closest.of(*(values.reshape(-1, strips[-1])[places] for values in each))
 
     for at_once in (1, strips[-1], 2 * strips[-1], 100):
         with mock.patch.object(certificates, "_CLOSELY", at_once):

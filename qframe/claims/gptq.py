@@ -81,7 +81,7 @@ class Babai:
             delta = piece.delta().reshape(weight[rows].shape)
             residual = replay.residual(delta)
 
-            def judge(chosen: npt.NDArray[np.intp]) -> tuple[Float64, Float64]:
+            def judge(chosen: npt.NDArray[np.intp]) -> Closest:
                 part = evidence.piece(rows.start + chosen, weight).whole_rows()
                 error = bounds.decode(part.scale, part.codes - part.zero_point)
                 if moved is not None:
@@ -101,7 +101,8 @@ class Babai:
                 )
                 if moved is not None:
                     allowance = allowance + moved[rows][chosen][:, None] / np.sqrt(diagonal)
-                return bounds.nearest(residual[chosen], part.codes, part.scale, grid, allowance)
+                judged = bounds.nearest(residual[chosen], part.codes, part.scale, grid, allowance)
+                return Closest.of(*judged)
 
             errors = residual.reshape(piece.weight.shape)
             most = highest_ratios(errors, piece.codes, piece.scale, grid)

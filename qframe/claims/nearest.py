@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -56,11 +56,15 @@ class HalfStep:
         # Where groups are wide alike, the whole is nothing but views.
         whole = evidence.piece(slice(None)) if most.ndim > 1 else None
 
-        def judge(places: npt.NDArray[np.intp]) -> tuple[Float64, Float64]:
-            part = evidence.piece(places) if whole is None else whole.strips(places)
-            return part.nearest(grid, gamma, added)
+        def judge(places: npt.NDArray[np.intp]) -> Closest:
+            piece = whole or evidence.piece(places)
+            strips = places if whole else np.arange(len(places))
+            inside, error, allowed = piece.closest(strips, grid, gamma, added)
+            found = Closest.of(error, allowed)
+            return replace(found, place=(*found.place, int(inside[found.place])))
 
-        return Closest.screened(most, judge, groups.width).certificate(self)
+        at_once = most.size if whole else None
+        return Closest.screened(most, judge, groups.width, at_once=at_once).certificate(self)
 
     def _of_values(self, grid: Grid) -> Callable[[Piece], tuple[Float64, Float64]]:
         """Return what judges a piece of a layer on a grid with values."""
