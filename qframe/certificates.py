@@ -311,7 +311,7 @@ class Evidence:
         zero = self.quantized.zero_point.numpy()[own].astype(np.float64)
         index = self.quantized.group_index.numpy()
         (count, columns), groups = w.shape, scale.shape[1]
-        if _alike(index, groups):
+        if self._even:
             shape = (count, groups, columns // groups)
             w, codes = w.reshape(shape), codes.reshape(shape)
             return Piece(w, codes, scale[..., None], zero[..., None], self.problem.grid)
@@ -365,8 +365,7 @@ class Evidence:
         arrays = (self.problem.weight, quantized.codes, quantized.scale, quantized.zero_point)
         weight, codes, scale, zero = (passes.part_of(each.numpy(), rows) for each in arrays)
         index = quantized.group_index.numpy()
-        even = _alike(index, scale.shape[1])
-        if not even:  # columns of a group become neighbours
+        if not self._even:  # columns of a group become neighbours
             order = np.argsort(index, kind="stable")
             weight, codes, index = weight[:, order], codes[:, order], index[order]
         runs = passes.runs_of(index)
@@ -375,13 +374,22 @@ class Evidence:
         signal, noise = passes.differences(
             weight, codes, scale, zero, runs, table, grid.qmin, grid.qmax, most
         )
-        if not even:
+        if not self._even:
             most = most.max(1, initial=0)
         if grid.values is not None or not math.isfinite(noise):
             most[...] = np.inf
         else:
             most = highest_ratios_float32(most, self.piece(rows), grid)
         return Differences(signal, noise, most)
+
+    @property
+    def _even(self) -> bool:
+        """Whether groups are contiguous, and as wide as one another."""
+        if "even" not in self._found:
+            index, groups = self.quantized.group_index.numpy(), self.quantized.scale.shape[1]
+            self._found["even"] = _alike(index, groups)
+        found: bool = self._found["even"]
+        return found
 
     def ranges(self) -> tuple[Float64, Float64]:
         """Return the smallest and largest weight of each group, [rows or 1, groups]."""
@@ -414,17 +422,15 @@ def group_ranges(problem: RoundingProblem, group_index: torch.Tensor) -> tuple[F
             return np.zeros((1, 1)), np.zeros((1, 1))
         ends = torch.aminmax(weight)
         return tuple(np.array([[float(end)]]) for end in ends)  # type: ignore[return-value]
-    width = problem.scheme.group_width(columns)
-    contiguous = torch.equal(group_index.long(), torch.arange(columns) // width)
-    if not contiguous:
+    if rows and _alike(group_index.numpy(), groups):
+        from qframe import rounding
+
+        lowest, highest = rounding.ends(weight.reshape(rows, groups, -1))
+        return lowest.double().numpy(), highest.double().numpy()
+    if bool((group_index[1:] < group_index[:-1]).any()):
         order = torch.argsort(group_index, stable=True)
         weight, group_index = weight[:, order], group_index[order]
     counts = torch.bincount(group_index.long(), minlength=groups).tolist()
-    if rows and columns == groups * width and set(counts) == {width}:
-        from qframe import rounding
-
-        found = rounding.ends(weight.reshape(rows, groups, width))
-        return tuple(each.double().numpy() for each in found)  # type: ignore[return-value]
     low, high = np.zeros((rows, groups)), np.zeros((rows, groups))
     for g, part in enumerate(weight.split(counts, dim=1)):
         if part.numel():

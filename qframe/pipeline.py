@@ -310,7 +310,8 @@ class _Run:
         outlines = job.outlines()
         ledger = Ledger(kept, outlines, self._ranks)
         way = Walk(job.network, job.plan, outlines, solver, writer, self._progress, ledger)
-        tidy_up()
+        if data is not None:  # weights alone take no more by it
+            tidy_up()
         one, several = parallel.one_torch_thread(), parallel.sharing(self._threads)
         with memory_named(solver.where), one, several, solver, way:
             if data is None:
