@@ -416,15 +416,15 @@ def main() -> None:
             print(row, flush=True)
             rows.append(row)
         if given.write or given.only == list(PARTS):
-            put(name, "\n".join(rows))
+            put(PAGE, name, "\n".join(rows))
 
 
-def put(name: str, table: str) -> None:
-    """Put a table between its marks in docs/memory.md."""
-    page = PAGE.read_text(encoding="utf-8")
+def put(page: Path, name: str, table: str) -> None:
+    """Put a table between its marks on a page."""
+    text = page.read_text(encoding="utf-8")
     begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
-    before, rest = page.split(begin)
-    PAGE.write_text(f"{before}{begin}{table}\n{end}{rest.split(end)[1]}", encoding="utf-8")
+    before, rest = text.split(begin)
+    page.write_text(f"{before}{begin}{table}\n{end}{rest.split(end)[1]}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -53,12 +53,12 @@ def fingerprint_of(pieces: Iterable[torch.Tensor]) -> str:
     """Return the same of a tensor that comes some of its rows at a time."""
     found = blake3()
     for piece in pieces:
-        found.update(_bytes_of(piece))
+        found.update(bytes_of(piece))
     return found.hexdigest()
 
 
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    """Return the bytes of a tensor, row by row."""
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """Return the bytes of a tensor, row by row, as its file has them; no copy if they lie so."""
     import torch
 
     return memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
@@ -94,7 +94,7 @@ class InParts:
                     self._taken = False
                     return self._hash.hexdigest() if self._next == self._rows else None
                 self._next = after[0]
-            self._hash.update(_bytes_of(after[1]))
+            self._hash.update(bytes_of(after[1]))
 
 
 def fingerprint_of_file(file: Path) -> str:

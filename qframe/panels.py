@@ -1,9 +1,9 @@
 """Layers whose rows have nothing to do with one another, quantized a panel of rows at a time.
 
-A panel is read, rounded, packed, unpacked and certified in one go, by one thread, while it is in
-the cache. Then there are left its codes, in their place among those of the layer, and what was
-found of it. So a layer takes no more memory than its codes, however large it is, and threads have
-work whatever the shapes of layers.
+A panel is read, rounded, packed, unpacked and certified in one go, by one thread. Then there are
+left its codes, in their place among those of the layer, and what was found of it. So a layer takes
+no more memory than its codes, however large it is, and threads have work whatever the shapes of
+layers.
 
 What is found of the panels of a layer is what would be found of the layer: their rounder says that
 rows are independent, and their claims that they hold where they do in every panel.
@@ -29,7 +29,8 @@ from qframe.recipe import Method
 from qframe.scheme import Scheme
 from qframe.verdicts import Found
 
-PANEL = 1 << 22  # weights: few enough for the cache, many enough for what is done once for each
+# Weights: with fewer, what Python does once for each panel, while other threads wait, costs more.
+PANEL = 1 << 22
 
 Round = Callable[[RoundingProblem, int], QuantizedWeight]
 """Rounds some rows of a layer, and is told the number of the first."""

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from blake3 import blake3
 
-from qframe.fingerprints import sha256
+from qframe.fingerprints import bytes_of, sha256
 from qframe.weights import DTYPE_NAMES, SIZES, index_name
 from qframe.writing import Unread, write_json, write_unread, written
 
@@ -144,7 +144,7 @@ class Shards:
         spool = self._uneven if size % ALIGNMENT else self._spool
         digest = blake3()
         for piece in pieces:
-            data = _bytes_of(piece)
+            data = bytes_of(piece)
             digest.update(data)
             spool.put_down(data, size)
         spool.note(name, kind, shape, size)
@@ -248,7 +248,7 @@ def write_tensors(
     ]
     order.sort(key=_last_if_small)
     header = memoryview(header_of(order, metadata))
-    parts = [header, *(_bytes_of(tensors[each.name]) for each in order)]
+    parts = [header, *(bytes_of(tensors[each.name]) for each in order)]
     write_unread(file, parts)
     digest = blake3()
     for part in parts:
@@ -259,11 +259,6 @@ def write_tensors(
 def _last_if_small(tensor: _Spooled) -> tuple[int, str]:
     """Return by what tensors are sorted to lie well whatever their number of numbers."""
     return -SIZES[tensor.dtype], tensor.name
-
-
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    """Return the bytes of a tensor, row by row."""
-    return memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def put_before(handle: int, header: bytes, room: int, end: int) -> None:

@@ -79,7 +79,7 @@ MISTAKES = [
     ("self._early.pop(self._next, None)", "self._early.pop(first, None)", known_with_the_last),
     ("if self._next == self._rows else None", "", known_with_the_last),
     ("self._next = after[0]", "self._next += 1", known_with_the_last),
-    ("self._hash.update(_bytes_of(after[1]))", "self._hash.update(_bytes_of(part))", HOLDS[0]),
+    ("self._hash.update(bytes_of(after[1]))", "self._hash.update(bytes_of(part))", HOLDS[0]),
     ("if self._taken:", "if False:", goes_on_to_what_came_meanwhile),
     ("self._taken = False\n                    return", "return", known_with_the_last),
 ]
