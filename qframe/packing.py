@@ -43,10 +43,16 @@ def pack_codes(codes: torch.Tensor, num_bits: int, lowest: int = 0) -> torch.Ten
     return _packed(codes, num_bits, lowest)
 
 
-def _packed(codes: torch.Tensor, num_bits: int, lowest: int) -> torch.Tensor:
-    """Return the same of codes that are known to have so many bits."""
+def _packed(
+    codes: torch.Tensor, num_bits: int, lowest: int, words: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return the same of codes that are known to have so many bits.
+
+    words   where to put them; in memory of their own unless told
+    """
     rows, columns = codes.shape
-    words = pages.empty((rows, -(-columns * num_bits // 32)), torch.int32, waits=True)
+    if words is None:
+        words = pages.empty((rows, -(-columns * num_bits // 32)), torch.int32, waits=True)
     missing = -columns % BLOCK
 
     def work(part: slice) -> None:
@@ -138,11 +144,18 @@ class PackedWeight:
 
     @classmethod
     def pack(
-        cls, quantized: QuantizedWeight, scheme: Scheme, grid: Grid, *, name: str = "weight"
+        cls,
+        quantized: QuantizedWeight,
+        scheme: Scheme,
+        grid: Grid,
+        *,
+        name: str = "weight",
+        words: torch.Tensor | None = None,
     ) -> PackedWeight:
         """Pack what a rounder returned.
 
-        name   of the layer, for messages
+        name    of the layer, for messages
+        words   where to put packed codes, contiguous; in memory of their own unless told
 
         Raises PluginError when it is not what `QuantizedWeight` promises.
         """
@@ -183,7 +196,7 @@ class PackedWeight:
             columns=columns,
             scheme=scheme,
             grid=grid,
-            words=_packed(quantized.codes, scheme.num_bits, grid.qmin),
+            words=_packed(quantized.codes, scheme.num_bits, grid.qmin, words),
             scale=scale.contiguous(),
             zero_point=zero_point,
             group_index=index,
@@ -212,8 +225,13 @@ class PackedWeight:
         )
 
     def put(self, rows: slice, part: PackedWeight) -> None:
-        """Put rows, which are a weight of the same scheme and columns, in their place."""
-        self.words[rows], self.scale[rows] = part.words, part.scale
+        """Put rows, which are a weight of the same scheme and columns, in their place.
+
+        Words that `pack` was told to put there are there.
+        """
+        if part.words.data_ptr() != self.words[rows].data_ptr():
+            self.words[rows] = part.words
+        self.scale[rows] = part.scale
         if self.zero_point is not None and part.zero_point is not None:
             self.zero_point[rows] = part.zero_point
 

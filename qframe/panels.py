@@ -139,7 +139,10 @@ class _Work:
         clocks.append(time.perf_counter())
         if quantized.info or quantized.events or quantized.order is not None:
             return None
-        packed = PackedWeight.pack(quantized, sheet.scheme, sheet.grid, name=sheet.name)
+        words = self._packed.words[rows]
+        packed = PackedWeight.pack(
+            quantized, sheet.scheme, sheet.grid, name=sheet.name, words=words
+        )
         if packed.group_index is not None:
             return None
         del quantized  # what is unpacked may have the place of its codes

@@ -240,6 +240,28 @@ def test_a_layer_takes_exactly_the_bits_that_its_scheme_promises(layer):
     assert packed.bits == sum(8 * t.nbytes for t in packed.tensors().values())
 
 
+def lies_there(pack, quantized, scheme, grid):
+    """The property: packed codes go where they are told to, and nothing else is touched."""
+    apart = PackedWeight.pack(quantized, scheme, grid).words
+    rows, room = len(apart), torch.full((len(apart) + 2, apart.shape[1]), -7, dtype=torch.int32)
+    packed = pack(quantized, scheme, grid, words=room[1 : 1 + rows])
+    return (
+        packed.words.data_ptr() == room[1 : 1 + rows].data_ptr()
+        and torch.equal(room[1 : 1 + rows], apart)
+        and bool((room[0] == -7).all() and (room[-1] == -7).all())
+    )
+
+
+@given(layers())
+def test_codes_are_packed_where_they_are_to_lie(layer):
+    assert lies_there(PackedWeight.pack, *layer)
+
+
+def test_the_place_test_rejects_memory_of_its_own():
+    assert lies_there(PackedWeight.pack, *a_layer())
+    assert not lies_there(lambda *layer, words: PackedWeight.pack(*layer), *a_layer())
+
+
 @given(layers())
 def test_only_what_says_something_is_stored(layer):
     quantized, scheme, grid = layer

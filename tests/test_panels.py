@@ -137,6 +137,7 @@ MISTAKES = [
         "self._packed.put(rows, packed)",
         "self._packed.put(slice(0, rows.stop - rows.start), packed)",
     ),
+    ("self._packed.words[rows]", "self._packed.words[: rows.stop - rows.start]"),
     ("for first, (found, _) in parts])", "for first, (found, _) in parts[:1]])"),
     ("[(first, found) for first, (found, _) in parts]", "[(0, found) for _, (found, _) in parts]"),
     ("seconds.get(stage, 0) + each", "seconds.get(stage, 0) - each"),
